@@ -1,0 +1,359 @@
+/*
+ * L1, the probe hypervisor: interprets the program in the op ring, and posts a record right before
+ * each VMRUN and right after each #VMEXIT. It knows nothing of page tables, of the VMCB's layout
+ * (but for the few offsets below) or of what should happen: that is all the checker's.
+ */
+#include "wire.h"
+
+enum {
+	VMCB_EXIT_CODE = 0x70,
+	VMCB_SAVE = 0x400,
+	VMCB_RIP = 0x578,
+	EXIT_VMMCALL = 0x81,
+	EXIT_INVALID = -1,
+	MSR_EFER = 0xc0000080,
+	MSR_PAT = 0x277,
+	MSR_VM_HSAVE_PA = 0xc0010117,
+	MSR_VM_CR = 0xc0010114,
+	PAGE = 4096,
+};
+
+/* From l1.ld: the tables, the data pages, and the copies in which L1 remembers both. */
+extern uint8_t tw_arena[], tw_arena_end[], tw_data[], tw_data_end[], tw_mirror_offset[];
+
+extern struct tw_regs l1_regs;
+extern struct tw_host l1_host_before, l1_host_after;
+extern uint64_t l1_spin_rip;
+void l1_vmrun(uint64_t vmcb);
+void l1_spin(uint64_t vmcb, uint64_t count);
+
+struct tw_shared tw_shared_page __attribute__((aligned(PAGE)));
+struct tw_op tw_op_ring[TW_OP_SLOTS] __attribute__((aligned(PAGE)));
+struct tw_record tw_record_ring[TW_RECORD_SLOTS] __attribute__((aligned(PAGE)));
+struct tw_probe tw_mailbox[PAGE / sizeof(struct tw_probe)] __attribute__((aligned(PAGE)));
+uint8_t tw_host_save[PAGE] __attribute__((aligned(PAGE)));
+uint8_t tw_msr_permission_map[2 * PAGE] __attribute__((aligned(PAGE)));
+uint8_t tw_io_permission_map[3 * PAGE] __attribute__((aligned(PAGE)));
+
+static volatile struct tw_shared *const shared = &tw_shared_page;
+
+enum { ARENA_PAGES = 512, DATA_PAGES = 1536, MAX_PAGES = ARENA_PAGES + DATA_PAGES };
+static uint64_t *watched[MAX_PAGES];
+static uint32_t watched_count;
+static uint64_t *touched[MAX_PAGES];
+static uint32_t touched_count;
+static uint8_t is_touched[MAX_PAGES];
+
+static inline uint64_t rdmsr(uint32_t msr)
+{
+	uint32_t low, high;
+	__asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr));
+	return (uint64_t)high << 32 | low;
+}
+
+static inline void wrmsr(uint32_t msr, uint64_t value)
+{
+	__asm__ volatile("wrmsr" : : "c"(msr), "a"((uint32_t)value), "d"((uint32_t)(value >> 32)) : "memory");
+}
+
+static inline void cpuid(uint32_t leaf, uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d)
+{
+	*a = leaf;
+	*c = 0;
+	__asm__ volatile("cpuid" : "+a"(*a), "=b"(*b), "+c"(*c), "=d"(*d));
+}
+
+static inline void copy64(void *to, const void *from, uint64_t bytes)
+{
+	uint64_t count = bytes / 8;
+	__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(count) : : "memory");
+}
+
+static inline void fill64(void *to, uint64_t value, uint64_t bytes)
+{
+	uint64_t count = bytes / 8;
+	__asm__ volatile("rep stosq" : "+D"(to), "+c"(count) : "a"(value) : "memory");
+}
+
+static inline int in_data(const void *p)
+{
+	return (const uint8_t *)p >= tw_data && (const uint8_t *)p < tw_data_end;
+}
+
+static inline int has_mirror(const void *p)
+{
+	return ((const uint8_t *)p >= tw_arena && (const uint8_t *)p < tw_arena_end) || in_data(p);
+}
+
+static inline uint64_t *mirror(uint64_t *p)
+{
+	return p + (uint64_t)tw_mirror_offset / 8;
+}
+
+/* What a data page holds: each quadword is its own name, and code that returns it to L2's stub. */
+static inline uint64_t tag(const void *p)
+{
+	return 0x90e3ff00000000b8 | (uint64_t)p >> 3 << 8;	/* mov $sPA/8, %eax; jmp *%rbx; nop */
+}
+
+static inline uint32_t page_index(const uint64_t *page)
+{
+	return in_data(page) ? ARENA_PAGES + ((uint8_t *)page - tw_data) / PAGE : ((uint8_t *)page - tw_arena) / PAGE;
+}
+
+static void touch(uint64_t *page)
+{
+	uint32_t index = page_index(page);
+
+	if (!is_touched[index]) {
+		is_touched[index] = 1;
+		touched[touched_count++] = page;
+	}
+}
+
+static void reset(void)
+{
+	for (uint32_t i = 0; i < touched_count; i++) {
+		uint64_t *page = touched[i];
+
+		if (in_data(page))
+			for (int w = 0; w < PAGE / 8; w++)
+				page[w] = tag(page + w);
+		else
+			fill64(page, 0, PAGE);
+		copy64(mirror(page), page, PAGE);
+		is_touched[page_index(page)] = 0;
+	}
+	touched_count = 0;
+	watched_count = 0;
+}
+
+static void write(uint64_t address, uint64_t value, uint32_t width)
+{
+	volatile void *p = (volatile void *)address;
+
+	switch (width) {
+	case 1: *(volatile uint8_t *)p = value; break;
+	case 2: *(volatile uint16_t *)p = value; break;
+	case 4: *(volatile uint32_t *)p = value; break;
+	default: *(volatile uint64_t *)p = value; break;
+	}
+	if (has_mirror((void *)address)) {
+		uint64_t *word = (uint64_t *)(address & -8ull);
+
+		*mirror(word) = *(volatile uint64_t *)word;
+		touch((uint64_t *)(address & -(uint64_t)PAGE));
+	}
+}
+
+static void set_host(uint32_t reg, uint64_t value)
+{
+	switch (reg) {
+	case TW_HOST_CR0: __asm__ volatile("mov %0, %%cr0" : : "r"(value) : "memory"); break;
+	case TW_HOST_CR4: __asm__ volatile("mov %0, %%cr4" : : "r"(value) : "memory"); break;
+	case TW_HOST_DR7: __asm__ volatile("mov %0, %%dr7" : : "r"(value)); break;
+	case TW_HOST_EFER: wrmsr(MSR_EFER, value); break;
+	case TW_HOST_PAT: wrmsr(MSR_PAT, value); break;
+	}
+}
+
+static void wait_until_checked(uint64_t lag)
+{
+	while (shared->record_posted - shared->record_checked > lag)
+		__asm__ volatile("pause");
+}
+
+static struct tw_record *next_record(uint32_t kind, uint64_t op)
+{
+	struct tw_record *record;
+
+	wait_until_checked(TW_RECORD_SLOTS - 1);
+	record = &tw_record_ring[shared->record_posted % TW_RECORD_SLOTS];
+	record->kind = kind;
+	record->sequence = shared->record_posted;
+	record->op = op;
+	record->diffs_found = 0;
+	return record;
+}
+
+static void post(uint64_t lag)
+{
+	__asm__ volatile("" : : : "memory");
+	shared->record_posted++;
+	wait_until_checked(lag);
+}
+
+/* Fill in what changed in the watched pages since L1 last looked. */
+static void find_changes(struct tw_record *record)
+{
+	uint32_t found = 0;
+
+	for (uint32_t i = 0; i < watched_count; i++) {
+		volatile uint64_t *page = watched[i];
+		uint64_t *old = mirror(watched[i]);
+
+		for (int w = 0; w < PAGE / 8; w += 8) {
+			if (!((page[w] ^ old[w]) | (page[w + 1] ^ old[w + 1]) |
+			      (page[w + 2] ^ old[w + 2]) | (page[w + 3] ^ old[w + 3]) |
+			      (page[w + 4] ^ old[w + 4]) | (page[w + 5] ^ old[w + 5]) |
+			      (page[w + 6] ^ old[w + 6]) | (page[w + 7] ^ old[w + 7])))
+				continue;
+			for (int v = w; v < w + 8; v++) {
+				uint64_t now = page[v];
+
+				if (now == old[v])
+					continue;
+				if (found < TW_MAX_DIFFS) {
+					record->diffs[found].address = (uint64_t)&page[v];
+					record->diffs[found].value = now;
+				}
+				found++;
+				old[v] = now;
+				touch(watched[i]);
+			}
+		}
+	}
+	record->diffs_found = found;
+}
+
+static void fill_vmcb(struct tw_record *record, uint64_t vmcb)
+{
+	record->vmcb = vmcb;
+	copy64(record->control, (void *)vmcb, TW_CONTROL_BYTES);
+	copy64(record->save, (void *)(vmcb + VMCB_SAVE), TW_SAVE_BYTES);
+}
+
+static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t number)
+{
+	uint32_t count = op->arg, first = 0;
+	volatile uint64_t *exit_code = (volatile uint64_t *)(op->a + VMCB_EXIT_CODE);
+
+	for (uint32_t i = 0; i < count; i++)
+		tw_mailbox[i] = probes[i];
+	tw_mailbox[count] = (struct tw_probe){ .kind = TW_PROBE_END };
+	for (;;) {
+		struct tw_record *record = next_record(TW_RECORD_ENTER, number);
+		uint32_t next;
+
+		l1_regs = (struct tw_regs){
+			.rbx = 0xb0b0b0b0b0b0b0b0, .rcx = 0xc1c1c1c1c1c1c1c1, .rdx = 0xd2d2d2d2d2d2d2d2,
+			.rdi = 0xd7d7d7d7d7d7d7d7, .rbp = 0xb6b6b6b6b6b6b6b6, .rsi = op->c, .r12 = first,
+			.r8 = 0x0808080808080808, .r9 = 0x0909090909090909, .r10 = 0x1010101010101010,
+			.r11 = 0x1111111111111111, .r13 = 0x1313131313131313, .r14 = 0x1414141414141414,
+			.r15 = 0x1515151515151515,
+		};
+		record->first_probe = record->next_probe = first;
+		record->regs = l1_regs;
+		fill_vmcb(record, op->a);
+		post(shared->lag);
+
+		l1_vmrun(op->a);
+
+		record = next_record(TW_RECORD_EXIT, number);
+		next = l1_regs.r12 < count ? l1_regs.r12 : count;
+		record->first_probe = first;
+		record->next_probe = next;
+		record->before = l1_host_before;
+		record->after = l1_host_after;
+		record->regs = l1_regs;
+		fill_vmcb(record, op->a);
+		for (uint32_t i = first; i < next; i++)
+			record->results[i] = tw_mailbox[i].result;
+		find_changes(record);
+		/* more than a record holds: the checker must look at the live pages, now */
+		post(record->diffs_found > TW_MAX_DIFFS ? 0 : shared->lag);
+
+		if (*exit_code == EXIT_VMMCALL || (int64_t)*exit_code == EXIT_INVALID ||
+		    (uint32_t)*exit_code == (uint32_t)EXIT_INVALID || next + 1 >= count)
+			return;
+		first = next + 1;
+		*(volatile uint64_t *)(op->a + VMCB_RIP) = op->b;
+	}
+}
+
+static void interpret(void)
+{
+	uint64_t done = 0;
+
+	for (;;) {
+		struct tw_op *op = &tw_op_ring[done % TW_OP_SLOTS];
+		uint64_t slots = 1;
+
+		while (shared->op_posted == done)
+			__asm__ volatile("pause");
+		switch (op->code) {
+		case TW_OP_RESET:
+			reset();
+			fill64((void *)op->a, 0, op->b);
+			break;
+		case TW_OP_WATCH:
+			watched[watched_count++] = (uint64_t *)op->a;
+			break;
+		case TW_OP_WRITE:
+			write(op->a, op->b, op->arg);
+			break;
+		case TW_OP_HOST:
+			set_host(op->arg, op->b);
+			break;
+		case TW_OP_RUN:
+			/* the checker posts an op whole and never across the ring's end */
+			run(op, (const struct tw_probe *)(op + 1), done);
+			slots += op->arg;
+			break;
+		case TW_OP_SYNC:
+			next_record(TW_RECORD_SYNC, done);
+			post(0);
+			break;
+		case TW_OP_SPIN:
+			l1_regs.rsi = op->c;
+			l1_spin(op->a, op->b);
+			break;
+		}
+		done += slots;
+		shared->op_done = done;
+	}
+}
+
+static uint64_t features(void)
+{
+	uint32_t a, b, c, d;
+	uint64_t have = 0;
+
+	cpuid(1, &a, &b, &c, &d);
+	have |= c >> 17 & 1 ? TW_FEATURE_PCID : 0;
+	have |= c >> 26 & 1 ? TW_FEATURE_XSAVE : 0;
+	cpuid(7, &a, &b, &c, &d);
+	have |= b & 1 ? TW_FEATURE_FSGSBASE : 0;
+	have |= c >> 7 & 1 ? TW_FEATURE_CET : 0;
+	have |= b >> 7 & 1 ? TW_FEATURE_SMEP : 0;
+	have |= b >> 20 & 1 ? TW_FEATURE_SMAP : 0;
+	have |= c >> 2 & 1 ? TW_FEATURE_UMIP : 0;
+	have |= c >> 3 & 1 ? TW_FEATURE_PKU : 0;
+	have |= c >> 16 & 1 ? TW_FEATURE_LA57 : 0;
+	cpuid(0x80000001, &a, &b, &c, &d);
+	have |= d >> 20 & 1 ? TW_FEATURE_NX : 0;
+	have |= d >> 26 & 1 ? TW_FEATURE_PAGE1G : 0;
+	cpuid(0x8000000a, &a, &b, &c, &d);
+	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
+	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;
+	have |= d >> 17 & 1 ? TW_FEATURE_GMET : 0;
+	return have;
+}
+
+void l1_main(void)
+{
+	uint32_t a, b, c, d;
+
+	wrmsr(MSR_VM_HSAVE_PA, (uint64_t)tw_host_save);
+	cpuid(0x80000008, &a, &b, &c, &d);
+	shared->maxphyaddr = a & 0xff;
+	cpuid(0x8000000a, &a, &b, &c, &d);
+	shared->svm_revision = a;
+	shared->asids = b;
+	shared->svm_features = d;
+	shared->features = features();
+	shared->protocol = TW_PROTOCOL;
+	__asm__ volatile("clgi" : : : "memory");	/* nothing interrupts L1: it has no devices */
+	shared->magic = TW_MAGIC;
+	interpret();
+}

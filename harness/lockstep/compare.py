@@ -1,0 +1,230 @@
+"""The checks: one record against the twin's prediction (design: C1, C2, C3).
+
+    C1  each probe: where it went and what it read, or its fault in every bit; where its write landed
+    C2  every table entry in both dimensions, accessed and dirty bits included
+    C3  the VMCB and L1's own registers, and whether VMRUN was refused
+
+A check returns divergences; it raises nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from harness.lockstep.twin import Prediction
+from harness.model.access import GeneralProtection, NestedPageFault, PageFault, Reached
+from harness.model.registers import RFLAGS
+from harness.model.vmcb import CONTROL, SAVE, STATE, ExitCode, Field
+from harness.model.walk import Walk
+from harness.wire.image import Image
+from harness.wire.program import WireProbe
+from harness.wire.records import Record
+
+_SELECTORS: Final = ("es", "cs", "ss", "ds")
+_RESTORED: Final = (
+    "rsp", "rflags", "cr3", "cr8", *_SELECTORS, "gdt_base", "gdt_limit", "idt_base", "idt_limit",
+)
+"""L1's registers that must be behind VMRUN what they were before it."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """An observation that the model does not permit.
+
+    `op` and `probe` are indices in the scenario, -1 where there is none; `expected` and `observed`
+    are integers where the field is one. `rule` is the model's rule behind the expectation. `walk` is
+    the model's walk of the probe. `erratum` is the id of the erratum that explains it.
+    """
+
+    scenario: str
+    op: int
+    probe: int
+    check: str
+    field: str
+    expected: int | str
+    observed: int | str
+    rule: str
+    walk: Walk | None = None
+    after: tuple[int, ...] = ()
+    """The entries of `walk` as the machine left them, in the order of its steps."""
+    erratum: str | None = None
+
+    def explained_by(self, erratum: str) -> Divergence:
+        return replace(self, erratum=erratum)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where in a scenario a record belongs."""
+
+    scenario: str
+    op: int
+    probes: tuple[WireProbe, ...]
+    image: Image
+
+
+def check_enter(context: Context, expected: tuple[bytes, bytes], first: int, record: Record) -> Iterator[Divergence]:
+    """Before VMRUN: L1 did to the VMCB what the program says, and stands at the right probe."""
+    if record.first_probe != first:
+        yield _plain(context, "C3", "first probe", first, record.first_probe, "lockstep")
+    control, save = record.control, record.save
+    if (control, save) != expected:
+        for name, want, got in _fields((expected[0], control), (expected[1], save), ()):
+            yield _plain(context, "C3", f"vmcb.{name} before VMRUN", want, got, "lockstep")
+
+
+def same_course(prediction: Prediction, record: Record) -> bool:
+    """Whether L2 left where it should have, for the reason it should have."""
+    return record.exitcode == prediction.exitcode and record.next_probe == prediction.next_probe
+
+
+def check_exit(context: Context, prediction: Prediction, record: Record, expected: dict[int, int]) -> list[Divergence]:
+    """After #VMEXIT. `expected` has the quadwords that the model changed, as they are now."""
+    found = list(_probes(context, prediction, record))
+    observed = record.diffs
+    if observed != expected:
+        found += _memory(context, prediction, expected, observed)
+    if same_course(prediction, record):
+        found += _state(context, prediction, record)
+    found += _host(context, prediction, record)
+    return found
+
+
+def _probes(context: Context, prediction: Prediction, record: Record) -> Iterator[Divergence]:
+    """C1: values of the probes that were done, and where L2 left."""
+    done = min(prediction.next_probe, record.next_probe)
+    for index in range(prediction.first_probe, done):
+        want, got = prediction.results[index], record.result(index)
+        if want != got:
+            memory = context.probes[index].kind in ("read", "rmw", "fetch")
+            yield _at(context, prediction, index, "C1" if memory else "C3",
+                      "value" if memory else context.probes[index].kind, want, got)
+    if not same_course(prediction, record):
+        refusal = ExitCode.INVALID in (prediction.exitcode, record.exitcode)
+        yield _at(context, prediction, done, "C3" if refusal else "C1", "outcome",
+                  _predicted_outcome(prediction, done), _observed_outcome(record, done))
+
+
+def _predicted_outcome(prediction: Prediction, index: int) -> str:
+    if prediction.refused:
+        return "VMEXIT_INVALID"
+    walk = prediction.walks.get(index)
+    if walk is not None:
+        return str(walk.outcome)
+    if index < prediction.next_probe:
+        return "done"
+    return ExitCode.describe(prediction.exitcode)
+
+
+def _observed_outcome(record: Record, index: int) -> str:
+    if index < record.next_probe:
+        return f"done, result {record.result(index):#x}"
+    info1, info2 = (_get(record.control, CONTROL[n]) for n in ("exitinfo1", "exitinfo2"))
+    match record.exitcode:
+        case ExitCode.NPF:
+            return str(NestedPageFault(info1, info2))
+        case 0x4E:
+            return str(PageFault(info1, info2))
+        case 0x4D:
+            return str(GeneralProtection(info1))
+        case code:
+            return f"{ExitCode.describe(code)}, EXITINFO1 {info1:#x}, EXITINFO2 {info2:#x}"
+
+
+def _state(context: Context, prediction: Prediction, record: Record) -> Iterator[Divergence]:
+    """The VMCB, byte for byte: the fault's own fields are C1, the rest is C3."""
+    control, save = record.control, record.save
+    if control == prediction.control and save == prediction.save:
+        return
+    walk = prediction.walks.get(prediction.next_probe)
+    faulted = walk is not None and not isinstance(walk.outcome, Reached)
+    for name, want, got in _fields((prediction.control, control), (prediction.save, save), prediction.free):
+        if name == "rflags" and faulted and want ^ got == RFLAGS.RF:
+            continue  # 15.7.1 leaves open whether RF is saved as the fault would push it
+        check = "C1" if faulted and name in ("exitinfo1", "exitinfo2") else "C3"
+        yield _at(context, prediction, prediction.next_probe, check, name, want, got)
+
+
+def _fields(
+    control: tuple[bytes, bytes], save: tuple[bytes, bytes], free: tuple[str, ...]
+) -> Iterator[tuple[str, int, int]]:
+    """Fields that differ, as (name, expected, observed); bytes that are in no field by their offset."""
+    for base, table, (want, got) in ((0, CONTROL, control), (SAVE, STATE, save)):
+        if want == got or ("save" in free and base):
+            continue
+        covered = set()
+        for name, at in table.items():
+            place = range(at.offset - base, at.offset - base + at.width)
+            covered.update(place)
+            if want[place.start : place.stop] != got[place.start : place.stop] and name not in free:
+                yield name, _get(want, Field(place.start, at.width)), _get(got, Field(place.start, at.width))
+        for offset, (one, other) in enumerate(zip(want, got, strict=True)):
+            if one != other and offset not in covered:
+                yield f"reserved+{base + offset:03X}h", one, other
+
+
+def _memory(
+    context: Context, prediction: Prediction, expected: dict[int, int], observed: dict[int, int]
+) -> Iterator[Divergence]:
+    """C2 for tables, C1 for data: every watched quadword that changed, or should have."""
+    for address in sorted(expected.keys() | observed.keys()):
+        old = prediction.old.get(address)
+        want = expected.get(address, old)
+        permitted = prediction.permitted.get(address, 0)
+        got = observed.get(address, old)
+        if got == want or (want is not None and got is not None and not (want ^ got) & ~permitted):
+            continue
+        table = address in context.image.arena
+        yield Divergence(
+            context.scenario, context.op, *_blame(prediction, address), "C2" if table else "C1",
+            f"entry at sPA {address:#x}" if table else f"memory at sPA {address:#x}",
+            "unchanged" if want is None else want, "unchanged" if got is None else got,
+            "ad" if table else "write", _walk_through(prediction, address),
+        )
+
+
+def _blame(prediction: Prediction, address: int) -> tuple[int]:
+    """The probe whose walk read the entry at `address`; else the one that ended the run."""
+    for index, walk in prediction.walks.items():
+        if any(step[3] == address for step in walk.trail):
+            return (index,)
+    return (prediction.next_probe if prediction.next_probe in prediction.walks else -1,)
+
+
+def _walk_through(prediction: Prediction, address: int) -> Walk | None:
+    return prediction.walks.get(_blame(prediction, address)[0])
+
+
+def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[Divergence]:
+    """L1's own registers, and L2's that pass through."""
+    before, after = record.before, record.after
+    wanted = {name: before[name] for name in _RESTORED} | prediction.host
+    for name, want in wanted.items():
+        if after[name] != want:
+            yield _plain(context, "C3", f"l1.{name}", want, after[name], "exit.host")
+    if after["dr7"] & 0xFF:
+        yield _plain(context, "C3", "l1.dr7", after["dr7"] & ~0xFF, after["dr7"], "exit.host-dr7")
+    if same_course(prediction, record):
+        regs = record.regs
+        for name, want in prediction.regs.items():
+            if regs[name] != want:
+                yield _plain(context, "C3", f"l2.{name}", want, regs[name], "exit.registers")
+
+
+def _at(
+    context: Context, prediction: Prediction, index: int, check: str, field: str, want: int | str, got: int | str
+) -> Divergence:
+    return Divergence(context.scenario, context.op, index, check, field, want, got,
+                      prediction.rule, prediction.walks.get(index))
+
+
+def _plain(context: Context, check: str, field: str, want: int, got: int, rule: str) -> Divergence:
+    return Divergence(context.scenario, context.op, -1, check, field, want, got, rule)
+
+
+def _get(data: bytes, field: Field) -> int:
+    return int.from_bytes(data[field.offset : field.offset + field.width], "little")
+
+

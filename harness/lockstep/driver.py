@@ -1,0 +1,220 @@
+"""Feeds programs to a machine and its records to the checks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from harness.errors import MachineLost
+from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
+from harness.lockstep.twin import Prediction, Twin
+from harness.model.vmcb import ExitCode
+from harness.scenario.program import Program
+from harness.wire.channel import Channel
+from harness.wire.image import Image
+from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
+from harness.wire.program import Step
+from harness.wire.records import Record
+
+MAX_DIVERGENCES = 200
+"""Kept for one scenario: a machine that is wrong everywhere has been found out by then."""
+
+
+class Machine(Protocol):
+    """What lockstep needs of a machine that is up."""
+
+    @property
+    def image(self) -> Image: ...
+
+    @property
+    def memory(self) -> memoryview:
+        """The guest's memory, from sPA 0, live and writable."""
+
+    def idle(self, waited: float) -> None:
+        """Called while no record comes, with the seconds since the last; raises MachineLost once
+        the machine is found dead, or hung."""
+
+    def lost(self, reason: str) -> MachineLost:
+        """The error that says that this machine is lost, with all there is to know of it."""
+
+
+@dataclass
+class Result:
+    """What came of one scenario."""
+
+    scenario: str
+    vmruns: int = 0
+    probes: int = 0
+    table_bytes: int = 0
+    divergences: list[Divergence] = field(default_factory=list)
+    lost: MachineLost | None = None
+
+
+class Lockstep:
+    """Runs programs on `machine` and on `twin`. Strict: L1 waits at every record until it has been
+    checked, and live memory is compared too; pipelined: it waits only where the ring is full."""
+
+    def __init__(self, machine: Machine, channel: Channel, twin: Twin, strict: bool) -> None:
+        self._machine = machine
+        self._channel = channel
+        self._twin = twin
+        self._strict = strict
+        channel.set_lag(0 if strict else RECORD_SLOTS - 1)
+
+    def run(self, programs: Iterable[Program]) -> Iterator[Result]:
+        """A result for each program, in order, as soon as it is there. When the machine is lost, the
+        last result says so, and nothing follows."""
+        todo, waiting = iter(programs), deque[Program]()
+        pending: Program | None = next(todo, None)
+        while pending is not None or waiting:
+            while pending is not None and self._channel.has_room(len(pending.encoded) // 32):
+                self._channel.post(pending.encoded)
+                waiting.append(pending)
+                pending = next(todo, None)
+                if self._strict:
+                    break
+            program = waiting.popleft()
+            result = Result(program.scenario.name)
+            try:
+                self._check(program, result)
+            except MachineLost as lost:
+                result.lost = lost
+                yield result
+                return
+            yield result
+
+    def _check(self, program: Program, result: Result) -> None:
+        twin = self._twin
+        twin.reset(program.world)
+        for step in program.steps:
+            if step.code == "RUN":
+                self._run(program, step, result)
+            elif step.code == "SYNC":
+                self._sync(program, result)
+            else:
+                twin.apply(step)
+
+    def _run(self, program: Program, step: Step, result: Result) -> None:
+        """One RUN op: a VMRUN, and another one for each probe that faulted with probes behind it."""
+        twin, channel = self._twin, self._channel
+        context = Context(program.scenario.name, step.origin, step.probes, twin.image)
+        first, count = 0, len(step.probes)
+        while True:
+            record = self._next("ENTER")
+            self._add(result, check_enter(context, twin.vmcb_bytes(), first, record))
+            self._compare_live(program, context, result, "before VMRUN")
+            channel.release()
+            prediction = twin.predict(step, first)
+            record = self._next("EXIT")
+            expected = {
+                address: now
+                for address, old in prediction.old.items()
+                if (now := twin.memory.words[address >> 3]) != old and address & ~0xFFF in twin.watched
+            }
+            result.vmruns += 1
+            result.probes += min(record.next_probe + 1, count) - first
+            result.table_bytes += program.world.arena_used
+            if record.diffs_found > MAX_DIFFS:
+                found = self._too_many(context, record)
+            else:
+                found = check_exit(context, prediction, record, expected)
+            if found:
+                found = self._with_machine_view(prediction, found)
+                self._add(result, found)
+                twin.adopt(prediction, record.diffs)
+                self._adopt_vmcb(record)
+            elif prediction.permitted:
+                twin.adopt(prediction, record.diffs)
+            if found or prediction.free:
+                self._adopt_vmcb(record)
+            self._compare_live(program, context, result, "after #VMEXIT")
+            next_probe, code = record.next_probe, record.exitcode
+            channel.release()
+            if code == ExitCode.VMMCALL or code & 0xFFFF_FFFF == 0xFFFF_FFFF or next_probe + 1 >= count:
+                return
+            first = next_probe + 1
+            twin.vmcb["rip"] = step.b
+
+    def _sync(self, program: Program, result: Result) -> None:
+        """The end of a scenario: L1 stands still, and all of its memory is compared, the pages that
+        nobody watched included."""
+        self._next("SYNC")
+        context = Context(program.scenario.name, -1, (), self._twin.image)
+        self._compare_live(program, context, result, "at the end", strict=True)
+        data = self._twin.image.data
+        self._compare_region(context, result, data.start, data.end, "at the end")
+        self._channel.release()
+
+    def _compare_live(self, program: Program, context: Context, result: Result, when: str, strict: bool = False) -> None:
+        """Every byte of every table, as it is in the guest's memory now."""
+        if self._strict or strict:
+            start = self._twin.image.arena.start
+            self._compare_region(context, result, start, start + program.world.arena_used, when)
+
+    def _compare_region(self, context: Context, result: Result, start: int, end: int, when: str) -> None:
+        model, machine = self._twin.memory.bytes, self._machine.memory
+        if _same(model[start:end], machine[start:end]):
+            return
+        ours, theirs = model[start:end].cast("Q"), machine[start:end].cast("Q")
+        for index, (want, got) in enumerate(zip(ours, theirs, strict=True)):
+            if want != got:
+                address = start + 8 * index
+                table = address in context.image.arena
+                self._add(result, [Divergence(
+                    context.scenario, context.op, -1, "C2" if table else "C1",
+                    f"{'entry' if table else 'memory'} at sPA {address:#x} {when}", want, got,
+                    "ad" if table else "write",
+                )])
+                if table:
+                    ours[index] = got
+                else:  # nobody watches all data pages: mend what the machine spoilt, L1 stands still
+                    theirs[index] = want
+
+    def _next(self, kind: str) -> Record:
+        record = self._channel.next_record(self._machine.idle)
+        if record.kind != RECORDS[kind]:
+            raise self._machine.lost(f"L1 is out of step: it posted {record}, where {kind} was due")
+        return record
+
+    def _too_many(self, context: Context, record: Record) -> list[Divergence]:
+        """L1 waits at such a record in either mode, so that live memory tells what changed."""
+        return [Divergence(context.scenario, context.op, -1, "C2", "entries changed by one VMRUN",
+                           f"at most {MAX_DIFFS}", record.diffs_found, "ad")]
+
+    def _with_machine_view(self, prediction: Prediction, found: list[Divergence]) -> list[Divergence]:
+        """Add to each divergence with a walk what the machine made of the walk's entries."""
+        words = self._machine.memory.cast("Q")
+        out = []
+        for one in found:
+            if one.walk is not None:
+                one = replace(one, after=tuple(words[step[3] >> 3] for step in one.walk.trail))
+            out.append(one)
+        return out
+
+    def _adopt_vmcb(self, record: Record) -> None:
+        start = self._twin.vmcb.address
+        memory = self._twin.memory.bytes
+        control, save = record.control, record.save
+        memory[start : start + len(control)] = control
+        memory[start + 0x400 : start + 0x400 + len(save)] = save
+
+    def _add(self, result: Result, found: Iterable[Divergence]) -> None:
+        room = MAX_DIVERGENCES - len(result.divergences)
+        for one in found:
+            if room > 0:
+                result.divergences.append(one)
+                room -= 1
+
+
+def _same(one: memoryview, other: memoryview) -> bool:
+    """Whether two regions of equal size hold the same bytes, without a copy: they are megabytes."""
+    size = one.nbytes
+    whole = ctypes.c_char * size
+    return _memcmp(whole.from_buffer(one), whole.from_buffer(other), size) == 0
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -1,0 +1,44 @@
+"""The contract of L2's code (guests/l1/l2_long.S): what it holds in registers around each access.
+
+The model knows the architecture; this module knows our own L2, so that the whole saved state can be
+predicted, RIP, RAX and RFLAGS included.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from harness.model.registers import RFLAGS
+from harness.model.vmcb import ExitCode
+from harness.scenario.ops import SIZED
+
+FLAGS: Final = RFLAGS.ZF | RFLAGS.PF
+"""Status flags at each labelled access: those of a comparison of equals."""
+
+VMMCALL_BYTES: Final = 3
+
+CONSTANT: Final = {
+    "r8": 0x0808_0808_0808_0808, "r9": 0x0909_0909_0909_0909, "r10": 0x1010_1010_1010_1010,
+    "r11": 0x1111_1111_1111_1111, "r13": 0x1313_1313_1313_1313, "r14": 0x1414_1414_1414_1414,
+    "r15": 0x1515_1515_1515_1515,
+}
+"""General registers that L1 sets before VMRUN and L2 leaves alone (guests/l1/main.c)."""
+
+MSR_FIELDS: Final = {
+    0xC000_0080: "efer", 0x277: "g_pat", 0xC000_0081: "star", 0xC000_0082: "lstar", 0xC000_0083: "cstar",
+    0xC000_0084: "sfmask", 0xC000_0100: "fs.base", 0xC000_0101: "gs.base", 0xC000_0102: "kernel_gs_base",
+    0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
+}
+"""MSRs that L2 may read and write: those with a field in the VMCB."""
+
+CR_FIELDS: Final = {"cr0": "cr0", "cr2": "cr2", "cr3": "cr3", "cr4": "cr4", "dr6": "dr6", "dr7": "dr7"}
+
+
+def label(kind: str, size: int) -> str:
+    """The symbol of the access that a probe makes."""
+    return f"{kind}_{size}" if kind in SIZED else kind
+
+
+def fault_code(vector: int) -> int:
+    """The exit code of an intercepted exception."""
+    return ExitCode.EXCEPTION + vector

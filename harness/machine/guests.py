@@ -1,0 +1,77 @@
+"""Building the guest images, at first use and whenever a source has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from elftools.elf.elffile import ELFFile
+
+from harness.errors import LaunchFailed
+from harness.wire.header import c_header
+from harness.wire.image import Image
+
+SOURCES: Final = Path(__file__).resolve().parents[2] / "guests"
+
+_FLAGS: Final = (
+    "-std=gnu11 -O2 -g -m64 -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fcf-protection=none "
+    "-mno-red-zone -mgeneral-regs-only -fno-asynchronous-unwind-tables -fno-pic -no-pie -static -nostdlib "
+    "-Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096"
+).split()
+
+
+def cache_dir() -> Path:
+    """Where built images lie: $XDG_CACHE_HOME/twinwalk, by default ~/.cache/twinwalk."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "twinwalk"
+
+
+def build_l1(compiler: str | None = None) -> Path:
+    """The probe hypervisor's ELF file, built if there is none for these sources yet.
+
+    `compiler` is by default $CC, else gcc. Raises LaunchFailed if it is missing or fails.
+    """
+    command = compiler or os.environ.get("CC") or "gcc"
+    folder = SOURCES / "l1"
+    sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
+    script = folder / "l1.ld"
+    header = c_header()
+    digest = hashlib.sha256("\0".join([command, *_FLAGS, header]).encode())
+    for path in (*sources, script):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = cache_dir() / f"l1-{digest.hexdigest()[:20]}.elf"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            Path(scratch, "wire.h").write_text(header)
+            output = Path(scratch, "l1.elf")
+            argv = [command, *_FLAGS, "-I", scratch, f"-Wl,-T,{script}", *map(str, sources), "-o", str(output)]
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise LaunchFailed(f"the guest does not build: {' '.join(argv)}\n{done.stderr}")
+            output.replace(target)  # atomic: test workers may build at the same time
+    except FileNotFoundError:
+        raise LaunchFailed(f"no compiler {command!r}: run `./twinwalk setup`, or set CC") from None
+    except OSError as reason:
+        raise LaunchFailed(f"cannot build the guest in {target.parent}: {reason}; set XDG_CACHE_HOME") from None
+    return target
+
+
+@lru_cache(maxsize=4)
+def load_image(path: Path) -> Image:
+    """L1's memory map, from its symbols. Raises LaunchFailed for a file that is not L1."""
+    with path.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        symbols: Mapping[str, int] = {s.name: s["st_value"] for s in table.iter_symbols() if s.name}
+    try:
+        return Image.from_symbols(symbols)
+    except KeyError as name:
+        raise LaunchFailed(f"{path} is not the probe hypervisor: it has no symbol {name}") from None

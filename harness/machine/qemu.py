@@ -1,0 +1,173 @@
+"""A QEMU process: started, watched, and always ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from qemu.qmp import QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from harness.errors import LaunchFailed, MachineLost
+
+OLDEST: Final = (5, 2)
+"""The first QEMU whose SVM emulation is good enough to run our L1 and its L2."""
+
+_PR_SET_PDEATHSIG: Final = 1
+_LOG_TAIL: Final = 20
+_QMP_TIMEOUT: Final = 10.0
+_END_TIMEOUT: Final = 5.0
+
+
+def find(binary: str | None) -> str:
+    """The path of the QEMU to use. Raises LaunchFailed, saying what to do, if there is none."""
+    wanted = binary or "qemu-system-x86_64"
+    path = shutil.which(wanted)
+    if path is None:
+        hint = "give the path of an executable" if binary else "run `./twinwalk setup`, or give one with --qemu"
+        raise LaunchFailed(f"no QEMU at {wanted!r}: {hint}")
+    return str(Path(path).absolute())
+
+
+@lru_cache(maxsize=8)
+def version(binary: str) -> tuple[int, int, int]:
+    """Major, minor and micro version. Raises LaunchFailed for what is no QEMU, or one too old."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as reason:
+        raise LaunchFailed(f"{binary} does not run: {reason}") from None
+    match = re.search(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", done.stdout)
+    if not match:
+        raise LaunchFailed(f"{binary} is no QEMU: `{binary} --version` says {(done.stdout + done.stderr).strip()!r}")
+    found = (int(match[1]), int(match[2]), int(match[3]))
+    if found < OLDEST:
+        raise LaunchFailed(f"{binary} is QEMU {match[1]}.{match[2]}; twinwalk needs {OLDEST[0]}.{OLDEST[1]} or later")
+    return found
+
+
+class Qemu:
+    """QEMU as a context manager: started paused, ended with the block, and with this process at the
+    latest, however it ends. Guest memory and monitor need no files: they are passed as descriptors."""
+
+    def __init__(self, binary: str, args: list[str], memory_size: int) -> None:
+        self.binary = binary
+        self._args = args
+        self._size = memory_size
+        self.argv: list[str] = []
+        self.memory_fd = -1
+        self._log: IO[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._monitor: QEMUMonitorProtocol | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self.memory_fd = os.memfd_create("twinwalk-ram", os.MFD_CLOEXEC)
+        os.ftruncate(self.memory_fd, self._size)
+        self._log = tempfile.TemporaryFile(prefix="twinwalk-")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fds = (self.memory_fd, theirs.fileno())
+            self.argv = [
+                self.binary, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot", "-S",
+                "-m", f"{self._size >> 20}M",
+                "-object", f"memory-backend-file,id=ram,size={self._size},share=on,mem-path=/proc/self/fd/{fds[0]}",
+                "-chardev", f"socket,id=qmp,fd={fds[1]}", "-mon", "chardev=qmp,mode=control",
+                "-serial", "stdio",
+                *self._args,
+            ]
+            parent = os.getpid()
+            try:
+                self._process = subprocess.Popen(
+                    self.argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, pass_fds=fds,
+                    start_new_session=True, preexec_fn=lambda: _die_with(parent),
+                )
+            except OSError as reason:
+                ours.close()
+                raise LaunchFailed(f"cannot start {self.binary}: {reason}") from None
+        self._monitor = QEMUMonitorProtocol(ours)
+        self._monitor.settimeout(_QMP_TIMEOUT)
+        try:
+            self._monitor.connect()
+        except (QMPError, OSError, EOFError, TimeoutError) as reason:
+            self._reap(_END_TIMEOUT)
+            raise LaunchFailed(
+                f"QEMU did not start: {self.log_tail() or reason}\nit was started as: {' '.join(self.argv)}"
+            ) from None
+
+    def command(self, name: str, **arguments: object) -> Any:
+        """One QMP command; returns its answer. Raises MachineLost if QEMU does not answer."""
+        assert self._monitor is not None
+        try:
+            return self._monitor.cmd(name, **arguments)
+        except (QMPError, OSError, EOFError, TimeoutError) as reason:
+            raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
+
+    def exit_status(self) -> int | None:
+        """QEMU's exit status, or None while it runs."""
+        return self._process.poll() if self._process else 0
+
+    def log_tail(self) -> str:
+        """The last lines of QEMU's own output and of the guest's serial console."""
+        if self._log is None:
+            return ""
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 8192))
+        text = self._log.read().decode(errors="replace")
+        return "\n".join(text.splitlines()[-_LOG_TAIL:])
+
+    def lost(self, reason: str) -> MachineLost:
+        """The error that this machine was lost, with all there is to know."""
+        return MachineLost(reason, self.argv, self.log_tail())
+
+    def close(self) -> None:
+        """End QEMU. Safe to call twice."""
+        if self._monitor is not None:
+            monitor, self._monitor = self._monitor, None
+            try:
+                monitor.cmd("quit")
+                monitor.close()
+            except (QMPError, OSError, EOFError, TimeoutError):
+                pass  # it is gone already, or will be killed now
+        if self._process is not None:
+            self._reap(_END_TIMEOUT)
+            self._process = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self.memory_fd >= 0:
+            os.close(self.memory_fd)
+            self.memory_fd = -1
+
+    def _reap(self, timeout: float) -> None:
+        assert self._process is not None
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before exec: die when the parent does, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

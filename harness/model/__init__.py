@@ -1,0 +1,15 @@
+"""The reference model: AMD64 address translation under SVM nested paging, as the manual has it.
+
+Pure: no I/O, no clock, no logging, the standard library only. Sections cited are those of the
+AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
+
+    registers  control-register bits, and what a CPU can do
+    entries    page-table entries and the formats of the tables they stand in
+    access     what is asked of the MMU, and what may come of it
+    walk       the one- and the two-dimensional walk
+    dirty      writing accessed and dirty bits back
+    vmcb       the VMCB's fields
+    vmrun      VMRUN's checks, and the state after #VMEXIT
+    rules      every rule by its id, with the manual's section
+    memory     system-physical memory
+"""

@@ -1,0 +1,31 @@
+"""System-physical memory as the model sees it: quadwords, all zero at first, cheap where untouched."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Protocol
+
+
+class Words(Protocol):
+    """Memory by quadword index (sPA / 8). Reading beyond its end raises IndexError."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+class Memory:
+    """`size` bytes of sparse memory. `words` is the same memory by quadwords, `bytes` by bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._pages = mmap.mmap(-1, size)  # anonymous: the system gives a page at its first write
+        self.bytes = memoryview(self._pages)
+        self.words = self.bytes.cast("Q")
+
+    def write(self, address: int, value: int, width: int) -> None:
+        """Store the low `width` bytes of `value`, little-endian, at sPA `address`."""
+        self.bytes[address : address + width] = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+
+    def read(self, address: int, width: int) -> int:
+        """The `width` bytes at sPA `address` as a little-endian integer."""
+        return int.from_bytes(self.bytes[address : address + width], "little")

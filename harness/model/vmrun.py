@@ -1,0 +1,172 @@
+"""VMRUN and #VMEXIT: when VMRUN is refused, what L2 starts with, what is saved and restored.
+
+Sections 15.5.1 (VMRUN), 15.6 and 15.7.1 (#VMEXIT), 15.25.3 and 15.25.4 (nested paging).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from harness.model.entries import FRAME, long_mode
+from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
+from harness.model.vmcb import MISC2_VMRUN, NP_ENABLE, Vmcb
+from harness.model.walk import Paging
+
+_CR4_ALWAYS: Final = 0x7FF  # bits 10:0 are in every CPU with SVM
+_CR4_BY_FEATURE: Final = {
+    "umip": CR4.UMIP, "la57": CR4.LA57, "fsgsbase": CR4.FSGSBASE, "pcid": CR4.PCIDE, "xsave": CR4.OSXSAVE,
+    "smep": CR4.SMEP, "smap": CR4.SMAP, "pku": CR4.PKE, "cet": CR4.CET,
+}
+_EFER_NEVER: Final = ~0x3F_FFFF | 1 << 19 | 1 << 16 | 1 << 9
+_EVENT_VALID: Final = 1 << 31
+_EVENT_TYPES: Final = {0, 2, 3, 4}
+_PAT_TYPES: Final = {0, 1, 4, 5, 6, 7}
+
+
+@dataclass(slots=True)
+class Registers:
+    """L2's registers that VMRUN loads and #VMEXIT saves, and that L2 can change by itself. The names
+    are those of the VMCB's fields (section 15.5.1, appendix B)."""
+
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    efer: int
+    dr6: int
+    dr7: int
+    rflags: int
+    rip: int
+    rsp: int
+    rax: int
+    cpl: int
+    g_pat: int
+
+
+LOADED: Final = tuple(f.name for f in fields(Registers))
+
+
+@dataclass(slots=True)
+class Host:
+    """L1's registers as far as they matter to VMRUN and to the nested walk."""
+
+    cr0: int
+    cr4: int
+    efer: int
+    pat: int
+    dr7: int
+
+
+def refused(vmcb: Vmcb, host: Host, cpu: Cpu) -> str:
+    """The rule by which VMRUN with this VMCB ends in #VMEXIT(INVALID), or an empty string."""
+    cr0, cr3, cr4, efer = vmcb["cr0"], vmcb["cr3"], vmcb["cr4"], vmcb["efer"]
+    long = efer & EFER.LME and cr0 & CR0.PG
+    beyond = 1 << cpu.maxphyaddr
+    nested = vmcb["np_control"] & NP_ENABLE
+    if not efer & EFER.SVME:
+        return "vmrun.efer-svme"
+    if cr0 & CR0.NW and not cr0 & CR0.CD:
+        return "vmrun.cr0-nw"
+    if cr0 >> 32:
+        return "vmrun.cr0-high"
+    if long and cr3 >= beyond:
+        return "vmrun.cr3-mbz"
+    if cr4 & _cr4_mbz(cpu):
+        return "vmrun.cr4-mbz"
+    if vmcb["dr6"] >> 32:
+        return "vmrun.dr6-high"
+    if vmcb["dr7"] >> 32:
+        return "vmrun.dr7-high"
+    if efer & _EFER_NEVER:
+        return "vmrun.efer-mbz"
+    if long and not cr4 & CR4.PAE:
+        return "vmrun.long-pae"
+    if long and not cr0 & CR0.PE:
+        return "vmrun.long-pe"
+    if long and vmcb["cs.attrib"] & 0x600 == 0x600:
+        return "vmrun.cs-l-d"
+    if not vmcb["intercept_misc2"] & MISC2_VMRUN:
+        return "vmrun.intercept"
+    if (vmcb["msrpm_base"] & ~0xFFF) + 0x1FFF >= beyond or (vmcb["iopm_base"] & ~0xFFF) + 0x2000 >= beyond:
+        return "vmrun.permission-maps"
+    if _illegal_event(vmcb["eventinj"]):
+        return "vmrun.eventinj"
+    if not vmcb["asid"]:
+        return "vmrun.asid"
+    if nested and not host.cr0 & CR0.PG:
+        return "vmrun.host-paging"
+    if nested and vmcb["ncr3"] >= beyond:
+        return "vmrun.ncr3-mbz"
+    if nested and any(vmcb["g_pat"] >> 8 * n & 0xFF not in _PAT_TYPES for n in range(8)):
+        return "vmrun.g-pat"
+    return ""
+
+
+def _cr4_mbz(cpu: Cpu) -> int:
+    known = _CR4_ALWAYS
+    for feature, bit in _CR4_BY_FEATURE.items():
+        if feature in cpu.features:
+            known |= bit
+    return ~known
+
+
+def _illegal_event(event: int) -> bool:
+    """Section 15.20: a reserved type, or an exception whose vector is none."""
+    if not event & _EVENT_VALID:
+        return False
+    kind = event >> 8 & 7
+    return kind not in _EVENT_TYPES or (kind == 3 and (event & 0xFF == 2 or event & 0xFF > 31))
+
+
+def load(vmcb: Vmcb) -> Registers:
+    """What L2 starts with. EFER.LMA is not taken from the VMCB: it is LME and PG (section 15.5.1).
+    DR6, DR7 and RFLAGS come with their fixed bits as they always read (section 13.1.1)."""
+    regs = Registers(**{name: vmcb[name] for name in LOADED})
+    regs.efer &= ~EFER.LMA
+    if regs.efer & EFER.LME and regs.cr0 & CR0.PG:
+        regs.efer |= EFER.LMA
+    regs.cr0 |= CR0.ET
+    regs.dr6 |= 0xFFFF_0FF0
+    regs.dr7 |= 0x400
+    regs.rflags |= RFLAGS.ONE
+    return regs
+
+
+def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
+    """The translation in force for L2 with `regs`. Raises ValueError for a mode that is not modelled.
+
+    L1's EFER.NXE decides over NX in the nested dimension; its CR0.WP and CR4.SMAP have no part in it,
+    its CR4.SMEP only in whether a fetch is reported as one (sections 15.25.5 and 15.25.7).
+    """
+    if not regs.cr0 & CR0.PG or not regs.efer & EFER.LME or not regs.cr4 & CR4.PAE or regs.cr4 & CR4.LA57:
+        raise ValueError("only 4-level paging of L2 is modelled")
+    nested = None
+    if vmcb["np_control"] & NP_ENABLE:
+        nested = long_mode(cpu.maxphyaddr, bool(host.efer & EFER.NXE), cpu.page1g)
+    guest_nxe, smep = bool(regs.efer & EFER.NXE), bool(regs.cr4 & CR4.SMEP)
+    return Paging(
+        guest=long_mode(cpu.maxphyaddr, guest_nxe, cpu.page1g),
+        gcr3=regs.cr3 & FRAME,
+        wp=bool(regs.cr0 & CR0.WP),
+        smep=smep,
+        smap=bool(regs.cr4 & CR4.SMAP),
+        ac=bool(regs.rflags & RFLAGS.AC),
+        guest_id=guest_nxe or smep,
+        nested=nested,
+        ncr3=vmcb["ncr3"],
+        nested_id=bool(host.efer & EFER.NXE or host.cr4 & CR4.SMEP),
+    )
+
+
+def save(vmcb: Vmcb, regs: Registers) -> None:
+    """#VMEXIT: write L2's registers back. gPAT only with nested paging (section 15.25.4)."""
+    for name in LOADED:
+        if name != "g_pat" or vmcb["np_control"] & NP_ENABLE:
+            vmcb[name] = getattr(regs, name)
+
+
+def host_after_exit(before: dict[str, int], regs: Registers) -> dict[str, int]:
+    """L1's registers right behind VMRUN: as they were before it, but for what #VMEXIT forces (CR0.PE,
+    all breakpoints disabled) and what it does not restore (DR6) (section 15.6)."""
+    return before | {"cr0": before["cr0"] | CR0.PE, "dr7": before["dr7"] & ~0xFF, "dr6": regs.dr6}

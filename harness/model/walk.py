@@ -1,0 +1,215 @@
+"""The page-table walk: of one dimension, and of two (sections 5.3.3 and 15.25.5).
+
+`translate` returns a value and changes nothing: which accessed and dirty bits follow from a walk is
+part of that value, and `dirty.write_back` writes them. At first reading, read `walk_nested`, then
+`translate`; they are the same loop, once with every table reference translated by the other.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
+from harness.model.dirty import PAGE, TABLE, Update
+from harness.model.entries import FRAME, NX, RW, US, A, D, Format, P
+from harness.model.memory import Words
+
+GUEST: Final = "guest"
+NESTED: Final = "nested"
+FINAL: Final = "final"
+"""The purpose of a nested walk for the access itself; else it is the guest entry's level name."""
+
+_ALL_RIGHTS: Final = (1 << 64) - 1
+_TABLE_ACCESS: Final = Access(write=True, fetch=False, user=True)
+
+
+class Paging(NamedTuple):
+    """Everything but memory that decides a translation: taken from the VMCB and from L1 at VMRUN.
+
+    `guest` is None where L2 has paging off, `nested` where NP_ENABLE is 0. `guest_id` and
+    `nested_id` say whether a fetch is reported as one in the error code.
+    """
+
+    guest: Format | None
+    gcr3: int
+    wp: bool
+    smep: bool
+    smap: bool
+    ac: bool
+    guest_id: bool
+    nested: Format | None
+    ncr3: int
+    nested_id: bool
+
+
+class Step(NamedTuple):
+    """One entry read: `address` (sPA) and `entry` as read. `purpose` is what a nested walk is for."""
+
+    dimension: str
+    level: str
+    purpose: str
+    address: int
+    entry: int
+
+
+class Walk(NamedTuple):
+    """A whole walk: its outcome, the rule that decided it, the entries read, the bits that follow.
+
+    `trail` holds plain tuples in the order of `Step`: walks are many, and few are looked at.
+    """
+
+    outcome: Outcome
+    rule: str
+    trail: list[tuple[str, str, str, int, int]]
+    updates: list[Update]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [Step(*step) for step in self.trail]
+
+
+class _Fault(Exception):
+    """Ends a walk; never leaves this module."""
+
+    def __init__(self, rule: str, outcome: Outcome) -> None:
+        super().__init__(rule)
+        self.rule = rule
+        self.outcome = outcome
+
+
+def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
+    """Translate `gva` for `access` under `paging`, reading entries from `ram` by quadword index.
+
+    Raises IndexError if an entry lies outside of `ram`.
+    """
+    trail: list[tuple[str, str, str, int, int]] = []
+    updates: list[Update] = []
+    rule = "reached"
+    outcome: Outcome
+    try:
+        gpa = gva if paging.guest is None else _walk_guest(paging, paging.guest, ram, gva, access, trail, updates)
+        spa = gpa
+        if paging.nested is not None:
+            spa = walk_nested(paging, paging.nested, ram, gpa, access, FINAL, trail, updates)
+        outcome = Reached(spa, gpa)
+    except _Fault as fault:
+        rule, outcome = fault.rule, fault.outcome
+    return Walk(outcome, rule, trail, updates)
+
+
+def walk_nested(
+    paging: Paging,
+    fmt: Format,
+    ram: Words,
+    gpa: int,
+    access: Access,
+    purpose: str,
+    trail: list[tuple[str, str, str, int, int]],
+    updates: list[Update],
+) -> int:
+    """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
+    table = paging.ncr3 & FRAME
+    rights = _ALL_RIGHTS
+    write, fetch, _ = access
+    for name, shift, leaf, reserved_table, reserved_leaf in fmt.levels:
+        address = table + (gpa >> shift & 0x1FF) * 8
+        entry = ram[address >> 3]
+        trail.append((NESTED, name, purpose, address, entry))
+        if not entry & P:
+            raise _nested_fault("present", paging, gpa, access, purpose, 0)
+        rights &= entry ^ NX
+        if entry & leaf:
+            if entry & reserved_leaf:
+                raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
+            break
+        if entry & reserved_table:
+            raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
+        updates.append((address, A, TABLE))
+        table = entry & FRAME
+    # Every access is a user access in the nested dimension, whatever L2's CPL.
+    if not rights & US:
+        raise _nested_fault("user", paging, gpa, access, purpose, ErrorCode.P)
+    if write and not rights & RW:
+        raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)
+    if fetch and not rights & NX:
+        raise _nested_fault("execute", paging, gpa, access, purpose, ErrorCode.P)
+    updates.append((address, A | D if write else A, TABLE))
+    offset = (1 << shift) - 1
+    return entry & FRAME & ~offset | gpa & offset
+
+
+def _walk_guest(
+    paging: Paging,
+    fmt: Format,
+    ram: Words,
+    gva: int,
+    access: Access,
+    trail: list[tuple[str, str, str, int, int]],
+    updates: list[Update],
+) -> int:
+    """The guest dimension: from gVA to gPA through L2's table at gCR3; each entry's own address is
+    a gPA, and is translated by the nested dimension as a user write (section 15.25.5)."""
+    if fmt.address_bits < 64 and (gva >> fmt.address_bits - 1) not in (0, (1 << 65 - fmt.address_bits) - 1):
+        raise _Fault("canonical", GeneralProtection())
+    nested = paging.nested
+    table = paging.gcr3 & FRAME
+    rights = _ALL_RIGHTS
+    write, fetch, user = access
+    for name, shift, leaf, reserved_table, reserved_leaf in fmt.levels:
+        address = table + (gva >> shift & 0x1FF) * 8
+        if nested is not None:
+            address = walk_nested(paging, nested, ram, address, _TABLE_ACCESS, name, trail, updates)
+        entry = ram[address >> 3]
+        trail.append((GUEST, name, "", address, entry))
+        if not entry & P:
+            raise _guest_fault("present", paging, gva, access, 0)
+        rights &= entry ^ NX
+        if entry & leaf:
+            if entry & reserved_leaf:
+                raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
+            break
+        if entry & reserved_table:
+            raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
+        updates.append((address, A, TABLE))
+        table = entry & FRAME
+    if user:
+        if not rights & US:
+            raise _guest_fault("user", paging, gva, access, ErrorCode.P)
+        if write and not rights & RW:
+            raise _guest_fault("write", paging, gva, access, ErrorCode.P)
+    else:
+        if rights & US:
+            if fetch and paging.smep:
+                raise _guest_fault("smep", paging, gva, access, ErrorCode.P)
+            if paging.smap and not fetch and not paging.ac:
+                raise _guest_fault("smap", paging, gva, access, ErrorCode.P)
+        if write and paging.wp and not rights & RW:
+            raise _guest_fault("write", paging, gva, access, ErrorCode.P)
+    if fetch and not rights & NX:
+        raise _guest_fault("execute", paging, gva, access, ErrorCode.P)
+    updates.append((address, A | D if write else A, PAGE))
+    offset = (1 << shift) - 1
+    return entry & FRAME & ~offset | gva & offset
+
+
+def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> _Fault:
+    """#PF (section 8.4.2): code bits that say what was tried, beside those that say what failed."""
+    write, fetch, user = access
+    if write:
+        code |= ErrorCode.W
+    if user:
+        code |= ErrorCode.U
+    if fetch and paging.guest_id:
+        code |= ErrorCode.ID
+    return _Fault(f"guest.{rule}", PageFault(code, gva))
+
+
+def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> _Fault:
+    """#NPF (section 15.25.6): the guest's table accesses report W and U, as the user writes they are."""
+    write, fetch, _ = access
+    code |= ErrorCode.U | (ErrorCode.FINAL if purpose == FINAL else ErrorCode.GUEST_TABLE)
+    if write:
+        code |= ErrorCode.W
+    if fetch and paging.nested_id:
+        code |= ErrorCode.ID
+    return _Fault(f"nested.{rule}", NestedPageFault(code, gpa))

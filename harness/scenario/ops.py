@@ -1,0 +1,150 @@
+"""The op vocabulary: what a scenario can say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from harness.wire.layout import PROBES
+
+DEFAULT_PAGE_SIZE: Final = "4K"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a register or an entry is changed: a new value, or bits set and cleared by name."""
+
+    value: int | None = None
+    set: tuple[str, ...] = ()
+    clear: tuple[str, ...] = ()
+
+    def apply(self, old: int, bits: dict[str, int]) -> int:
+        """The new value. Raises KeyError, naming the bit, for one that `bits` does not know."""
+        new = old if self.value is None else self.value
+        for name in self.set:
+            new |= bits[name]
+        for name in self.clear:
+            new &= ~bits[name]
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class EntryOp:
+    """L1 writes a table entry, by its name in the world (`nested.a.pte`); `frame` names a page whose
+    address goes into bits 51:12."""
+
+    entry: str
+    change: Change
+    frame: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VmcbOp:
+    """L1 writes a VMCB field."""
+
+    field: str
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class HostOp:
+    """L1 changes a register of its own."""
+
+    register: str
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One action of L2. `target` is a page of the world, a gVA, or an MSR number; `offset` in bytes."""
+
+    kind: str
+    target: str = ""
+    offset: int = 0
+    size: int = 8
+    value: int | None = None
+
+    def __str__(self) -> str:
+        size = str(self.size) if self.kind in SIZED and self.size != 8 else ""
+        offset = f"+{self.offset:#x}" if self.offset else ""
+        target = f" {self.target}{offset}" if self.target else ""
+        value = f" = {self.value:#x}" if self.value is not None else ""
+        return f"{self.kind}{size}{target}{value}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOp:
+    """VMRUN, as often as it takes for L2 to do all `probes` at `cpl`. `expect` is for the reader: an
+    outcome for each probe, held against the model, never against the machine."""
+
+    probes: tuple[Probe, ...]
+    cpl: int = 0
+    expect: tuple[str, ...] = ()
+
+
+Op = EntryOp | VmcbOp | HostOp | RunOp
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A program, and what it is for. `source` and `lines` (one for each op) say where it was read."""
+
+    name: str
+    title: str
+    manual: str
+    shows: str
+    ops: tuple[Op, ...]
+    guest_page: str = DEFAULT_PAGE_SIZE
+    nested_page: str = DEFAULT_PAGE_SIZE
+    source: str = ""
+    lines: tuple[int, ...] = ()
+
+
+SIZED: Final = frozenset({"read", "write", "rmw"})
+MEMORY: Final = SIZED | {"fetch", "invlpg"}
+_WRITES: Final = frozenset({"write", "rmw", "wrmsr", "wrflags", "wrrsp"})
+_PROBE: Final = re.compile(
+    r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
+    r"(?:\s+(?P<target>[a-z]\w*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
+    r"(?:\s*=\s*(?P<value>\w+))?"
+)
+
+
+def parse_probe(text: str) -> Probe:
+    """Read `kind[size] [target[+offset]] [= value]`, e.g. `write4 a+0x10 = 0x1234`.
+
+    Raises ValueError, saying what is wrong with it.
+    """
+    match = _PROBE.fullmatch(text.strip())
+    kind = match["kind"] if match else ""
+    if not match or kind not in PROBES or kind == "end":
+        known = ", ".join(k for k in PROBES if k != "end")
+        raise ValueError(f"{text!r} is not a probe; it is KIND[SIZE] [TARGET[+OFFSET]] [= VALUE], KIND one of {known}")
+    if match["size"] and kind not in SIZED:
+        raise ValueError(f"{text!r}: {kind} takes no size")
+    needs_target = kind in MEMORY or kind.endswith("msr")
+    if needs_target != bool(match["target"]):
+        raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
+    takes_value = kind in _WRITES or kind.startswith("wr")
+    if match["value"] and not takes_value:
+        raise ValueError(f"{text!r}: {kind} takes no value")
+    if takes_value and not match["value"] and kind not in ("write", "rmw"):
+        raise ValueError(f"{text!r}: {kind} needs a value, as in `{kind} = 0x1`")
+    return Probe(
+        kind,
+        match["target"] or "",
+        _number(text, match["offset"] or "0"),
+        int(match["size"] or 8),
+        _number(text, match["value"]) if match["value"] else None,
+    )
+
+
+def _number(where: str, text: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        raise ValueError(f"{where!r}: {text!r} is not a number") from None
+    if number >= 1 << 64:
+        raise ValueError(f"{where!r}: {text} does not fit in 64 bits")
+    return number

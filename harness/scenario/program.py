@@ -1,0 +1,189 @@
+"""A scenario turned into the ops that L1 interprets and the model follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, TypeVar
+
+from harness.errors import UsageError
+from harness.model.entries import BITS, FRAME
+from harness.model.registers import REGISTER_BITS, Cpu
+from harness.model.vmcb import FIELDS
+from harness.scenario import ops
+from harness.scenario.world import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT, World, build
+from harness.wire.channel import MAX_CHUNK
+from harness.wire.image import PAGE, Image
+from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
+from harness.wire.program import Step, WireProbe, encode
+
+T = TypeVar("T")
+
+_HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7}
+_USER_ATTRIB: Final = 0x60
+"""DPL 3 in the attributes of a segment."""
+
+VMCB_BITS: Final = {name: REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")}
+
+
+@dataclass(frozen=True)
+class Program:
+    """`steps` follow on the reset to `world`; `prologue` is that reset as L1 does it, encoded."""
+
+    scenario: ops.Scenario
+    world: World
+    prologue: bytes
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The whole program for the op ring."""
+        return self.prologue + encode(self.steps)
+
+
+@dataclass
+class Compiler:
+    """Turns scenarios into programs for one image and one CPU; worlds are made once each."""
+
+    image: Image
+    cpu: Cpu
+    _worlds: dict[tuple[str, str], tuple[World, bytes]] = field(default_factory=dict)
+
+    def compile(self, scenario: ops.Scenario) -> Program:
+        """Raises UsageError, with file and line, for what makes no sense on this CPU or image."""
+        world, prologue = self._world(scenario.guest_page, scenario.nested_page)
+        body = _Body(self.image, world)
+        for index, op in enumerate(scenario.ops):
+            try:
+                body.add(index, op)
+            except ValueError as reason:
+                raise UsageError(f"{where(scenario, index)}: {reason}") from None
+        program = Program(scenario, world, prologue, (*body.steps, Step("SYNC")))
+        if len(program.encoded) // 32 > MAX_CHUNK:
+            raise UsageError(f"{scenario.source}: the program is too long: over {MAX_CHUNK} slots")
+        return program
+
+    def _world(self, guest_page: str, nested_page: str) -> tuple[World, bytes]:
+        key = (guest_page, nested_page)
+        if key not in self._worlds:
+            world = build(self.image, self.cpu, *key)
+            self._worlds[key] = world, encode(_prologue(world))
+        return self._worlds[key]
+
+
+def where(scenario: ops.Scenario, index: int) -> str:
+    """File and line of an op, for messages."""
+    line = f":{scenario.lines[index]}" if index < len(scenario.lines) else ""
+    return f"{scenario.source or scenario.name}{line}"
+
+
+def _prologue(world: World) -> list[Step]:
+    steps = [Step("RESET", a=world.vmcb_address, b=PAGE)]
+    steps += [Step("HOST", HOST_REGISTERS[name], b=value) for name, value in _HOST.items()]
+    steps += [Step("WATCH", a=page) for page in world.watch]
+    steps += [Step("WRITE", 8, address, value) for address, value in world.words.items()]
+    for name, value in world.vmcb.items():
+        steps.append(_vmcb_write(world, name, value, -1))
+    return steps
+
+
+def _vmcb_write(world: World, name: str, value: int, origin: int) -> Step:
+    offset, width = FIELDS[name]
+    if value >> 8 * width:
+        raise ValueError(f"{value:#x} does not fit in {name}, which has {8 * width} bits")
+    return Step("WRITE", width, world.vmcb_address + offset, value, origin=origin)
+
+
+class _Body:
+    """The steps of one scenario, and what its ops have written so far."""
+
+    def __init__(self, image: Image, world: World) -> None:
+        self.image = image
+        self.world = world
+        self.words = dict(world.words)
+        self.vmcb = dict(world.vmcb)
+        self.host = dict(_HOST)
+        self.steps: list[Step] = []
+        self.cpl = 0
+
+    def add(self, index: int, op: ops.Op) -> None:
+        match op:
+            case ops.EntryOp():
+                self._entry(index, op)
+            case ops.VmcbOp():
+                self._vmcb(index, op)
+            case ops.HostOp():
+                self._host(index, op)
+            case ops.RunOp():
+                self._run(index, op)
+
+    def _entry(self, index: int, op: ops.EntryOp) -> None:
+        address = _lookup(self.world.entries, op.entry, "entry")
+        new = _change(op.change, self.words.get(address, 0), BITS)
+        if op.frame is not None:
+            frames = self.world.gpa if op.entry.startswith("guest") else self.world.spa
+            new = new & ~FRAME | _lookup(frames, op.frame, "page") & FRAME
+        self.words[address] = new
+        self.steps.append(Step("WRITE", 8, address, new, origin=index))
+
+    def _vmcb(self, index: int, op: ops.VmcbOp) -> None:
+        _lookup(FIELDS, op.field, "VMCB field")
+        new = _change(op.change, self.vmcb.get(op.field, 0), VMCB_BITS.get(op.field, BITS))
+        self.vmcb[op.field] = new
+        self.steps.append(_vmcb_write(self.world, op.field, new, index))
+
+    def _host(self, index: int, op: ops.HostOp) -> None:
+        number = _lookup(HOST_REGISTERS, op.register, "register of L1")
+        new = _change(op.change, self.host[op.register], REGISTER_BITS.get(op.register, BITS))
+        self.host[op.register] = new
+        self.steps.append(Step("HOST", number, b=new, origin=index))
+
+    def _run(self, index: int, op: ops.RunOp) -> None:
+        if len(op.probes) > MAX_PROBES:
+            raise ValueError(f"a run may have {MAX_PROBES} probes, this has {len(op.probes)}")
+        user = op.cpl == 3
+        if op.cpl != self.cpl:
+            self.cpl = op.cpl
+            self._write(index, "cpl", op.cpl)
+            for segment in ("cs", "ss", "ds", "es"):
+                attrib = self.vmcb[f"{segment}.attrib"] & ~_USER_ATTRIB
+                self._write(index, f"{segment}.attrib", attrib | (_USER_ATTRIB if user else 0))
+                self._write(index, f"{segment}.selector", self.vmcb[f"{segment}.selector"] & ~3 | op.cpl)
+        entry = self.world.code[user] + self.image.l2_labels["entry"]
+        self._write(index, "rip", entry)
+        probes = tuple(self._probe(index, n, probe) for n, probe in enumerate(op.probes))
+        self.steps.append(
+            Step("RUN", len(probes), self.world.vmcb_address, entry, self.world.mailbox[user], probes, index)
+        )
+
+    def _write(self, index: int, name: str, value: int) -> None:
+        self.vmcb[name] = value
+        self.steps.append(_vmcb_write(self.world, name, value, index))
+
+    def _probe(self, index: int, number: int, probe: ops.Probe) -> WireProbe:
+        address = 0
+        if probe.target:
+            address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
+        value = probe.value
+        if value is None:
+            # unlike any tag, and unlike what any other probe of the scenario writes
+            value = 0x7700_0000_0000_0000 | index << 16 | number << 8 | 0x5A if probe.kind in ("write", "rmw") else 0
+        return WireProbe(probe.kind, probe.size, address + probe.offset & (1 << 64) - 1, value)
+
+    def _target(self, probe: ops.Probe) -> int:
+        return _lookup(self.world.gva, probe.target, "page")
+
+
+def _change(change: ops.Change, old: int, bits: dict[str, int]) -> int:
+    try:
+        return change.apply(old, bits)
+    except KeyError as name:
+        raise ValueError(f"no bit is called {name}; there are {', '.join(bits)}") from None
+
+
+def _lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    try:
+        return table[name]
+    except KeyError:
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}") from None

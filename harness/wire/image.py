@@ -1,0 +1,73 @@
+"""What the checker must know of the guest image: every address comes from its ELF symbols."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+PAGE: Final = 4096
+
+DATA_PAGES_TAG: Final = 0x90E3_FF00_0000_00B8
+"""`mov $imm32, %eax; jmp *%rbx; nop`: see `tag`."""
+
+
+class Region(NamedTuple):
+    """System-physical addresses from `start` up to, not including, `end`."""
+
+    start: int
+    end: int
+
+    def __contains__(self, address: object) -> bool:
+        return isinstance(address, int) and self.start <= address < self.end
+
+
+class Image(NamedTuple):
+    """L1's memory map, in sPAs, and the symbols of its L2."""
+
+    ram_end: int
+    shared: int
+    op_ring: int
+    record_ring: int
+    mailbox: int
+    msrpm: int
+    iopm: int
+    vmcbs: Region
+    arena: Region
+    data: Region
+    mirror_offset: int
+    l2_page: int
+    l2_labels: Mapping[str, int]
+
+    @classmethod
+    def from_symbols(cls, symbols: Mapping[str, int]) -> Image:
+        """Raises KeyError, naming the symbol, for an image that is not L1's."""
+        page = symbols["l2_long_page"]
+        prefix = "l2_long_"
+        return cls(
+            ram_end=symbols["tw_ram_end"],
+            shared=symbols["tw_shared_page"],
+            op_ring=symbols["tw_op_ring"],
+            record_ring=symbols["tw_record_ring"],
+            mailbox=symbols["tw_mailbox"],
+            msrpm=symbols["tw_msr_permission_map"],
+            iopm=symbols["tw_io_permission_map"],
+            vmcbs=Region(symbols["tw_vmcb"], symbols["tw_vmcb_end"]),
+            arena=Region(symbols["tw_arena"], symbols["tw_arena_end"]),
+            data=Region(symbols["tw_data"], symbols["tw_data_end"]),
+            mirror_offset=symbols["tw_mirror_offset"],
+            l2_page=page,
+            l2_labels={n.removeprefix(prefix): a - page for n, a in symbols.items() if n.startswith(prefix)},
+        )
+
+
+def tag(spa: int) -> int:
+    """What the quadword at `spa` of the data pages holds at first: its own name, as a value that a
+    read returns, and as code that a fetch lands on and that returns spa / 8 to L2's stub."""
+    return DATA_PAGES_TAG | (spa >> 3) << 8
+
+
+def tags(region: Region) -> bytes:
+    """The initial content of a whole region of data pages."""
+    first, last = tag(region.start), tag(region.end)
+    return array("Q", range(first, last, 0x100)).tobytes()

@@ -1,0 +1,226 @@
+"""The records that Python and the guests share: one table, from which both sides are made.
+
+Every structure is little-endian and naturally aligned, so that the C compiler adds no padding of
+its own (a test holds this against the guest's debug information). `header.py` prints the C header.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+PROTOCOL = 1
+"""Bumped with every change of layout or meaning; L1 states the version it was built with."""
+
+MAGIC = 0x6B6C_6177_6E69_7774
+"""'twinwalk' in memory order: L1 writes it last, when the shared page is complete."""
+
+OP_SLOTS = 1 << 15
+"""Slots of the op ring (L1 reads); a power of two."""
+
+RECORD_SLOTS = 256
+"""Slots of the record ring (L1 writes); a power of two."""
+
+MAX_PROBES = 32
+"""Probes that one RUN op may carry: as many results as a record holds."""
+
+_CTYPES = {"u8": ("B", 1), "u16": ("H", 2), "u32": ("I", 4), "u64": ("Q", 8)}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member: its name, its type (u8..u64, or the name of another structure) and its count."""
+
+    name: str
+    type: str = "u64"
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A structure shared with the guests. Offsets and sizes are in bytes."""
+
+    name: str
+    comment: str
+    fields: tuple[Field, ...]
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of each member; raises ValueError where C would have to pad."""
+        table, at = {}, 0
+        for field in self.fields:
+            size, align = _size_align(field.type)
+            if at % align:
+                raise ValueError(f"{self.name}.{field.name} at {at} would be padded by C")
+            table[field.name] = at
+            at += size * field.count
+        return table
+
+    @cached_property
+    def size(self) -> int:
+        return sum(_size_align(f.type)[0] * f.count for f in self.fields)
+
+    @cached_property
+    def packer(self) -> struct.Struct:
+        """The flat `struct.Struct` of all members, nested structures included."""
+        return struct.Struct("<" + self._format())
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Member names in order, as `packer` unpacks them (arrays of integers repeat the name)."""
+        out: list[str] = []
+        for field in self.fields:
+            if field.type in _CTYPES:
+                out += [field.name] * field.count
+            else:
+                out += [f"{field.name}.{n}" for n in STRUCTS[field.type].names] * field.count
+        return tuple(out)
+
+    def _format(self) -> str:
+        parts = []
+        for field in self.fields:
+            one = _CTYPES[field.type][0] if field.type in _CTYPES else STRUCTS[field.type]._format()
+            parts.append(one * field.count)
+        return "".join(parts)
+
+
+def _size_align(type_name: str) -> tuple[int, int]:
+    if type_name in _CTYPES:
+        return (_CTYPES[type_name][1],) * 2
+    return STRUCTS[type_name].size, 8
+
+
+STRUCTS: dict[str, Struct] = {}
+
+
+def _declare(name: str, comment: str, *fields: Field) -> Struct:
+    STRUCTS[name] = Struct(name, comment, fields)
+    return STRUCTS[name]
+
+
+OP = _declare(
+    "tw_op",
+    "One step of the program that L1 interprets.",
+    Field("code", "u32"),
+    Field("arg", "u32"),
+    Field("a"),
+    Field("b"),
+    Field("c"),
+)
+
+PROBE = _declare(
+    "tw_probe",
+    "One action of L2; follows its RUN op in the op ring, a slot each.",
+    Field("kind", "u32"),
+    Field("size", "u32"),
+    Field("address"),
+    Field("value"),
+    Field("result"),
+)
+
+HOST = _declare(
+    "tw_host",
+    "L1's own state around a VMRUN, read by L1 itself.",
+    *(Field(n) for n in (
+        "rax", "rsp", "rflags", "cr0", "cr3", "cr4", "cr8", "efer", "dr6", "dr7", "pat",
+    )),
+    *(Field(n, "u16") for n in ("es", "cs", "ss", "ds", "gdt_limit", "idt_limit")),
+    Field("pad", "u32"),
+    Field("gdt_base"),
+    Field("idt_base"),
+)
+
+REGS = _declare(
+    "tw_regs",
+    "L2's registers that are not in the VMCB.",
+    *(Field(n) for n in (
+        "rbx", "rcx", "rdx", "rsi", "rdi", "rbp",
+        "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    )),
+)
+
+DIFF = _declare(
+    "tw_diff",
+    "A watched quadword that changed since L1 last looked.",
+    Field("address"),
+    Field("value"),
+)
+
+CONTROL_BYTES = 0x100
+"""Of the VMCB's control area, from its start: all fields to the decode assists' end."""
+
+SAVE_BYTES = 0x2A0
+"""Of the VMCB's state-save area, from 400h: all fields to the last LBR MSR, 698h."""
+
+RECORD_SIZE = 4096
+_HEAD = 40 + 2 * HOST.size + REGS.size + CONTROL_BYTES + SAVE_BYTES + 8 * MAX_PROBES
+MAX_DIFFS = (RECORD_SIZE - _HEAD) // DIFF.size
+
+RECORD = _declare(
+    "tw_record",
+    "What L1 posts right before each VMRUN and right after each #VMEXIT.",
+    Field("kind", "u32"),
+    Field("diffs_found", "u32"),
+    Field("sequence"),
+    Field("first_probe", "u32"),
+    Field("next_probe", "u32"),
+    Field("vmcb"),
+    Field("op"),
+    Field("before", "tw_host"),
+    Field("after", "tw_host"),
+    Field("regs", "tw_regs"),
+    Field("control", "u8", CONTROL_BYTES),
+    Field("save", "u8", SAVE_BYTES),
+    Field("results", "u64", MAX_PROBES),
+    Field("diffs", "tw_diff", MAX_DIFFS),
+)
+
+SHARED = _declare(
+    "tw_shared",
+    "The first page that both sides look at. Each counter has one writer.",
+    Field("magic"),
+    Field("protocol", "u32"),
+    Field("maxphyaddr", "u32"),
+    Field("svm_revision", "u32"),
+    Field("asids", "u32"),
+    Field("svm_features", "u32"),
+    Field("panic_vector", "u32"),
+    Field("panic_error"),
+    Field("panic_rip"),
+    Field("panic_address"),
+    Field("features"),
+    # written by L1
+    Field("op_done"),
+    Field("record_posted"),
+    Field("spare", "u64", 6),
+    # written by the checker
+    Field("op_posted"),
+    Field("record_checked"),
+    Field("lag"),
+)
+
+OPS = {
+    "RESET": 1,   # every page that was touched gets its first content, none is watched; a: VMCBs, b: bytes to zero there
+    "WATCH": 2,   # a: page to look through after each #VMEXIT
+    "WRITE": 3,   # a: sPA, b: value, arg: width in bytes
+    "HOST": 4,    # arg: register (HOST_REGISTERS), b: value
+    "RUN": 5,     # a: VMCB, b: RIP to resume at after a fault, c: L2's mailbox (gVA); arg probes follow
+    "SYNC": 6,    # wait until every record was checked
+    "SPIN": 7,    # a: VMCB, b: count: that many VMRUNs with no record (for the benchmark)
+}
+
+HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4}
+
+RECORDS = {"ENTER": 1, "EXIT": 2, "SYNC": 3}
+
+PROBES = {
+    "end": 0, "read": 1, "write": 2, "rmw": 3, "fetch": 4, "invlpg": 5,
+    "rdcr0": 8, "rdcr2": 9, "rdcr3": 10, "rdcr4": 11, "rdcr8": 12, "rddr6": 13, "rddr7": 14,
+    "wrcr0": 16, "wrcr2": 17, "wrcr3": 18, "wrcr4": 19, "wrcr8": 20, "wrdr6": 21, "wrdr7": 22,
+    "rdmsr": 24, "wrmsr": 25, "rdflags": 26, "wrflags": 27, "rdseg": 28, "rdrsp": 29, "wrrsp": 30,
+}
+
+FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
+            "fsgsbase", "xsave", "cet")
+"""CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""
