@@ -1,0 +1,153 @@
+"""Errata: divergences that are known, of a named machine and version range, with a reference.
+
+An erratum never changes what is compared: it names what was found. Its predicate is over the
+divergence, narrow enough that another bug in the same place is still new.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from harness.errors import UsageError
+from harness.lockstep.compare import Divergence
+from harness.model.entries import A, D
+
+Version = tuple[int, ...]
+
+_KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": str, "checks": list, "fields": list,
+                "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
+                "reference": str, "consequences": bool}
+_REQUIRED: Final = ("id", "title", "machine", "checks", "fields", "rules", "explanation", "reference")
+
+
+@dataclass(frozen=True)
+class Erratum:
+    """A known divergence.
+
+    `fields` and `rules` are patterns (`*` is any text). `differs` lists what expected XOR observed may
+    be; `expected` and `observed` are regular expressions over the two as text (integers in hex).
+    `since` and `until` are versions, both included; None is no bound. With `consequences`, accessed
+    and dirty bits of the same probe's walk that follow from the erratum belong to it.
+    """
+
+    id: str
+    title: str
+    machine: str
+    checks: tuple[str, ...]
+    fields: tuple[str, ...]
+    rules: tuple[str, ...]
+    explanation: str
+    reference: str
+    since: Version | None = None
+    until: Version | None = None
+    differs: tuple[int, ...] = ()
+    expected: str = ""
+    observed: str = ""
+    consequences: bool = False
+
+    def holds_for(self, machine: str, version: Version) -> bool:
+        """Whether this erratum is of `machine` in `version`; a bound of two numbers covers all of its
+        third ones."""
+        if machine != self.machine:
+            return False
+        if self.since is not None and version[: len(self.since)] < self.since:
+            return False
+        return self.until is None or version[: len(self.until)] <= self.until
+
+    def matches(self, divergence: Divergence) -> bool:
+        """Whether the predicate holds for `divergence`."""
+        if divergence.check not in self.checks:
+            return False
+        if not any(fnmatchcase(divergence.field, pattern) for pattern in self.fields):
+            return False
+        if not any(fnmatchcase(divergence.rule, pattern) for pattern in self.rules):
+            return False
+        expected, observed = divergence.expected, divergence.observed
+        if self.differs:
+            if isinstance(expected, str) or isinstance(observed, str) or expected ^ observed not in self.differs:
+                return False
+        return bool(re.search(self.expected, _text(expected)) and re.search(self.observed, _text(observed)))
+
+
+def _text(value: int | str) -> str:
+    return value if isinstance(value, str) else f"{value:#x}"
+
+
+def explain(found: Sequence[Divergence], errata: Iterable[Erratum]) -> list[Divergence]:
+    """`found`, of one scenario, each with the id of the erratum that explains it, if one does."""
+    errata = list(errata)
+    out = []
+    causes: list[tuple[Divergence, Erratum]] = []
+    for divergence in found:
+        for erratum in errata:
+            if erratum.matches(divergence):
+                causes.append((divergence, erratum))
+                divergence = divergence.explained_by(erratum.id)
+                break
+        out.append(divergence)
+    for index, divergence in enumerate(out):
+        if divergence.erratum is None:
+            for cause, erratum in causes:
+                if erratum.consequences and _follows(divergence, cause):
+                    out[index] = divergence.explained_by(erratum.id)
+                    break
+    return out
+
+
+def _follows(divergence: Divergence, cause: Divergence) -> bool:
+    """Whether `divergence` is no more than accessed and dirty bits of the walk of `cause`."""
+    if (divergence.op, divergence.probe, divergence.check) != (cause.op, cause.probe, "C2"):
+        return False
+    before, after = divergence.expected, divergence.observed
+    if cause.walk is None or not divergence.field.startswith("entry at sPA "):
+        return False
+    address = int(divergence.field.split()[3], 16)
+    read = [entry for _, _, _, at, entry in cause.walk.trail if at == address]
+    if not read:
+        return False
+    values = [read[0] if isinstance(v, str) else v for v in (before, after)]
+    return not (values[0] ^ values[1]) & ~(A | D)
+
+
+def load(folder: Path) -> list[Erratum]:
+    """All errata of a folder. Raises UsageError, with the file, for one that is not well-formed."""
+    errata: dict[str, Erratum] = {}
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as reason:
+            raise UsageError(f"{path}: {reason}") from None
+        for entry in table.get("erratum", []):
+            erratum = _erratum(path, entry)
+            if erratum.id in errata:
+                raise UsageError(f"{path}: there are two errata {erratum.id!r}")
+            errata[erratum.id] = erratum
+    return list(errata.values())
+
+
+def _erratum(path: Path, table: Mapping[str, Any]) -> Erratum:
+    name = table.get("id", "an erratum without id")
+    for key, value in table.items():
+        if key not in _KEYS or not isinstance(value, _KEYS[key]):
+            raise UsageError(f"{path}: {name}: {key!r} is unknown, or not a {_KEYS.get(key, str).__name__}")
+    for key in _REQUIRED:
+        if key not in table:
+            raise UsageError(f"{path}: {name}: {key!r} is missing")
+    for key in ("expected", "observed"):
+        try:
+            re.compile(table.get(key, ""))
+        except re.error as reason:
+            raise UsageError(f"{path}: {name}: {key!r} is no regular expression: {reason}") from None
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    for key in ("since", "until"):
+        if key in values:
+            if not re.fullmatch(r"\d+(\.\d+)*", values[key]):
+                raise UsageError(f"{path}: {name}: {key!r} must be a version such as 7.2, not {values[key]!r}")
+            values[key] = tuple(map(int, values[key].split(".")))
+    return Erratum(**values)

@@ -1,0 +1,198 @@
+"""Scenario files: TOML in, scenarios out, with file and line for every mistake.
+
+    title = "A write through a read-only nested {level} faults"
+    manual = "15.25.5"
+    shows = "what to learn from it"
+    each = { level = ["pde", "pte"] }      # one scenario for each combination; {level} stands for it
+
+    [[op]]
+    entry = "nested.a.{level}"
+    clear = ["rw"]
+
+    [[op]]
+    run = ["read a", "write a+8"]
+    expect = ["ok", "#NPF 0x100000007"]
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+from harness.errors import UsageError
+from harness.model.entries import PAGE_SHIFTS
+from harness.scenario.ops import Change, EntryOp, HostOp, Op, RunOp, Scenario, VmcbOp, parse_probe
+
+ERRATA_FOLDER: Final = "errata"
+"""Files in folders of this name are not scenarios."""
+
+_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest_page": str, "nested_page": str,
+               "op": list}
+_REQUIRED: Final = ("title", "manual", "shows", "op")
+_CHANGE: Final = {"value": int, "set": list, "clear": list}
+_KINDS: Final[dict[str, dict[str, type]]] = {
+    "entry": {"entry": str, "frame": str} | _CHANGE,
+    "vmcb": {"vmcb": str} | _CHANGE,
+    "host": {"host": str} | _CHANGE,
+    "run": {"run": list, "cpl": int, "expect": list},
+}
+_OP_HEADER: Final = re.compile(r"^\s*\[\[\s*op\s*\]\]")
+_WORDS: Final = {str: "a string", int: "a whole number", list: "a list", dict: "a table"}
+
+
+def find(paths: Sequence[Path]) -> list[Path]:
+    """The scenario files among `paths`, folders searched. Raises UsageError for what is not there."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*.toml") if ERRATA_FOLDER not in p.relative_to(path).parts)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UsageError(f"{path}: no such file or folder")
+    if not found:
+        raise UsageError(f"no scenario files (*.toml) in {', '.join(map(str, paths))}")
+    return found
+
+
+def read(path: Path) -> list[Scenario]:
+    """The scenarios of one file. Raises UsageError with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise UsageError(f"{path}: cannot be read: {reason}") from None
+    return parse(text, str(path), path.stem)
+
+
+def parse(text: str, source: str, stem: str) -> list[Scenario]:
+    """As `read`, from text; `source` is named in messages, `stem` in the scenarios' names."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as reason:
+        at = re.search(r"at line (\d+)", str(reason))
+        raise UsageError(f"{source}:{at[1] if at else 1}: not TOML: {reason}") from None
+    file = _File(source, stem, text.splitlines())
+    file.check(data, _TOP, None)
+    for key in _REQUIRED:
+        if key not in data:
+            raise file.error(None, "", f"{key!r} is missing")
+    return [file.scenario(_substitute(data, choice), choice) for choice in file.choices(data.get("each", {}))]
+
+
+@dataclass(frozen=True)
+class _File:
+    source: str
+    stem: str
+    lines: list[str]
+
+    def line(self, op: int | None, key: str) -> int:
+        """The line of `key` in the op of that index, or of the op, or of the top-level key."""
+        headers = [n for n, line in enumerate(self.lines) if _OP_HEADER.match(line)]
+        if op is None:
+            start, end = 0, headers[0] if headers else len(self.lines)
+        elif op < len(headers):
+            start, end = headers[op], (headers + [len(self.lines)])[op + 1]
+        else:
+            start, end = 0, len(self.lines)
+        wanted = re.compile(rf"^\s*{re.escape(key)}\s*=")
+        for number in range(start, end):
+            if key and wanted.match(self.lines[number]):
+                return number + 1
+        return start + 1
+
+    def error(self, op: int | None, key: str, reason: str) -> UsageError:
+        return UsageError(f"{self.source}:{self.line(op, key)}: {reason}")
+
+    def check(self, table: Mapping[str, Any], known: Mapping[str, type], op: int | None) -> None:
+        """Every key is known and has a value of its type."""
+        for key, value in table.items():
+            if key not in known:
+                raise self.error(op, key, f"unknown key {key!r}; there are {', '.join(known)}")
+            if not isinstance(value, known[key]) or isinstance(value, bool):
+                raise self.error(op, key, f"{key!r} must be {_WORDS[known[key]]}, not {value!r}")
+
+    def choices(self, each: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+        """All combinations of what `each` lists; one empty one without it."""
+        for name, values in each.items():
+            if not isinstance(values, list) or not values or not all(isinstance(v, str | int) for v in values):
+                raise self.error(None, "each", f"'each.{name}' must be a list of strings or numbers")
+        for combination in product(*each.values()):
+            yield dict(zip(each, map(str, combination), strict=True))
+
+    def scenario(self, data: Mapping[str, Any], choice: Mapping[str, str]) -> Scenario:
+        for key in ("guest_page", "nested_page"):
+            if data.get(key, "4K") not in PAGE_SHIFTS:
+                raise self.error(None, key, f"{key} must be one of {', '.join(PAGE_SHIFTS)}, not {data[key]!r}")
+        if not data["op"]:
+            raise self.error(None, "op", "a scenario needs at least one op")
+        suffix = f"[{','.join(choice.values())}]" if choice else ""
+        return Scenario(
+            name=self.stem + suffix,
+            title=data["title"],
+            manual=data["manual"],
+            shows=data["shows"],
+            ops=tuple(self.op(index, op) for index, op in enumerate(data["op"])),
+            guest_page=data.get("guest_page", "4K"),
+            nested_page=data.get("nested_page", "4K"),
+            source=self.source,
+            lines=tuple(self.line(index, "") for index in range(len(data["op"]))),
+        )
+
+    def op(self, index: int, table: Any) -> Op:
+        if not isinstance(table, dict):
+            raise self.error(None, "op", "'op' must be a list of tables: write [[op]]")
+        kinds = [kind for kind in _KINDS if kind in table]
+        if len(kinds) != 1:
+            raise self.error(index, "", f"an op has exactly one of {', '.join(_KINDS)}; this has "
+                                        f"{' and '.join(kinds) or ', '.join(table) or 'nothing'}")
+        kind = kinds[0]
+        self.check(table, _KINDS[kind], index)
+        if kind == "run":
+            return self.run(index, table)
+        change = Change(table.get("value"), self.strings(index, table, "set"), self.strings(index, table, "clear"))
+        if change == Change() and "frame" not in table:
+            raise self.error(index, kind, "nothing is changed: give value, set, clear or, for an entry, frame")
+        if change.value is not None and not 0 <= change.value < 1 << 64:
+            raise self.error(index, "value", f"{change.value:#x} does not fit in 64 bits")
+        if kind == "entry":
+            return EntryOp(table["entry"], change, table.get("frame"))
+        return VmcbOp(table["vmcb"], change) if kind == "vmcb" else HostOp(table["host"], change)
+
+    def run(self, index: int, table: Mapping[str, Any]) -> RunOp:
+        probes = []
+        for text in self.strings(index, table, "run"):
+            try:
+                probes.append(parse_probe(text))
+            except ValueError as reason:
+                raise self.error(index, "run", str(reason)) from None
+        cpl = table.get("cpl", 0)
+        if cpl not in (0, 3):
+            raise self.error(index, "cpl", f"cpl must be 0 or 3, not {cpl}")
+        expect = self.strings(index, table, "expect")
+        if expect and len(expect) != len(probes):
+            raise self.error(index, "expect", f"{len(expect)} expectations for {len(probes)} probes")
+        return RunOp(tuple(probes), cpl, expect)
+
+    def strings(self, index: int, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        values = table.get(key, [])
+        if not all(isinstance(v, str) for v in values):
+            raise self.error(index, key, f"{key!r} must be a list of strings, not {values!r}")
+        return tuple(values)
+
+
+def _substitute(value: Any, choice: Mapping[str, str]) -> Any:
+    """`value` with {name} replaced in all its strings."""
+    if isinstance(value, str):
+        for name, text in choice.items():
+            value = value.replace(f"{{{name}}}", text)
+        return value
+    if isinstance(value, list):
+        return [_substitute(v, choice) for v in value]
+    if isinstance(value, dict):
+        return {k: v if k == "each" else _substitute(v, choice) for k, v in value.items()}
+    return value
