@@ -45,7 +45,7 @@ l2_long_entry:
 	shl $5, %rbp
 	add %rsi, %rbp
 	mov TW_AT_PROBE_KIND(%rbp), %ecx
-	and $31, %ecx
+	and $63, %ecx
 	mov TW_AT_PROBE_ADDRESS(%rbp), %rdi
 	mov TW_AT_PROBE_VALUE(%rbp), %rax
 	lea table(%rip), %rbx
@@ -112,6 +112,45 @@ wrflags:
 	mov %rdx, %rsp
 	jmp done
 
+	/* the mailbox page's last 16 bytes hold what SGDT and the like store and load */
+	.set SCRATCH, 4080
+rdgdtr:	ACCESS rdgdtr
+	sgdt SCRATCH(%rsi)
+	mov SCRATCH + 2(%rsi), %rax
+	jmp done
+rdgdtl:	ACCESS rdgdtl
+	sgdt SCRATCH(%rsi)
+	movzwl SCRATCH(%rsi), %eax
+	jmp done
+rdidtr:	ACCESS rdidtr
+	sidt SCRATCH(%rsi)
+	mov SCRATCH + 2(%rsi), %rax
+	jmp done
+rdidtl:	ACCESS rdidtl
+	sidt SCRATCH(%rsi)
+	movzwl SCRATCH(%rsi), %eax
+	jmp done
+wrgdtr:	movw $0x27, SCRATCH(%rsi)	/* limits unlike those in the VMCB */
+	mov %rax, SCRATCH + 2(%rsi)
+	ACCESS wrgdtr
+	lgdt SCRATCH(%rsi)
+	jmp done
+wridtr:	movw $0x13f, SCRATCH(%rsi)
+	mov %rax, SCRATCH + 2(%rsi)
+	ACCESS wridtr
+	lidt SCRATCH(%rsi)
+	jmp done
+rdldtr:	ACCESS rdldtr
+	xor %eax, %eax
+	sldt %eax
+	jmp done
+rdtr:	ACCESS rdtr
+	xor %eax, %eax
+	str %eax
+	jmp done
+	ONE wres, mov %eax, %es
+	ONE wrds, mov %eax, %ds
+
 rdrsp:
 	ACCESS rdrsp
 	mov %rsp, %rax
@@ -162,5 +201,11 @@ table:
 	.endr
 	.irp name, rdmsr, wrmsr, rdflags, wrflags, rdseg, rdrsp, wrrsp, end
 	ENTRY \name
+	.endr
+	.irp name, rdgdtr, rdgdtl, rdidtr, rdidtl, wrgdtr, wridtr, rdldtr, rdtr, wres, wrds
+	ENTRY \name
+	.endr
+	.rept 22
+	ENTRY end
 	.endr
 	.org l2_long_page + 4096		/* an error here: L2 has one page */

@@ -306,6 +306,8 @@ static void interpret(void)
 			break;
 		case TW_OP_SPIN:
 			l1_regs.rsi = op->c;
+			l1_spin_rip = *(volatile uint64_t *)(op->a + VMCB_RIP);
+			tw_mailbox[0] = (struct tw_probe){ .kind = TW_PROBE_END };
 			l1_spin(op->a, op->b);
 			break;
 		}

@@ -31,7 +31,20 @@ MSR_FIELDS: Final = {
 }
 """MSRs that L2 may read and write: those with a field in the VMCB."""
 
-CR_FIELDS: Final = {"cr0": "cr0", "cr2": "cr2", "cr3": "cr3", "cr4": "cr4", "dr6": "dr6", "dr7": "dr7"}
+DESCRIPTOR_READS: Final = {
+    "rdgdtr": "gdtr.base", "rdgdtl": "gdtr.limit", "rdidtr": "idtr.base", "rdidtl": "idtr.limit",
+    "rdldtr": "ldtr.selector", "rdtr": "tr.selector",
+}
+"""Probes that store a descriptor-table or system-segment register, and the VMCB field it came from."""
+
+LOADED_LIMITS: Final = {"wrgdtr": ("gdtr", 0x27), "wridtr": ("idtr", 0x13F)}
+"""Probes that load a descriptor-table register: which, and the limit that L2 loads with the base."""
+
+NULL_LOADS: Final = {"wres": "es", "wrds": "ds"}
+"""Probes that load a null selector."""
+
+UNPRIVILEGED: Final = frozenset({"rdrsp", "wrrsp", "rdseg", "rdflags"} | DESCRIPTOR_READS.keys() | NULL_LOADS.keys())
+"""Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""
 
 
 def label(kind: str, size: int) -> str:

@@ -74,6 +74,8 @@ class Twin:
         self._paging: dict[tuple[int, ...], Paging] = {}
         self.watched: frozenset[int] = frozenset()
         self.vmcb = Vmcb(self.memory, image.vmcbs.start)
+        self.tables: frozenset[int] = frozenset()
+        """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
         self.support: tuple[Paging, int, int] | None = None
         """L2's own pages were walked under this translation, and no table was written since."""
 
@@ -88,6 +90,7 @@ class Twin:
             self.poke(address, value, 8)
         start = world.vmcb_address
         self.memory.bytes[start : start + 4096] = bytes(4096)
+        self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
         self.vmcb = Vmcb(self.memory, start)
         for name, value in world.vmcb.items():
             self.vmcb[name] = value
@@ -154,7 +157,7 @@ class Twin:
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = leave.code, leave.info1, leave.info2
         vmcb["exitintinfo"] = 0
         vmcb["interrupt_shadow"] = 0
-        free: tuple[str, ...] = ("fetched_count", "fetched_bytes")
+        free = ("fetched_count", "fetched_bytes", *l2.free)
         if leave.code == ExitCode.VMMCALL:
             free += ("exitinfo1", "exitinfo2")
         elif leave.code == stub.fault_code(13):
@@ -209,6 +212,10 @@ class _L2:
     def __init__(self, twin: Twin, out: Prediction, step: Step) -> None:
         self.twin, self.out, self.step = twin, out, step
         self.regs = vmrun.load(twin.vmcb)
+        self.free: tuple[str, ...] = ()
+        self.fresh: set[int] | None = None
+        """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
+        self.own = twin.tables
         self.page = self.regs.rip & ~0xFFF
         self.paging = twin.paging(self.regs)
 
@@ -251,6 +258,7 @@ class _L2:
         if address & 0xFFF > 0x1000 - size:
             raise UsageError(f"{kind} of {size} bytes at {address:#x} crosses a page")
         cpl = self.regs.cpl
+        self._must_be_fresh(address)
         walk = self.access(address, _READ[cpl] if kind == "read" else _WRITE[cpl])
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
@@ -272,12 +280,21 @@ class _L2:
                     before = memory.words[at >> 3]
                     self.twin.changed(self.out, at, before)
                     memory.words[at >> 3] = before & ~part | wide[0] >> 64 * word & _MASK64
-            self.twin.support = None
+            if spa in image.arena:
+                self.twin.support = None
+                self.fresh = set()
         if kind == "write":
             return value
         return old if size >= 4 else value & ~mask & _MASK64 | old  # 32-bit results are zero-extended
 
+    def _must_be_fresh(self, address: int) -> None:
+        """Where L2 has changed a table, a translation may be old or new until it is flushed."""
+        if self.fresh is not None and address >> 12 not in self.fresh and address >> 12 not in self.own:
+            raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that page "
+                             "or wrcr3; more than one outcome is permitted until then")
+
     def _fetch(self, address: int, index: int) -> int:
+        self._must_be_fresh(address)
         walk = self.access(address, _FETCH[self.regs.cpl])
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
@@ -292,8 +309,20 @@ class _L2:
     def _register(self, kind: str, address: int, value: int) -> int:
         """Reads and writes of L2's own registers, at CPL 0."""
         regs, vmcb = self.regs, self.twin.vmcb
-        if regs.cpl and kind not in ("rdrsp", "wrrsp", "rdseg", "rdflags"):
+        if regs.cpl and kind not in stub.UNPRIVILEGED:
             raise _Exit(stub.fault_code(13), 0, 0, None, "exit.privileged")
+        if kind in stub.DESCRIPTOR_READS:
+            return vmcb[stub.DESCRIPTOR_READS[kind]]
+        if kind in stub.LOADED_LIMITS:
+            name, limit = stub.LOADED_LIMITS[kind]
+            vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = value, limit
+            return value
+        if kind in stub.NULL_LOADS:
+            name = stub.NULL_LOADS[kind]
+            vmcb[f"{name}.selector"] = value
+            # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
+            self.free += (f"{name}.attrib", f"{name}.limit", f"{name}.base")
+            return value
         what = kind[2:]
         if what == "cr8":
             if kind == "wrcr8":
@@ -308,6 +337,8 @@ class _L2:
                 return value
             return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         if kind == "invlpg":
+            if self.fresh is not None:
+                self.fresh.add(address >> 12)
             return value
         name = stub.MSR_FIELDS[address] if what == "msr" else what
         own = hasattr(regs, name)
@@ -315,6 +346,8 @@ class _L2:
             return int(getattr(regs, name)) if own else vmcb[name]
         if own:
             setattr(regs, name, value)
+            if name == "cr3":
+                self.fresh = None
             self.paging = self.twin.paging(regs)
             self.enter_again()
         else:

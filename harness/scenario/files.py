@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.model.entries import PAGE_SHIFTS
-from harness.scenario.ops import Change, EntryOp, HostOp, Op, RunOp, Scenario, VmcbOp, parse_probe
+from harness.scenario.ops import NO_NESTED_PAGING, Change, EntryOp, HostOp, Op, RunOp, Scenario, VmcbOp, parse_probe
 
 ERRATA_FOLDER: Final = "errata"
 """Files in folders of this name are not scenarios."""
@@ -125,9 +125,9 @@ class _File:
             yield dict(zip(each, map(str, combination), strict=True))
 
     def scenario(self, data: Mapping[str, Any], choice: Mapping[str, str]) -> Scenario:
-        for key in ("guest_page", "nested_page"):
-            if data.get(key, "4K") not in PAGE_SHIFTS:
-                raise self.error(None, key, f"{key} must be one of {', '.join(PAGE_SHIFTS)}, not {data[key]!r}")
+        for key, sizes in (("guest_page", (*PAGE_SHIFTS,)), ("nested_page", (*PAGE_SHIFTS, NO_NESTED_PAGING))):
+            if data.get(key, "4K") not in sizes:
+                raise self.error(None, key, f"{key} must be one of {', '.join(sizes)}, not {data[key]!r}")
         if not data["op"]:
             raise self.error(None, "op", "a scenario needs at least one op")
         suffix = f"[{','.join(choice.values())}]" if choice else ""

@@ -9,6 +9,8 @@ from typing import Final
 from harness.wire.layout import PROBES
 
 DEFAULT_PAGE_SIZE: Final = "4K"
+NO_NESTED_PAGING: Final = "none"
+"""In place of a size of nested pages: NP_ENABLE=0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +59,23 @@ class HostOp:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One action of L2. `target` is a page of the world, a gVA, or an MSR number; `offset` in bytes."""
+    """One action of L2. `target` is a page of the world, an entry of L2's own tables (`guest.a.pte`), a
+    gVA, or an MSR number; `offset` in bytes."""
 
     kind: str
     target: str = ""
     offset: int = 0
     size: int = 8
-    value: int | None = None
+    value: int | str | None = None
+    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared."""
 
     def __str__(self) -> str:
         size = str(self.size) if self.kind in SIZED and self.size != 8 else ""
         offset = f"+{self.offset:#x}" if self.offset else ""
         target = f" {self.target}{offset}" if self.target else ""
-        value = f" = {self.value:#x}" if self.value is not None else ""
+        value = ""
+        if self.value is not None:
+            value = f" = {self.value:#x}" if isinstance(self.value, int) else f" = {self.value}"
         return f"{self.kind}{size}{target}{value}"
 
 
@@ -106,8 +112,8 @@ MEMORY: Final = SIZED | {"fetch", "invlpg"}
 _WRITES: Final = frozenset({"write", "rmw", "wrmsr", "wrflags", "wrrsp"})
 _PROBE: Final = re.compile(
     r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
-    r"(?:\s+(?P<target>[a-z]\w*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
-    r"(?:\s*=\s*(?P<value>\w+))?"
+    r"(?:\s+(?P<target>[a-z]\w*(?:\.\w+)*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
+    r"(?:\s*=\s*(?P<value>\w+|&[\w.+-]+))?"
 )
 
 
@@ -136,8 +142,12 @@ def parse_probe(text: str) -> Probe:
         match["target"] or "",
         _number(text, match["offset"] or "0"),
         int(match["size"] or 8),
-        _number(text, match["value"]) if match["value"] else None,
+        _value(text, match["value"]) if match["value"] else None,
     )
+
+
+def _value(where: str, text: str) -> int | str:
+    return text if text.startswith("&") else _number(where, text)
 
 
 def _number(where: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,14 +166,23 @@ class _Body:
         address = 0
         if probe.target:
             address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
-        value = probe.value
+        value = self._entry_value(probe.value) if isinstance(probe.value, str) else probe.value
         if value is None:
             # unlike any tag, and unlike what any other probe of the scenario writes
             value = 0x7700_0000_0000_0000 | index << 16 | number << 8 | 0x5A if probe.kind in ("write", "rmw") else 0
         return WireProbe(probe.kind, probe.size, address + probe.offset & (1 << 64) - 1, value)
 
     def _target(self, probe: ops.Probe) -> int:
-        return _lookup(self.world.gva, probe.target, "page")
+        return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
+
+    def _entry_value(self, text: str) -> int:
+        """`&ENTRY[+BIT][-BIT]`: see `ops.Probe.value`."""
+        name, *changes = re.split(r"(?=[+-])", text[1:])
+        value = self.words.get(_lookup(self.world.entries, name, "entry"), 0)
+        for change in changes:
+            bit = _lookup(BITS, change[1:], "bit")
+            value = value | bit if change[0] == "+" else value & ~bit
+        return value
 
 
 def _change(change: ops.Change, old: int, bits: dict[str, int]) -> int:

@@ -22,6 +22,7 @@ from typing import Final
 from harness.model.entries import LEVEL_NAMES, PAGE_SHIFTS, PS, RW, US, A, D, P
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.vmcb import MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
+from harness.scenario.ops import NO_NESTED_PAGING
 from harness.wire.image import PAGE, Image
 
 PAGES: Final = ("a", "b", "c", "d")
@@ -60,6 +61,8 @@ class World:
     watch: tuple[int, ...]
     arena_used: int
     """Bytes of the arena, from its start, that hold tables."""
+    entry_gva: dict[str, int] = field(default_factory=dict)
+    """Where L2 finds the entries of its own tables for a to d, by name."""
     code: tuple[int, int] = (0, 0)
     """gVA of L2's code page, by whether at CPL 3."""
     mailbox: tuple[int, int] = (0, 0)
@@ -99,13 +102,16 @@ class _Builder:
 
 def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K") -> World:
     """The world with a to d mapped by pages of `guest_page` (4K, 2M, 1G) in the guest dimension and
-    of `nested_page` in the nested one."""
+    of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's tables hold sPAs."""
     make = _Builder(image)
+    nested = nested_page != NO_NESTED_PAGING
     home = 1 << 39 if cpu.maxphyaddr >= 40 else 8 << 30
-    ncr3 = make.page()
+    ncr3 = make.page() if nested else 0
     identity: dict[int, int] = {}
 
     def map_nested(gpa: int, spa: int, shift: int, names: list[str], bits: int = _USER_BITS) -> None:
+        if not nested:
+            return
         at = make.descend(ncr3, gpa, shift, names, identity)
         make.words[at] = spa & ~((1 << shift) - 1) | bits | (PS if shift > 12 else 0)
 
@@ -116,17 +122,22 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
     to_spa: dict[int, int] = {}
     for number, table in enumerate(TABLES):
         gpa[table] = home + (number + 1 << 30) + (0x21 + number << 21) + (0x31 + number << 12)
-        spa[table] = to_spa[gpa[table]] = make.page()
+        spa[table] = make.page()
+        if not nested:
+            gpa[table] = spa[table]
+        to_spa[gpa[table]] = spa[table]
         map_nested(gpa[table], spa[table], 12, [f"nested.{table}"])
     support = [home + (0x10 << 21) + (0x20 + n << 12) for n in range(5)]
+    if not nested:
+        support = [make.page(), make.page(), make.page(), image.l2_page, image.mailbox]
     for address in support[:3]:
-        to_spa[address] = make.page()
+        to_spa[address] = make.page() if nested else address
         map_nested(address, to_spa[address], 12, [], _USER_BITS | _KEPT)
     gpa["code"], gpa["mailbox"] = support[3:]
     spa["code"], spa["mailbox"] = image.l2_page, image.mailbox
     map_nested(gpa["code"], spa["code"], 12, ["nested.code"], _USER_BITS | _KEPT)
     map_nested(gpa["mailbox"], spa["mailbox"], 12, ["nested.mailbox"], _USER_BITS | _KEPT)
-    for name in ("code", "mailbox"):
+    for name in ("code", "mailbox") if nested else ():
         for level in ("pml4e", "pdpte", "pde"):
             entry = make.entries[f"nested.{name}.{level}"]
             make.words[entry] |= A
@@ -136,11 +147,12 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
     for upper, lower, shift in zip(tables, tables[1:], (39, 30, 21), strict=False):
         make.words[to_spa[upper] + (_SUPPORT_GVA >> shift & 0x1FF) * 8] = lower | _USER_BITS | A
     last = to_spa[tables[-1]] + 0x40 * 8
-    for slot, (name, bits) in enumerate((("code", P), ("code", P | US), ("mailbox", P | RW), ("mailbox", _USER_BITS))):
+    slots = (("code", P), ("code", P | US), ("mailbox", P | RW), ("mailbox", _USER_BITS), *((t, P | RW) for t in TABLES))
+    for slot, (name, bits) in enumerate(slots):
         make.words[last + 8 * slot] = gpa[name] | bits | _KEPT
 
     # Pages a to d. A large page keeps the offset in it; a 4K leaf scatters; regions of 2M rotate.
-    guest_shift, nested_shift = PAGE_SHIFTS[guest_page], PAGE_SHIFTS[nested_page]
+    guest_shift, nested_shift = PAGE_SHIFTS[guest_page], PAGE_SHIFTS.get(nested_page, 0)
     offset = image.data.start & (1 << 30) - 1
     regions = (image.data.end - image.data.start) // REGION
     tables = [gpa[t] for t in TABLES]
@@ -148,8 +160,9 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
         inside = _TEST_PT + number << 12
         gva[page] = _TEST_GVA + offset + inside
         region, inside = _next(0, inside, guest_shift, _FLIP_GUEST, regions)
-        gpa[page] = _DATA_GPA + offset + region * REGION + inside
-        region, inside = _next(region, inside, nested_shift, _FLIP_NESTED, regions)
+        gpa[page] = (_DATA_GPA + offset if nested else image.data.start) + region * REGION + inside
+        if nested:
+            region, inside = _next(region, inside, nested_shift, _FLIP_NESTED, regions)
         spa[page] = image.data.start + region * REGION + inside
         for height in (3, 2, 1, 0):
             at = to_spa[tables[3 - height]] + (gva[page] >> 12 + 9 * height & 0x1FF) * 8
@@ -161,17 +174,23 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
         map_nested(gpa[page], spa[page], nested_shift, [f"nested.{page}"])
 
     arena = range(image.arena.start, image.arena.start + make.next_page, PAGE)
-    aliases = [_SUPPORT_GVA + (n << 12) for n in range(4)]
+    aliases = [_SUPPORT_GVA + (n << 12) for n in range(len(slots))]
     return World(
         vmcb_address=image.vmcbs.start,
         words=make.words,
-        vmcb=initial_vmcb(image, gcr3=gpa["pml4"], ncr3=ncr3),
+        vmcb=initial_vmcb(image, gcr3=gpa["pml4"], ncr3=ncr3) | {"np_control": NP_ENABLE if nested else 0},
         entries=make.entries,
         gva=gva,
         gpa=gpa,
         spa=spa,
         watch=(*arena, *sorted({spa[p] for p in PAGES})),
         arena_used=make.next_page,
+        entry_gva={
+            name: aliases[4 + TABLES.index(table)] + (at & 0xFFF)
+            for name, at in make.entries.items()
+            for table in TABLES
+            if at & ~0xFFF == spa[table]
+        },
         code=(aliases[0], aliases[1]),
         mailbox=(aliases[2], aliases[3]),
     )
@@ -196,7 +215,6 @@ def initial_vmcb(image: Image, gcr3: int, ncr3: int) -> dict[str, int]:
         "asid": 5,
         "tlb_control": 1,
         "v_intr": 1 << 24,  # V_INTR_MASKING
-        "np_control": NP_ENABLE,
         "ncr3": ncr3,
         **_segment("es", 0x0038, 0xC93, 0xFFFF_FFFF, 0),
         **_segment("cs", 0x0028, 0xA9B, 0xFFFF_FFFF, 0),

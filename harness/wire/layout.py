@@ -207,7 +207,7 @@ OPS = {
     "HOST": 4,    # arg: register (HOST_REGISTERS), b: value
     "RUN": 5,     # a: VMCB, b: RIP to resume at after a fault, c: L2's mailbox (gVA); arg probes follow
     "SYNC": 6,    # wait until every record was checked
-    "SPIN": 7,    # a: VMCB, b: count: that many VMRUNs with no record (for the benchmark)
+    "SPIN": 7,    # a: VMCB, b: count, c: mailbox: that many VMRUNs with no record, for the benchmark
 }
 
 HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4}
@@ -219,6 +219,8 @@ PROBES = {
     "rdcr0": 8, "rdcr2": 9, "rdcr3": 10, "rdcr4": 11, "rdcr8": 12, "rddr6": 13, "rddr7": 14,
     "wrcr0": 16, "wrcr2": 17, "wrcr3": 18, "wrcr4": 19, "wrcr8": 20, "wrdr6": 21, "wrdr7": 22,
     "rdmsr": 24, "wrmsr": 25, "rdflags": 26, "wrflags": 27, "rdseg": 28, "rdrsp": 29, "wrrsp": 30,
+    "rdgdtr": 32, "rdgdtl": 33, "rdidtr": 34, "rdidtl": 35, "wrgdtr": 36, "wridtr": 37, "rdldtr": 38, "rdtr": 39,
+    "wres": 40, "wrds": 41,
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",

@@ -1,0 +1,110 @@
+"""`twinwalk bench`: what checking costs, as ratios measured in one run on this machine."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+
+from harness.lockstep.driver import Lockstep
+from harness.lockstep.twin import Twin
+from harness.machine import tcg
+from harness.model import vmrun
+from harness.model.access import Access
+from harness.model.walk import translate
+from harness.run import Target
+from harness.scenario.ops import RunOp, Scenario, parse_probe
+from harness.scenario.program import Compiler, Program
+from harness.wire.program import Step, encode
+
+_RUNS_PER_PROGRAM = 500
+_SPINS = 50_000
+_WALKS = 100_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement: `value` in `unit`, and what it means."""
+
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name:34} {self.value:>14,.3f} {self.unit:10} {self.note}".rstrip()
+
+
+def bench(target: Target, pairs: int) -> Iterator[Figure]:
+    """Measure, figure by figure; `pairs` VMRUN/#VMEXIT pairs are checked in each mode."""
+    yield _first_verdict(target)
+    with target.start() as machine:
+        compiler = Compiler(machine.image, machine.cpu)
+        scenario = Scenario("bench", "a read", "", "", (RunOp((parse_probe("read a"),)),) * _RUNS_PER_PROGRAM)
+        program = compiler.compile(scenario)
+        twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+        yield _walks(twin, program)
+        unchecked = _unchecked(machine, program)
+        yield Figure("unchecked", unchecked, "pairs/s", "VMRUN and #VMEXIT back to back, no record")
+        for mode, strict in (("strict lockstep", True), ("pipelined", False)):
+            before = _memory()
+            rate = _checked(machine, twin, program, strict, pairs)
+            yield Figure(f"checked, {mode}", rate, "pairs/s", f"1/{unchecked / rate:.1f} of unchecked")
+            yield Figure(f"memory growth, {mode}", _memory() - before, "MiB", f"over {pairs:,} pairs")
+
+
+def _first_verdict(target: Target) -> Figure:
+    """A whole command that runs one scenario, from its start to its end."""
+    argv = [sys.executable, "-m", "harness.cli", "run", "--cpu", target.cpu, "-k", "first-light"]
+    if target.qemu:
+        argv += ["--qemu", target.qemu]
+    argv += [f"--qemu-arg={arg}" for arg in target.qemu_args]
+    start = time.monotonic()
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    return Figure("one scenario, whole command", time.monotonic() - start, "s", "set-up done; first verdict and end")
+
+
+def _walks(twin: Twin, program: Program) -> Figure:
+    """The model alone: two-dimensional walks of a page mapped by 4K pages in both dimensions."""
+    twin.reset(program.world)
+    paging = vmrun.paging(vmrun.load(twin.vmcb), twin.vmcb, twin.host, twin.cpu)
+    words, gva, access = twin.memory.words, program.world.gva["a"], Access()
+    start = time.perf_counter()
+    for _ in range(_WALKS):
+        translate(paging, words, gva, access)
+    return Figure("model, two-dimensional walks", _WALKS / (time.perf_counter() - start), "walks/s", "24 references each")
+
+
+def _unchecked(machine: tcg.TcgMachine, program: Program) -> float:
+    run = next(step for step in program.steps if step.code == "RUN")
+    before = program.steps[: program.steps.index(run)]
+    spin = Step("SPIN", a=run.a, b=_SPINS, c=run.c)
+    machine.channel.post(program.prologue + encode([*before, Step("SYNC")]))
+    machine.channel.next_record(machine.idle)
+    machine.channel.release()
+    start = time.perf_counter()
+    machine.channel.post(encode([spin, Step("SYNC")]))
+    machine.channel.next_record(machine.idle)
+    seconds = time.perf_counter() - start
+    machine.channel.release()
+    return _SPINS / seconds
+
+
+def _checked(machine: tcg.TcgMachine, twin: Twin, program: Program, strict: bool, pairs: int) -> float:
+    lockstep = Lockstep(machine, machine.channel, twin, strict)
+    start = time.perf_counter()
+    done = 0
+    for result in lockstep.run(repeat(program, max(1, pairs // _RUNS_PER_PROGRAM))):
+        if result.lost:
+            raise result.lost
+        done += result.vmruns
+    return done / (time.perf_counter() - start)
+
+
+def _memory() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
