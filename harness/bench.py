@@ -76,7 +76,8 @@ def _walks(twin: Twin, program: Program) -> Figure:
     start = time.perf_counter()
     for _ in range(_WALKS):
         translate(paging, words, gva, access)
-    return Figure("model, two-dimensional walks", _WALKS / (time.perf_counter() - start), "walks/s", "24 references each")
+    rate = _WALKS / (time.perf_counter() - start)
+    return Figure("model, two-dimensional walks", rate, "walks/s", "24 references each")
 
 
 def _unchecked(machine: tcg.TcgMachine, program: Program) -> float:

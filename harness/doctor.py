@@ -32,7 +32,8 @@ class Finding:
 
 def examine(target: Target) -> Iterator[Finding]:
     """Every check, in the order in which one builds on the other."""
-    yield Finding("all", "Python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or later")
+    python = sys.version_info >= (3, 11)
+    yield Finding("all", "Python", python, platform.python_version(), "install Python 3.11 or later")
     cores = len(os.sched_getaffinity(0))
     yield Finding("all", "processors", cores >= 2, str(cores), "runs, but slowly: the guest and the checker share one")
     compiler = os.environ.get("CC") or "gcc"

@@ -154,7 +154,7 @@ def _fields(
     for base, table, (want, got) in ((0, CONTROL, control), (SAVE, STATE, save)):
         if want == got or ("save" in free and base):
             continue
-        covered = set()
+        covered: set[int] = set()
         for name, at in table.items():
             place = range(at.offset - base, at.offset - base + at.width)
             covered.update(place)

@@ -143,14 +143,16 @@ class Lockstep:
         nobody watched included."""
         self._next("SYNC")
         context = Context(program.scenario.name, -1, (), self._twin.image)
-        self._compare_live(program, context, result, "at the end", strict=True)
+        self._compare_live(program, context, result, "at the end", at_rest=True)
         data = self._twin.image.data
         self._compare_region(context, result, data.start, data.end, "at the end")
         self._channel.release()
 
-    def _compare_live(self, program: Program, context: Context, result: Result, when: str, strict: bool = False) -> None:
-        """Every byte of every table, as it is in the guest's memory now."""
-        if self._strict or strict:
+    def _compare_live(
+        self, program: Program, context: Context, result: Result, when: str, at_rest: bool = False
+    ) -> None:
+        """Every byte of every table, as it is in the guest's memory now: where L1 is `at_rest`."""
+        if self._strict or at_rest:
             start = self._twin.image.arena.start
             self._compare_region(context, result, start, start + program.world.arena_used, when)
 
@@ -213,7 +215,7 @@ def _same(one: memoryview, other: memoryview) -> bool:
     """Whether two regions of equal size hold the same bytes, without a copy: they are megabytes."""
     size = one.nbytes
     whole = ctypes.c_char * size
-    return _memcmp(whole.from_buffer(one), whole.from_buffer(other), size) == 0
+    return bool(_memcmp(whole.from_buffer(one), whole.from_buffer(other), size) == 0)
 
 
 _memcmp = ctypes.CDLL(None).memcmp

@@ -290,8 +290,8 @@ class _L2:
     def _must_be_fresh(self, address: int) -> None:
         """Where L2 has changed a table, a translation may be old or new until it is flushed."""
         if self.fresh is not None and address >> 12 not in self.fresh and address >> 12 not in self.own:
-            raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that page "
-                             "or wrcr3; more than one outcome is permitted until then")
+            raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that "
+                             "page or wrcr3; more than one outcome is permitted until then")
 
     def _fetch(self, address: int, index: int) -> int:
         self._must_be_fresh(address)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from harness.errors import LaunchFailed
 from harness.wire.header import c_header
@@ -20,10 +21,10 @@ from harness.wire.image import Image
 SOURCES: Final = Path(__file__).resolve().parents[2] / "guests"
 
 _FLAGS: Final = (
-    "-std=gnu11 -O2 -g -m64 -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fcf-protection=none "
-    "-mno-red-zone -mgeneral-regs-only -fno-asynchronous-unwind-tables -fno-pic -no-pie -static -nostdlib "
-    "-Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096"
-).split()
+    "-std=gnu11", "-O2", "-g", "-m64", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-stack-protector",
+    "-fcf-protection=none", "-mno-red-zone", "-mgeneral-regs-only", "-fno-asynchronous-unwind-tables", "-fno-pic",
+    "-no-pie", "-static", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096",
+)
 
 
 def cache_dir() -> Path:
@@ -70,6 +71,8 @@ def load_image(path: Path) -> Image:
     """L1's memory map, from its symbols. Raises LaunchFailed for a file that is not L1."""
     with path.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".symtab")
+        if not isinstance(table, SymbolTableSection):
+            raise LaunchFailed(f"{path} is not the probe hypervisor: it has no symbol table")
         symbols: Mapping[str, int] = {s.name: s["st_value"] for s in table.iter_symbols() if s.name}
     try:
         return Image.from_symbols(symbols)

@@ -83,7 +83,7 @@ class Qemu:
     def _start(self) -> None:
         self.memory_fd = os.memfd_create("twinwalk-ram", os.MFD_CLOEXEC)
         os.ftruncate(self.memory_fd, self._size)
-        self._log = tempfile.TemporaryFile(prefix="twinwalk-")
+        self._log = tempfile.TemporaryFile(prefix="twinwalk-")  # noqa: SIM115 - closed in close()
         ours, theirs = socket.socketpair()
         with theirs:
             fds = (self.memory_fd, theirs.fileno())

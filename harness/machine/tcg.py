@@ -84,7 +84,7 @@ class TcgMachine:
         for flag in ("svm", "npt", "nx", "lm"):
             path = self._process.command("query-cpus-fast")[0]["qom-path"]
             if not self._process.command("qom-get", path=path, property=flag):
-                raise LaunchFailed(f"the CPU model {cpu_model!r} has no {flag}: use `--cpu max`, or add `,+{flag}` to it")
+                raise LaunchFailed(f"CPU model {cpu_model!r} has no {flag}: use `--cpu max`, or add `,+{flag}` to it")
 
     def idle(self, waited: float) -> None:
         """See harness.lockstep.driver.Machine."""

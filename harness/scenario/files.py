@@ -96,7 +96,7 @@ class _File:
         if op is None:
             start, end = 0, headers[0] if headers else len(self.lines)
         elif op < len(headers):
-            start, end = headers[op], (headers + [len(self.lines)])[op + 1]
+            start, end = headers[op], [*headers, len(self.lines)][op + 1]
         else:
             start, end = 0, len(self.lines)
         wanted = re.compile(rf"^\s*{re.escape(key)}\s*=")

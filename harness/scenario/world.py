@@ -147,7 +147,8 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
     for upper, lower, shift in zip(tables, tables[1:], (39, 30, 21), strict=False):
         make.words[to_spa[upper] + (_SUPPORT_GVA >> shift & 0x1FF) * 8] = lower | _USER_BITS | A
     last = to_spa[tables[-1]] + 0x40 * 8
-    slots = (("code", P), ("code", P | US), ("mailbox", P | RW), ("mailbox", _USER_BITS), *((t, P | RW) for t in TABLES))
+    own = (("code", P), ("code", P | US), ("mailbox", P | RW), ("mailbox", _USER_BITS))
+    slots = (*own, *((table, P | RW) for table in TABLES))
     for slot, (name, bits) in enumerate(slots):
         make.words[last + 8 * slot] = gpa[name] | bits | _KEPT
 

@@ -201,7 +201,7 @@ SHARED = _declare(
 )
 
 OPS = {
-    "RESET": 1,   # every page that was touched gets its first content, none is watched; a: VMCBs, b: bytes to zero there
+    "RESET": 1,   # touched pages get their first content, none is watched; a: VMCBs, b: bytes to zero there
     "WATCH": 2,   # a: page to look through after each #VMEXIT
     "WRITE": 3,   # a: sPA, b: value, arg: width in bytes
     "HOST": 4,    # arg: register (HOST_REGISTERS), b: value

@@ -21,7 +21,7 @@ KIND_NAMES: Final = {number: name for name, number in RECORDS.items()}
 class Record:
     """One slot of the record ring. It is live memory: read what is needed before it is released."""
 
-    __slots__ = ("data", "kind", "diffs_found", "sequence", "first_probe", "next_probe", "vmcb", "op")
+    __slots__ = ("data", "diffs_found", "first_probe", "kind", "next_probe", "op", "sequence", "vmcb")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
