@@ -185,6 +185,16 @@ rdseg:
 	or %rcx, %rax
 	jmp done
 
+	/* L2's handlers, four bytes each: that one is reached, and with which frame, is all there is to see */
+	.balign 4
+	.globl l2_long_vectors
+l2_long_vectors:
+	.rept 32
+	.balign 4
+	hlt
+	jmp . - 1
+	.endr
+
 	.balign 4
 	.macro ENTRY name
 	.long \name - table

@@ -8,7 +8,10 @@
 enum {
 	VMCB_EXIT_CODE = 0x70,
 	VMCB_SAVE = 0x400,
+	VMCB_CPL = 0x4cb,
+	VMCB_RFLAGS = 0x570,
 	VMCB_RIP = 0x578,
+	VMCB_RSP = 0x5d8,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
 	MSR_EFER = 0xc0000080,
@@ -223,14 +226,27 @@ static void fill_vmcb(struct tw_record *record, uint64_t vmcb)
 	copy64(record->save, (void *)(vmcb + VMCB_SAVE), TW_SAVE_BYTES);
 }
 
+/* What L2 has again when it is re-entered behind a fault: a handler of its own may have run. */
+struct resume {
+	uint64_t segments[8];	/* ES, CS, SS, DS */
+	uint64_t rflags, rsp;
+	uint8_t cpl;
+};
+
 static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t number)
 {
 	uint32_t count = op->arg, first = 0;
+	uint8_t *save = (uint8_t *)op->a + VMCB_SAVE;
+	struct resume begun;
 	volatile uint64_t *exit_code = (volatile uint64_t *)(op->a + VMCB_EXIT_CODE);
 
 	for (uint32_t i = 0; i < count; i++)
 		tw_mailbox[i] = probes[i];
 	tw_mailbox[count] = (struct tw_probe){ .kind = TW_PROBE_END };
+	copy64(begun.segments, save, sizeof(begun.segments));
+	begun.cpl = save[VMCB_CPL - VMCB_SAVE];
+	begun.rflags = *(uint64_t *)(save + VMCB_RFLAGS - VMCB_SAVE);
+	begun.rsp = *(uint64_t *)(save + VMCB_RSP - VMCB_SAVE);
 	for (;;) {
 		struct tw_record *record = next_record(TW_RECORD_ENTER, number);
 		uint32_t next;
@@ -267,6 +283,10 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		    (uint32_t)*exit_code == (uint32_t)EXIT_INVALID || next + 1 >= count)
 			return;
 		first = next + 1;
+		copy64(save, begun.segments, sizeof(begun.segments));
+		save[VMCB_CPL - VMCB_SAVE] = begun.cpl;
+		*(uint64_t *)(save + VMCB_RFLAGS - VMCB_SAVE) = begun.rflags;
+		*(uint64_t *)(save + VMCB_RSP - VMCB_SAVE) = begun.rsp;
 		*(volatile uint64_t *)(op->a + VMCB_RIP) = op->b;
 	}
 }

@@ -1,7 +1,11 @@
 """Runs a program on a machine and on the model, and compares at every VMRUN and every #VMEXIT.
 
     stub      what L2's code does around a probe: the model of our own L2
-    twin      the program run on the model
+    state     what the model keeps between VMRUNs
+    l2        L2 between VMRUN and #VMEXIT
+    twin      the program run on the model: a prediction for each VMRUN
+    rehearse  a program on the model alone, before a machine sees it
     compare   the checks C1 to C3: a record against the twin's prediction
+    errata    divergences that are known
     driver    feeds programs to a machine, and its records to the checks
 """

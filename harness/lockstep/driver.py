@@ -10,13 +10,14 @@ from typing import Protocol
 
 from harness.errors import MachineLost
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
-from harness.lockstep.twin import Prediction, Twin
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.twin import Twin
 from harness.model.vmcb import ExitCode
 from harness.scenario.program import Program
 from harness.wire.channel import Channel
-from harness.wire.image import Image
+from harness.wire.image import PAGE, Image, Region
 from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
-from harness.wire.program import Step
+from harness.wire.program import Step, WireProbe
 from harness.wire.records import Record
 
 MAX_DIVERGENCES = 200
@@ -100,8 +101,8 @@ class Lockstep:
     def _run(self, program: Program, step: Step, result: Result) -> None:
         """One RUN op: a VMRUN, and another one for each probe that faulted with probes behind it."""
         twin, channel = self._twin, self._channel
-        context = Context(program.scenario.name, step.origin, step.probes, twin.image)
-        first, count = 0, len(step.probes)
+        context = self._context(program, step.origin, step.probes)
+        first, count, begun = 0, len(step.probes), twin.begin(step)
         while True:
             record = self._next("ENTER")
             self._add(result, check_enter(context, twin.vmcb_bytes(), first, record))
@@ -136,13 +137,17 @@ class Lockstep:
             if code == ExitCode.VMMCALL or code & 0xFFFF_FFFF == 0xFFFF_FFFF or next_probe + 1 >= count:
                 return
             first = next_probe + 1
-            twin.vmcb["rip"] = step.b
+            twin.resume(begun)
+
+    def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
+        start = self._twin.image.arena.start
+        return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used))
 
     def _sync(self, program: Program, result: Result) -> None:
         """The end of a scenario: L1 stands still, and all of its memory is compared, the pages that
         nobody watched included."""
         self._next("SYNC")
-        context = Context(program.scenario.name, -1, (), self._twin.image)
+        context = self._context(program, -1, ())
         self._compare_live(program, context, result, "at the end", at_rest=True)
         data = self._twin.image.data
         self._compare_region(context, result, data.start, data.end, "at the end")
@@ -153,8 +158,8 @@ class Lockstep:
     ) -> None:
         """Every byte of every table, as it is in the guest's memory now: where L1 is `at_rest`."""
         if self._strict or at_rest:
-            start = self._twin.image.arena.start
-            self._compare_region(context, result, start, start + program.world.arena_used, when)
+            self._compare_region(context, result, *context.tables, when)
+            self._compare_region(context, result, program.world.system, program.world.system + PAGE, when)
 
     def _compare_region(self, context: Context, result: Result, start: int, end: int, when: str) -> None:
         model, machine = self._twin.memory.bytes, self._machine.memory
@@ -164,7 +169,7 @@ class Lockstep:
         for index, (want, got) in enumerate(zip(ours, theirs, strict=True)):
             if want != got:
                 address = start + 8 * index
-                table = address in context.image.arena
+                table = address in context.tables
                 self._add(result, [Divergence(
                     context.scenario, context.op, -1, "C2" if table else "C1",
                     f"{'entry' if table else 'memory'} at sPA {address:#x} {when}", want, got,

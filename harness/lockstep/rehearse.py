@@ -7,7 +7,8 @@ code), and holds a scenario's own expectations, which are for the reader, agains
 from __future__ import annotations
 
 from harness.errors import UsageError
-from harness.lockstep.twin import Prediction, Twin
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.twin import Twin
 from harness.model.access import Reached
 from harness.model.vmcb import ExitCode
 from harness.scenario.ops import RunOp
@@ -28,7 +29,7 @@ def rehearse(twin: Twin, program: Program) -> int:
             raise UsageError(f"{at}: a VMRUN follows one that is refused, but what that leaves in the VMCB is not "
                              "defined: make it a scenario of its own")
         outcomes: dict[int, str] = {}
-        first = 0
+        first, begun = 0, twin.begin(step)
         while True:
             try:
                 prediction = twin.predict(step, first)
@@ -41,7 +42,7 @@ def rehearse(twin: Twin, program: Program) -> int:
             if over or prediction.exitcode == ExitCode.VMMCALL or prediction.next_probe + 1 >= len(step.probes):
                 break
             first = prediction.next_probe + 1
-            twin.vmcb["rip"] = step.b
+            twin.resume(begun)
         op = program.scenario.ops[step.origin]
         assert isinstance(op, RunOp)
         for index, expected in enumerate(op.expect):

@@ -15,7 +15,8 @@ from harness.scenario.ops import SIZED
 FLAGS: Final = RFLAGS.ZF | RFLAGS.PF
 """Status flags at each labelled access: those of a comparison of equals."""
 
-VMMCALL_BYTES: Final = 3
+INSTRUCTION_BYTES: Final = {ExitCode.VMMCALL: 3, ExitCode.HLT: 1}
+"""Length of the instruction by which L2 leaves of its own will, by exit code."""
 
 CONSTANT: Final = {
     "r8": 0x0808_0808_0808_0808, "r9": 0x0909_0909_0909_0909, "r10": 0x1010_1010_1010_1010,
@@ -50,8 +51,3 @@ UNPRIVILEGED: Final = frozenset({"rdrsp", "wrrsp", "rdseg", "rdflags"} | DESCRIP
 def label(kind: str, size: int) -> str:
     """The symbol of the access that a probe makes."""
     return f"{kind}_{size}" if kind in SIZED else kind
-
-
-def fault_code(vector: int) -> int:
-    """The exit code of an intercepted exception."""
-    return ExitCode.EXCEPTION + vector

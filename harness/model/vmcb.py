@@ -110,6 +110,8 @@ class ExitCode:
     """#VMEXIT codes (appendix C)."""
 
     EXCEPTION: Final = 0x40
+    HLT: Final = 0x78
+    SHUTDOWN: Final = 0x7F
     VMMCALL: Final = 0x81
     NPF: Final = 0x400
     INVALID: Final = (1 << 64) - 1
@@ -117,7 +119,10 @@ class ExitCode:
     @classmethod
     def describe(cls, code: int) -> str:
         """The manual's name for an exit code."""
-        names = {cls.VMMCALL: "VMMCALL", cls.NPF: "NPF", cls.INVALID: "INVALID", 0x4D: "#GP", 0x4E: "#PF"}
+        names = {
+            cls.HLT: "HLT", cls.SHUTDOWN: "SHUTDOWN", cls.VMMCALL: "VMMCALL", cls.NPF: "NPF",
+            cls.INVALID: "INVALID", 0x4D: "#GP", 0x4E: "#PF",
+        }
         if code in names:
             return f"VMEXIT_{names[code]}"
         if cls.EXCEPTION <= code < cls.EXCEPTION + 32:

@@ -34,15 +34,15 @@ ERRATA_FOLDER: Final = "errata"
 _TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest_page": str, "nested_page": str,
                "op": list}
 _REQUIRED: Final = ("title", "manual", "shows", "op")
-_CHANGE: Final = {"value": int, "set": list, "clear": list}
-_KINDS: Final[dict[str, dict[str, type]]] = {
+_CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
+_KINDS: Final[dict[str, dict[str, Any]]] = {
     "entry": {"entry": str, "frame": str} | _CHANGE,
     "vmcb": {"vmcb": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
     "run": {"run": list, "cpl": int, "expect": list},
 }
 _OP_HEADER: Final = re.compile(r"^\s*\[\[\s*op\s*\]\]")
-_WORDS: Final = {str: "a string", int: "a whole number", list: "a list", dict: "a table"}
+_WORDS: Final = {(int, str): "a number", str: "a string", int: "a whole number", list: "a list", dict: "a table"}
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
@@ -108,7 +108,7 @@ class _File:
     def error(self, op: int | None, key: str, reason: str) -> UsageError:
         return UsageError(f"{self.source}:{self.line(op, key)}: {reason}")
 
-    def check(self, table: Mapping[str, Any], known: Mapping[str, type], op: int | None) -> None:
+    def check(self, table: Mapping[str, Any], known: Mapping[str, Any], op: int | None) -> None:
         """Every key is known and has a value of its type."""
         for key, value in table.items():
             if key not in known:
@@ -154,7 +154,8 @@ class _File:
         self.check(table, _KINDS[kind], index)
         if kind == "run":
             return self.run(index, table)
-        change = Change(table.get("value"), self.strings(index, table, "set"), self.strings(index, table, "clear"))
+        bits = (self.strings(index, table, key) for key in ("set", "clear"))
+        change = Change(self.number(index, table), *bits)
         if change == Change() and "frame" not in table:
             raise self.error(index, kind, "nothing is changed: give value, set, clear or, for an entry, frame")
         if change.value is not None and not 0 <= change.value < 1 << 64:
@@ -162,6 +163,14 @@ class _File:
         if kind == "entry":
             return EntryOp(table["entry"], change, table.get("frame"))
         return VmcbOp(table["vmcb"], change) if kind == "vmcb" else HostOp(table["host"], change)
+
+    def number(self, index: int, table: Mapping[str, Any]) -> int | None:
+        """`value`: a number, or text that is one (as `each` makes it)."""
+        value = table.get("value")
+        try:
+            return int(value, 0) if isinstance(value, str) else value
+        except ValueError:
+            raise self.error(index, "value", f"'value' must be a number, not {value!r}") from None
 
     def run(self, index: int, table: Mapping[str, Any]) -> RunOp:
         probes = []

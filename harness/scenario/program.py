@@ -25,7 +25,9 @@ _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
-VMCB_BITS: Final = {name: REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")}
+VMCB_BITS: Final = {name: REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
+    "intercept_exceptions": {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
+}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ them) lies under other root entries than a to d, in both dimensions, with A and 
 
     dimension   root slot   what
     guest       90          a b c d
-    guest       511         L2's code and mailbox, each twice: for CPL 0 and for CPL 3
+    guest       511         L2's code and mailbox, each twice: for CPL 0 and for CPL 3;
+                            its tables; its IDT, GDT, TSS and stack
     nested      0           a b c d
-    nested      1           L2's tables (pml4, pdpt, pd, pt), its code and its mailbox
+    nested      1           L2's tables (pml4, pdpt, pd, pt), and all that is L2's own
 
 With less than 40 physical address bits, slot 1 of the nested root cannot be reached: slot 0 has it all.
 """
@@ -21,13 +22,16 @@ from typing import Final
 
 from harness.model.entries import LEVEL_NAMES, PAGE_SHIFTS, PS, RW, US, A, D, P
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
+from harness.model.vmcb import FIELDS, MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
 from harness.scenario.ops import NO_NESTED_PAGING
 from harness.wire.image import PAGE, Image
 
 PAGES: Final = ("a", "b", "c", "d")
 TABLES: Final = ("pml4", "pdpt", "pd", "pt")
 """L2's tables for pages a to d, as targets of the nested dimension."""
+
+SYSTEM: Final = ("idt", "gdt", "tss", "stack")
+"""L2's system structures: each has a gPA and a gVA of its own, all lie on one sPA page."""
 
 REGION: Final = 1 << 21
 _TEST_GVA: Final = 90 << 39 | 316 << 30
@@ -39,6 +43,14 @@ _KEPT: Final = A | D
 _FLIP_GUEST: Final = 0x21
 _FLIP_NESTED: Final = 0x42
 """What 4K leaves do to the low bits of the page number, so that no dimension is linear."""
+
+_CODE_SELECTOR: Final = 0x28
+_GDT: Final = 0x200
+_TSS: Final = 0x304
+"""Offsets in the system page; so that RSP0, four bytes into the TSS, is aligned."""
+_RSP0: Final = 0xB40
+_RSP: Final = 0xFE8
+"""Where the stacks begin in it: for a change to CPL 0, and for L2 at VMRUN (not 16-byte aligned)."""
 
 HOST_CR0: Final = CR0.PG | CR0.WP | CR0.NE | CR0.ET | CR0.MP | CR0.PE
 HOST_CR4: Final = CR4.DE | CR4.PAE | CR4.OSFXSR | CR4.OSXMMEXCPT
@@ -63,6 +75,12 @@ class World:
     """Bytes of the arena, from its start, that hold tables."""
     entry_gva: dict[str, int] = field(default_factory=dict)
     """Where L2 finds the entries of its own tables for a to d, by name."""
+    vmcb_page: bytes = b""
+    """The VMCB's whole page."""
+    touched: dict[int, None] = field(default_factory=dict)
+    """The sPAs of `words`."""
+    system: int = 0
+    """sPA of the page with L2's IDT, GDT, TSS and stack."""
     code: tuple[int, int] = (0, 0)
     """gVA of L2's code page, by whether at CPL 3."""
     mailbox: tuple[int, int] = (0, 0)
@@ -127,28 +145,29 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
             gpa[table] = spa[table]
         to_spa[gpa[table]] = spa[table]
         map_nested(gpa[table], spa[table], 12, [f"nested.{table}"])
-    support = [home + (0x10 << 21) + (0x20 + n << 12) for n in range(5)]
-    if not nested:
-        support = [make.page(), make.page(), make.page(), image.l2_page, image.mailbox]
-    for address in support[:3]:
-        to_spa[address] = make.page() if nested else address
-        map_nested(address, to_spa[address], 12, [], _USER_BITS | _KEPT)
-    gpa["code"], gpa["mailbox"] = support[3:]
-    spa["code"], spa["mailbox"] = image.l2_page, image.mailbox
-    map_nested(gpa["code"], spa["code"], 12, ["nested.code"], _USER_BITS | _KEPT)
-    map_nested(gpa["mailbox"], spa["mailbox"], 12, ["nested.mailbox"], _USER_BITS | _KEPT)
-    for name in ("code", "mailbox") if nested else ():
+    own_tables = []
+    for number in range(3):
+        address = home + (0x10 << 21) + (0x20 + number << 12)
+        own_spa = make.page()
+        own_tables.append(address if nested else own_spa)
+        to_spa[own_tables[-1]] = own_spa
+        map_nested(address, own_spa, 12, [], _USER_BITS | _KEPT)
+    system = image.arena.end - PAGE
+    spa |= {"code": image.l2_page, "mailbox": image.mailbox} | dict.fromkeys(SYSTEM, system)
+    for number, name in enumerate(("code", "mailbox", *SYSTEM)):
+        gpa[name] = home + (0x10 << 21) + (0x23 + number << 12) if nested else spa[name]
+        map_nested(gpa[name], spa[name], 12, [f"nested.{name}"], _USER_BITS | _KEPT)
         for level in ("pml4e", "pdpte", "pde"):
-            entry = make.entries[f"nested.{name}.{level}"]
-            make.words[entry] |= A
+            if nested:
+                make.words[make.entries[f"nested.{name}.{level}"]] |= A
 
-    # L2's own mappings: the same pages for CPL 0 and for CPL 3, side by side.
-    tables = [gpa["pml4"], *support[:3]]
+    # L2's own mappings, side by side: code and mailbox for CPL 0 and for CPL 3, its tables, its system pages.
+    tables = [gpa["pml4"], *own_tables]
     for upper, lower, shift in zip(tables, tables[1:], (39, 30, 21), strict=False):
         make.words[to_spa[upper] + (_SUPPORT_GVA >> shift & 0x1FF) * 8] = lower | _USER_BITS | A
     last = to_spa[tables[-1]] + 0x40 * 8
     own = (("code", P), ("code", P | US), ("mailbox", P | RW), ("mailbox", _USER_BITS))
-    slots = (*own, *((table, P | RW) for table in TABLES))
+    slots = (*own, *((name, P | RW) for name in (*TABLES, *SYSTEM)))
     for slot, (name, bits) in enumerate(slots):
         make.words[last + 8 * slot] = gpa[name] | bits | _KEPT
 
@@ -174,17 +193,21 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
             make.words[at] = tables[4 - height] | _USER_BITS
         map_nested(gpa[page], spa[page], nested_shift, [f"nested.{page}"])
 
-    arena = range(image.arena.start, image.arena.start + make.next_page, PAGE)
     aliases = [_SUPPORT_GVA + (n << 12) for n in range(len(slots))]
+    code = (aliases[0], aliases[1])
+    gva |= dict(zip(SYSTEM, aliases[-len(SYSTEM):], strict=True))
+    vmcb = initial_vmcb(image, gva, gcr3=gpa["pml4"], ncr3=ncr3) | {"np_control": NP_ENABLE if nested else 0}
+    make.words |= _system_page(system, gva["stack"], code[0] + image.l2_labels["vectors"])
+    arena = range(image.arena.start, image.arena.start + make.next_page, PAGE)
     return World(
         vmcb_address=image.vmcbs.start,
         words=make.words,
-        vmcb=initial_vmcb(image, gcr3=gpa["pml4"], ncr3=ncr3) | {"np_control": NP_ENABLE if nested else 0},
+        vmcb=vmcb,
         entries=make.entries,
         gva=gva,
         gpa=gpa,
         spa=spa,
-        watch=(*arena, *sorted({spa[p] for p in PAGES})),
+        watch=(*arena, system, *sorted({spa[p] for p in PAGES})),
         arena_used=make.next_page,
         entry_gva={
             name: aliases[4 + TABLES.index(table)] + (at & 0xFFF)
@@ -192,9 +215,32 @@ def build(image: Image, cpu: Cpu, guest_page: str = "4K", nested_page: str = "4K
             for table in TABLES
             if at & ~0xFFF == spa[table]
         },
-        code=(aliases[0], aliases[1]),
+        vmcb_page=_page_of(vmcb),
+        touched=dict.fromkeys(make.words),
+        system=system,
+        code=code,
         mailbox=(aliases[2], aliases[3]),
     )
+
+
+def _system_page(page: int, stack: int, vectors: int) -> dict[int, int]:
+    """L2's IDT, GDT and TSS at sPA `page`; the rest of it is stack. `vectors` is the gVA of the first
+    handler; each has four bytes (guests/l1/l2_long.S)."""
+    words = {page + _GDT + (_CODE_SELECTOR & ~7): 0x00AF_9B00_0000_FFFF, page + _TSS + 4: stack + _RSP0}
+    for vector in range(32):
+        offset = vectors + 4 * vector
+        gate = offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48
+        words[page + 16 * vector] = gate
+        words[page + 16 * vector + 8] = offset >> 32
+    return words
+
+
+def _page_of(vmcb: dict[str, int]) -> bytes:
+    page = bytearray(PAGE)
+    for name, value in vmcb.items():
+        offset, width = FIELDS[name]
+        page[offset : offset + width] = value.to_bytes(width, "little")
+    return bytes(page)
 
 
 def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tuple[int, int]:
@@ -204,12 +250,12 @@ def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tupl
     return (region + 1) % regions, inside ^ (flip << 12 if shift == 12 else 0)
 
 
-def initial_vmcb(image: Image, gcr3: int, ncr3: int) -> dict[str, int]:
+def initial_vmcb(image: Image, gva: dict[str, int], gcr3: int, ncr3: int) -> dict[str, int]:
     """A VMCB for 64-bit L2. Where a value is free it is unlike L1's and unlike any other, so that a
     field loaded or saved in the wrong place shows."""
     return {
         "intercept_exceptions": 0xFFFF_FFFF,
-        "intercept_misc1": 1 << 31,  # SHUTDOWN: a triple fault of L2 is L2's
+        "intercept_misc1": 1 << 31 | 1 << 24,  # SHUTDOWN: a triple fault of L2 is L2's; HLT: its handlers' end
         "intercept_misc2": MISC2_VMRUN | MISC2_VMMCALL,
         "iopm_base": image.iopm,
         "msrpm_base": image.msrpm,
@@ -218,15 +264,15 @@ def initial_vmcb(image: Image, gcr3: int, ncr3: int) -> dict[str, int]:
         "v_intr": 1 << 24,  # V_INTR_MASKING
         "ncr3": ncr3,
         **_segment("es", 0x0038, 0xC93, 0xFFFF_FFFF, 0),
-        **_segment("cs", 0x0028, 0xA9B, 0xFFFF_FFFF, 0),
+        **_segment("cs", _CODE_SELECTOR, 0xA9B, 0xFFFF_FFFF, 0),
         **_segment("ss", 0x0030, 0xC93, 0xFFFF_FFFF, 0),
         **_segment("ds", 0x0040, 0xC93, 0xFFFF_FFFF, 0),
         **_segment("fs", 0x0048, 0xC93, 0xFFFF_FFFF, 0x0000_1234_5000_0000),
         **_segment("gs", 0x0050, 0xC93, 0xFFFF_FFFF, 0x0000_1234_6000_0000),
-        **_segment("gdtr", 0, 0, 0x5F, 0x0000_1234_7000_0000),
+        **_segment("gdtr", 0, 0, 0x7F, gva["gdt"] + _GDT),
         **_segment("ldtr", 0x0058, 0x082, 0x17, 0x0000_1234_8000_0000),
-        **_segment("idtr", 0, 0, 0x1FF, 0x0000_1234_9000_0000),
-        **_segment("tr", 0x0068, 0x08B, 0x67, 0x0000_1234_A000_0000),
+        **_segment("idtr", 0, 0, 0x1FF, gva["idt"]),
+        **_segment("tr", 0x0068, 0x08B, 0x67, gva["tss"] + _TSS),
         "efer": EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME,
         "cr0": CR0.PG | CR0.AM | CR0.WP | CR0.NE | CR0.ET | CR0.PE,
         "cr4": CR4.PAE | CR4.PGE | CR4.OSFXSR,
@@ -234,7 +280,7 @@ def initial_vmcb(image: Image, gcr3: int, ncr3: int) -> dict[str, int]:
         "dr6": 0xFFFF_0FF0,
         "dr7": 0x400,
         "rflags": RFLAGS.ONE,
-        "rsp": 0x0000_1234_B000_0018,
+        "rsp": gva["stack"] + _RSP,
         "rax": 0x5A5A_1111_2222_3333,
         "star": 0x0023_0010_0000_0000,
         "lstar": 0x0000_1234_C000_0000,

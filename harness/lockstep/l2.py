@@ -1,0 +1,294 @@
+"""L2 between VMRUN and #VMEXIT: its probes, its own accesses, its exceptions."""
+
+from __future__ import annotations
+
+from harness.errors import UsageError
+from harness.lockstep import stub
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.state import State
+from harness.model import dirty, events, vmrun
+from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached
+from harness.model.events import Event
+from harness.model.registers import RFLAGS
+from harness.model.vmcb import ExitCode
+from harness.model.walk import Walk, translate
+from harness.wire.image import tag
+from harness.wire.program import Step, WireProbe
+
+_FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
+_READ = {cpl: Access(user=cpl == 3) for cpl in range(4)}
+_WRITE = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
+_MASK64 = (1 << 64) - 1
+
+
+class Leave(Exception):
+    """L2 leaves: the exit's code, EXITINFO1 and 2, the walk that faulted, and the rule behind it.
+    `event` is what was being delivered."""
+
+    def __init__(
+        self, code: int, info1: int = 0, info2: int = 0, walk: Walk | None = None, rule: str = "",
+        event: Event | None = None,
+    ) -> None:
+        super().__init__(code)
+        self.code, self.info1, self.info2 = code, info1, info2
+        self.walk, self.rule, self.event = walk, rule, event
+
+
+class L2:
+    """One run of L2 by VMRUN. `do` and the rest end in `Leave` where L2 leaves."""
+
+    def __init__(self, state: State, out: Prediction, step: Step) -> None:
+        self.state, self.out, self.step = state, out, step
+        self.regs = vmrun.load(state.vmcb)
+        self.paging = state.paging(self.regs)
+        self.page = self.step.b & ~0xFFF
+        self.undefined: tuple[str, ...] = ()
+        self.fresh: set[int] | None = None
+        """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
+
+    def enter(self) -> None:
+        """L2's own accesses: fetch of its code, read of its mailbox. A fault of the first is the
+        scenario's business; one of the others would make L2 itself fault at places nobody names."""
+        regs = self.regs
+        key = (self.paging, regs.rip, self.step.c)
+        if self.state.support == key:
+            return  # the same walks would set the same bits again
+        walk = self.access(regs.rip, _FETCH[regs.cpl])
+        if not isinstance(walk.outcome, Reached):
+            self.fault(walk)
+        walk = self.access(self.step.c, _READ[regs.cpl])
+        if not isinstance(walk.outcome, Reached):
+            raise UsageError(f"L2 cannot reach its own mailbox any more: {walk.outcome}")
+        self.state.support = key
+
+    def enter_again(self) -> None:
+        """After a change of translation L2's own pages must still be there for it."""
+        self.state.support = None
+        for address, access in ((self.page, _FETCH), (self.step.c, _READ)):
+            walk = self.access(address, access[self.regs.cpl])
+            if not isinstance(walk.outcome, Reached):
+                raise UsageError(f"this leaves L2 without its own pages: {walk.outcome}")
+
+    def at(self, label: str, rax: int) -> None:
+        """Set the registers as they are when L2 stands at `label`."""
+        regs = self.regs
+        regs.rip = self.page + self.state.image.l2_labels[label]
+        regs.rflags = regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
+        regs.rax = rax & _MASK64
+
+    def do(self, probe: WireProbe, index: int) -> int:
+        """Do one probe; returns its result."""
+        kind, size, address, value = probe
+        self.at(stub.label(kind, size), value)
+        if kind in ("read", "write", "rmw"):
+            result = self._data(kind, size, address, value, index)
+        elif kind == "fetch":
+            result = self._fetch(address, index)
+        else:
+            result = self._register(kind, address, value)
+        self.regs.rax = result
+        return result
+
+    def end(self) -> None:
+        """All probes done: L2 leaves by VMMCALL."""
+        self.at("end", 0)
+        raise Leave(ExitCode.VMMCALL, rule="exit.vmmcall")
+
+    # --- probes -----------------------------------------------------------------------------------
+
+    def _data(self, kind: str, size: int, address: int, value: int, index: int) -> int:
+        if address & 0xFFF > 0x1000 - size:
+            raise UsageError(f"{kind} of {size} bytes at {address:#x} crosses a page")
+        cpl = self.regs.cpl
+        self._must_be_fresh(address)
+        walk = self.access(address, _READ[cpl] if kind == "read" else _WRITE[cpl])
+        self.out.walks[index] = walk
+        if not isinstance(walk.outcome, Reached):
+            self.fault(walk)
+        spa = self._own_memory(walk, f"{kind} at gVA {address:#x}")
+        old = self.state.memory.read(spa, size)
+        mask = (1 << 8 * size) - 1
+        if kind != "read":
+            self._store(spa, (value if kind == "write" else old + value) & mask, mask)
+        if kind == "write":
+            return value
+        return old if size >= 4 else value & ~mask & _MASK64 | old  # 32-bit results are zero-extended
+
+    def _store(self, spa: int, new: int, mask: int) -> None:
+        """Write the bits of `mask` at `spa`, over one quadword or two."""
+        words, shift = self.state.memory.words, 8 * (spa & 7)
+        for number in (0, 1):
+            part = mask << shift >> 64 * number & _MASK64
+            if part:
+                at = (spa & ~7) + 8 * number
+                before = words[at >> 3]
+                self.state.changed(self.out, at, before)
+                words[at >> 3] = before & ~part | new << shift >> 64 * number & _MASK64
+        if spa in self.state.image.arena:
+            self.state.support = None
+            self.fresh = set()
+
+    def _fetch(self, address: int, index: int) -> int:
+        self._must_be_fresh(address)
+        walk = self.access(address, _FETCH[self.regs.cpl])
+        self.out.walks[index] = walk
+        if not isinstance(walk.outcome, Reached):
+            if not isinstance(walk.outcome, GeneralProtection):
+                self.regs.rip = address
+            self.fault(walk)
+        spa = self._own_memory(walk, f"fetch at gVA {address:#x}")
+        if spa & 7 or spa not in self.state.image.data or self.state.memory.words[spa >> 3] != tag(spa):
+            raise UsageError(f"fetch at gVA {address:#x} reaches sPA {spa:#x}, where there is no code that returns")
+        return spa >> 3
+
+    def _own_memory(self, walk: Walk, what: str) -> int:
+        assert isinstance(walk.outcome, Reached)
+        spa = walk.outcome.spa
+        if spa not in self.state.image.data and spa not in self.state.image.arena:
+            raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data")
+        return spa
+
+    def _must_be_fresh(self, address: int) -> None:
+        """Where L2 has changed a table, a translation may be old or new until it is flushed."""
+        page = address >> 12
+        if self.fresh is not None and page not in self.fresh and page not in self.state.tables:
+            raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that "
+                             "page or wrcr3; more than one outcome is permitted until then")
+
+    def _register(self, kind: str, address: int, value: int) -> int:
+        """Reads and writes of L2's own registers."""
+        regs, vmcb = self.regs, self.state.vmcb
+        if regs.cpl and kind not in stub.UNPRIVILEGED:
+            self.exception(Event.exception(events.GP))
+        if kind in stub.DESCRIPTOR_READS:
+            return vmcb[stub.DESCRIPTOR_READS[kind]]
+        if kind in stub.LOADED_LIMITS:
+            name, limit = stub.LOADED_LIMITS[kind]
+            vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = value, limit
+            return value
+        if kind in stub.NULL_LOADS:
+            name = stub.NULL_LOADS[kind]
+            vmcb[f"{name}.selector"] = value
+            # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
+            self.undefined += (f"{name}.attrib", f"{name}.limit", f"{name}.base")
+            return value
+        what = kind[2:]
+        if what == "cr8":
+            if kind == "wrcr8":
+                vmcb["v_intr"] = vmcb["v_intr"] & ~0xFF | value & 0xF
+                return value
+            return vmcb["v_intr"] & 0xF
+        if what == "seg":
+            return sum(vmcb[f"{s}.selector"] << 16 * n for n, s in enumerate(("es", "cs", "ss", "ds")))
+        if what == "flags":
+            if kind == "wrflags":
+                regs.rflags = value | RFLAGS.ONE
+                self.paging = self.state.paging(regs)
+                return value
+            return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
+        if kind == "invlpg":
+            if self.fresh is not None:
+                self.fresh.add(address >> 12)
+            return value
+        name = stub.MSR_FIELDS[address] if what == "msr" else what
+        own = hasattr(regs, name)
+        if kind.startswith("rd"):
+            return int(getattr(regs, name)) if own else vmcb[name]
+        if own:
+            setattr(regs, name, value)
+            if name == "cr3":
+                self.fresh = None
+            self.paging = self.state.paging(regs)
+            self.enter_again()
+        else:
+            vmcb[name] = value
+        return value
+
+    # --- memory and faults ------------------------------------------------------------------------
+
+    def access(self, gva: int, access: Access) -> Walk:
+        """Translate, and write accessed and dirty bits back."""
+        state, out = self.state, self.out
+        try:
+            walk = translate(self.paging, state.memory.words, gva, access)
+        except IndexError:
+            raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
+        faulted = not isinstance(walk.outcome, Reached)
+        required, permitted = dirty.resolve(walk.updates, faulted, state.liberties)
+        for address, old in dirty.write_back(state.memory.words, required).items():
+            state.changed(out, address, old)
+        for address, bits, _ in permitted:
+            out.permitted[address] = out.permitted.get(address, 0) | bits
+        return walk
+
+    def fault(self, walk: Walk) -> None:
+        """A walk faulted: #NPF leaves L2; an exception leaves it if L1 intercepts it, and goes through
+        L2's own IDT if not."""
+        match walk.outcome:
+            case NestedPageFault(code, gpa):
+                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule)
+            case PageFault(code, gva):
+                if not self.intercepted(events.PF):
+                    self.regs.cr2 = gva
+                self.exception(Event.exception(events.PF, code), gva, walk)
+            case GeneralProtection(code):
+                self.exception(Event.exception(events.GP, code), 0, walk)
+            case _:
+                raise AssertionError(walk.outcome)
+
+    def intercepted(self, vector: int) -> bool:
+        return bool(self.state.vmcb["intercept_exceptions"] >> vector & 1)
+
+    def exception(self, event: Event, info2: int = 0, walk: Walk | None = None) -> None:
+        """An exception of L2: an exit, or its own handler's business."""
+        rule = walk.rule if walk is not None else "exit.privileged"
+        if self.intercepted(event.vector):
+            raise Leave(ExitCode.EXCEPTION + event.vector, event.error or 0, info2, walk, rule)
+        self.deliver(event, walk)
+
+    def deliver(self, event: Event, walk: Walk | None = None) -> None:
+        """Through L2's own IDT; its handlers do nothing but leave by HLT."""
+        try:
+            self.undefined += events.deliver(event, self.regs, self.state.vmcb, _Bus(self, event))
+        except ValueError as reason:
+            raise UsageError(f"delivery of vector {event.vector}: {reason}") from None
+        landed = self.access(self.regs.rip, _FETCH[self.regs.cpl])
+        if not isinstance(landed.outcome, Reached):
+            self.fault(landed)
+        raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered")
+
+
+class _Bus:
+    """Memory as a delivery sees it: implicit supervisor accesses, whatever the CPL."""
+
+    def __init__(self, l2: L2, event: Event) -> None:
+        self._l2, self._event = l2, event
+
+    def load(self, gva: int) -> int:
+        spa = self._reach(gva, _READ[0])
+        return self._l2.state.memory.words[spa >> 3]
+
+    def store(self, gva: int, value: int, free: int) -> None:
+        spa = self._reach(gva, _WRITE[0])
+        state, out = self._l2.state, self._l2.out
+        state.changed(out, spa, state.memory.words[spa >> 3])
+        state.memory.words[spa >> 3] = value
+        if free:
+            out.permitted[spa] = out.permitted.get(spa, 0) | free
+
+    def _reach(self, gva: int, access: Access) -> int:
+        walk = self._l2.access(gva, access)
+        match walk.outcome:
+            case Reached(spa, _):
+                if gva & 7 or spa not in self._l2.state.image.arena:
+                    raise UsageError(f"a delivery reaches sPA {spa:#x} through gVA {gva:#x}: no page of L2's own")
+                return spa
+            case NestedPageFault(code, gpa):
+                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, self._event)
+            case PageFault(code, fault) if self._l2.intercepted(events.PF):
+                raise Leave(ExitCode.EXCEPTION + events.PF, code, fault, walk, walk.rule, self._event)
+            case outcome:
+                raise UsageError(f"a delivery faults with {outcome}, which L1 does not intercept: double faults are "
+                                 "not modelled")
+
+

@@ -1,0 +1,37 @@
+"""What one VMRUN comes to, as the model says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from harness.model.walk import Walk
+
+WHOLE: Final = (1 << 128) - 1
+"""In `Prediction.free`: no bit of the field is defined."""
+
+
+@dataclass(slots=True)
+class Prediction:
+    """The outcome of one VMRUN.
+
+    `next_probe` is the index of the probe that faulted, or the number of probes when all were done.
+    `control` and `save` are the VMCB's bytes after the exit, `free` the bits, by field, that the manual
+    leaves undefined in it. `old` has the quadwords that the model changed, as they were before;
+    `permitted` the bits, by the sPA of their quadword, that may be set or not.
+    """
+
+    first_probe: int
+    next_probe: int = 0
+    refused: str = ""
+    exitcode: int = 0
+    rule: str = ""
+    control: bytes = b""
+    save: bytes = b""
+    free: dict[str, int] = field(default_factory=dict)
+    regs: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    results: dict[int, int] = field(default_factory=dict)
+    walks: dict[int, Walk] = field(default_factory=dict)
+    old: dict[int, int] = field(default_factory=dict)
+    permitted: dict[int, int] = field(default_factory=dict)

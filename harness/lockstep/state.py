@@ -1,0 +1,94 @@
+"""What the model keeps of a machine between VMRUNs: memory, L1's registers, the VMCB in use."""
+
+from __future__ import annotations
+
+from harness.errors import UsageError
+from harness.lockstep.prediction import Prediction
+from harness.model import vmrun
+from harness.model.dirty import Liberties
+from harness.model.memory import Memory
+from harness.model.registers import RFLAGS, Cpu
+from harness.model.vmcb import Vmcb
+from harness.model.vmrun import Host, Registers
+from harness.model.walk import Paging
+from harness.scenario.world import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT, World
+from harness.wire.image import PAGE, Image, tag, tags
+from harness.wire.layout import HOST_REGISTERS
+from harness.wire.program import Step
+
+_HOST_NAMES = {number: name for name, number in HOST_REGISTERS.items()}
+_MAX_PAGINGS = 1000
+
+
+class State:
+    """The model's machine. `liberties` is the profile of the machine that it is held against."""
+
+    def __init__(self, image: Image, cpu: Cpu, liberties: Liberties) -> None:
+        self.image = image
+        self.cpu = cpu
+        self.liberties = liberties
+        self.memory = Memory(image.ram_end)
+        self.memory.bytes[image.data.start : image.data.end] = tags(image.data)
+        self.host = Host(0, 0, 0, 0, 0)
+        self.vmcb = Vmcb(self.memory, image.vmcbs.start)
+        self.watched: frozenset[int] = frozenset()
+        self.tables: frozenset[int] = frozenset()
+        """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
+        self.support: tuple[Paging, int, int] | None = None
+        """L2's own pages were walked under this translation, and no table was written since."""
+        self._touched: dict[int, None] = {}
+        self._paging: dict[tuple[int, ...], Paging] = {}
+
+    def reset(self, world: World) -> None:
+        """The state that each scenario starts in, whatever was before it."""
+        words = self.memory.words
+        for address in self._touched:
+            words[address >> 3] = tag(address) if address in self.image.data else 0
+        self._touched.clear()
+        self.support = None
+        self.watched = frozenset(world.watch)
+        self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
+        for address, value in world.words.items():
+            words[address >> 3] = value
+        self._touched.update(world.touched)
+        start = world.vmcb_address
+        self.memory.bytes[start : start + PAGE] = world.vmcb_page
+        self.vmcb = Vmcb(self.memory, start)
+        self.host = Host(HOST_CR0, HOST_CR4, HOST_EFER, HOST_PAT, HOST_DR7)
+
+    def apply(self, step: Step) -> None:
+        """Do one op that is not a RUN."""
+        if step.code == "WRITE":
+            self.touch(step.a & ~7)
+            if step.a in self.image.arena:
+                self.support = None
+            self.memory.write(step.a, step.b, step.arg)
+        elif step.code == "HOST":
+            setattr(self.host, _HOST_NAMES[step.arg], step.b)
+
+    def touch(self, address: int) -> None:
+        """Note that the quadword at `address` is not what it was at first."""
+        self._touched[address] = None
+
+    def changed(self, out: Prediction, address: int, old: int) -> None:
+        """Note that L2, or a walk of it, changed the quadword at `address` from `old`."""
+        out.old.setdefault(address, old)
+        self._touched[address] = None
+
+    def paging(self, regs: Registers) -> Paging:
+        """The translation that L2 is under; built once for each combination of registers.
+
+        Raises UsageError for a mode that is not modelled.
+        """
+        key = (regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+               self.host.efer, self.host.cr4, self.vmcb["ncr3"], self.vmcb["np_control"])
+        found = self._paging.get(key)
+        if found is None:
+            try:
+                found = vmrun.paging(regs, self.vmcb, self.host, self.cpu)
+            except ValueError as reason:
+                raise UsageError(str(reason)) from None
+            if len(self._paging) > _MAX_PAGINGS:
+                self._paging.clear()
+            self._paging[key] = found
+        return found
