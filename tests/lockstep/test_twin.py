@@ -1,0 +1,192 @@
+"""The program on the model: predictions, and the rehearsal that keeps nonsense from a machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UsageError
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.rehearse import rehearse
+from harness.lockstep.twin import Twin
+from harness.model.access import NestedPageFault, PageFault, Reached
+from harness.model.dirty import Liberties, Takes
+from harness.model.registers import Cpu
+from harness.model.vmcb import ExitCode
+from harness.scenario.program import Compiler, Program
+from harness.scenario.world import HOST_EFER
+from harness.wire.image import Image, tag
+from tests.scenario.texts import one, run
+
+
+def predictions(twin: Twin, program: Program) -> list[Prediction]:
+    """Each VMRUN of a program, on the model alone."""
+    twin.reset(program.world)
+    out = []
+    for step in program.steps:
+        if step.code != "RUN":
+            twin.apply(step)
+            continue
+        first, begun = 0, twin.begin(step)
+        while True:
+            out.append(twin.predict(step, first))
+            if out[-1].refused or out[-1].exitcode == ExitCode.VMMCALL or out[-1].next_probe + 1 >= len(step.probes):
+                break
+            first = out[-1].next_probe + 1
+            twin.resume(begun)
+    return out
+
+
+@pytest.fixture
+def predict(twin: Twin, compiler: Compiler):  # type: ignore[no-untyped-def]
+    return lambda *ops, **kw: (predictions(twin, p := compiler.compile(one(*ops, **kw))), p.world)
+
+
+class TestPredictions:
+    def test_values(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict("read a; read4 b+4; read2 c+2; read1 d; fetch a+8")
+        assert out.exitcode == ExitCode.VMMCALL and out.next_probe == 5
+        assert out.results[0] == tag(world.spa["a"])
+        assert out.results[1] == tag(world.spa["b"]) >> 32
+        assert out.results[2] & 0xFFFF == tag(world.spa["c"]) >> 16 & 0xFFFF
+        assert out.results[3] & 0xFF == 0xB8
+        assert out.results[4] == world.spa["a"] + 8 >> 3
+
+    def test_writes(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict("write4 a+4 = 0x11223344; rmw a = 0x10; read a; write2 b+7 = 0xBEEF; read b; read b+8")
+        first = tag(world.spa["a"]) & 0xFFFF_FFFF | 0x1122_3344 << 32
+        assert out.results[1] == first and out.results[2] == first + 0x10  # rmw returns what was there
+        assert twin.memory.read(world.spa["b"] + 7, 2) == 0xBEEF
+        assert out.results[4] >> 56 == 0xEF and out.results[5] & 0xFF == 0xBE
+        assert out.old[world.spa["a"]] == tag(world.spa["a"])
+
+    def test_a_fault_ends_one_vmrun_and_the_next_goes_on(self, predict) -> None:  # type: ignore[no-untyped-def]
+        outs, world = predict('entry = "nested.b.pte"\nclear = ["rw"]', "read a; write b; read b; write b+8; read c")
+        assert [(o.first_probe, o.next_probe, o.exitcode) for o in outs] == [
+            (0, 1, 0x400), (2, 3, 0x400), (4, 5, ExitCode.VMMCALL)]
+        assert outs[0].walks[1].outcome == NestedPageFault(0x1_0000_0007, world.gpa["b"])
+        assert isinstance(outs[1].walks[2].outcome, Reached)
+        assert outs[1].walks[3].outcome == NestedPageFault(0x1_0000_0007, world.gpa["b"] + 8)
+
+    def test_page_fault(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict('entry = "guest.b.pte"\nclear = ["us"]', run("read b+0x123", 3))
+        assert out.exitcode == 0x4E and out.walks[0].outcome == PageFault(5, world.gva["b"] + 0x123)
+        assert (twin.vmcb["exitinfo1"], twin.vmcb["exitinfo2"]) == (5, world.gva["b"] + 0x123)
+        assert twin.vmcb["cr2"] == world.vmcb["cr2"]  # 15.12.15
+
+    def test_general_protection(self, predict) -> None:  # type: ignore[no-untyped-def]
+        (out,), _ = predict("read 0x0000_8000_0000_0000")
+        assert out.exitcode == 0x4D and out.free["exitinfo2"]
+
+    def test_privileged_registers(self, predict) -> None:  # type: ignore[no-untyped-def]
+        outs, _ = predict(run("rdcr2; rdflags; wrcr2 = 5", 3))
+        assert [(o.exitcode, o.next_probe) for o in outs] == [(0x4D, 0), (0x4D, 2)]
+
+    def test_registers(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict("rdcr2; wrcr2 = 0x1234; rdcr2; rdmsr 0xc0000082; wrmsr 0xc0000082 = 7; rdmsr 0xc0000082; rdrsp")
+        assert out.results[0] == world.vmcb["cr2"] and out.results[2] == 0x1234
+        assert out.results[3] == world.vmcb["lstar"] and out.results[5] == 7
+        assert out.results[6] == world.vmcb["rsp"] and twin.vmcb["cr2"] == 0x1234
+
+    def test_refused(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
+        (out,), _ = predict('vmcb = "asid"\nvalue = 0', "read a")
+        assert (out.refused, out.rule, out.exitcode) == ("vmrun.asid", "vmrun.asid", ExitCode.INVALID)
+        assert out.results == {} and out.old == {} and out.walks == {}
+        assert twin.vmcb["exitcode"] == ExitCode.INVALID
+
+    def test_registers_that_pass_through(self, predict) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict("read a; read b")
+        assert out.regs["r12"] == 2 and out.regs["rsi"] == world.mailbox[0] and out.regs["r15"] == 0x1515151515151515
+
+    def test_host(self, predict) -> None:  # type: ignore[no-untyped-def]
+        (out,), world = predict('host = "efer"\nclear = ["nxe"]', "read a")
+        assert out.host["efer"] == HOST_EFER & ~(1 << 11) and out.host["rax"] == world.vmcb_address
+
+    def test_nrip_needs_the_cpu(self, image: Image, predict) -> None:  # type: ignore[no-untyped-def]
+        cpu = Cpu(40, features=frozenset({"nrips"}))
+        twin = Twin(image, cpu, Liberties())
+        (out,) = predictions(twin, Compiler(image, cpu).compile(one("read a")))
+        assert twin.vmcb["nrip"] == twin.vmcb["rip"] + 3 == image.l2_labels["end"] + 3 + (twin.vmcb["rip"] & ~0xFFF)
+        predictions(twin, Compiler(image, cpu).compile(one('entry = "guest.a.pte"\nclear = ["p"]', "read a")))
+        assert twin.vmcb["nrip"] == 0  # 15.7.1: 0 for all but instruction intercepts
+        assert out.exitcode == ExitCode.VMMCALL
+
+    def test_liberties(self, image: Image, cpu: Cpu, compiler: Compiler) -> None:
+        program = compiler.compile(one('entry = "nested.a.pte"\nclear = ["p"]', "write a"))
+        entry = program.world.entries["guest.a.pte"]
+        seen = {}
+        for takes in Takes:
+            twin = Twin(image, cpu, Liberties(takes, takes))
+            (out,) = predictions(twin, program)
+            seen[takes] = (twin.memory.words[entry >> 3] & 0x60, out.permitted.get(entry, 0))
+        assert seen == {Takes.ALWAYS: (0x60, 0), Takes.SOMETIMES: (0, 0x60), Takes.NEVER: (0, 0)}
+
+    def test_reset_leaves_nothing(self, twin: Twin, compiler: Compiler) -> None:
+        program = compiler.compile(one("read a"))
+        twin.reset(program.world)
+        image = twin.image
+        def state() -> tuple[bytes, bytes]:
+            return bytes(twin.memory.bytes[image.arena.start : image.arena.end]), bytes(
+                twin.memory.bytes[image.data.start : image.data.end])
+        clean = state()
+        predictions(twin, compiler.compile(one(
+            'entry = "guest.a.pte"\nvalue = 7', 'host = "efer"\nclear = ["nxe"]', "write b; rmw c+0xFF8; fetch d",
+            head='nested_page = "2M"\nguest_page = "2M"\n'.replace('guest_page = "2M"', 'guest_page = "4K"'))))
+        assert state() != clean
+        twin.reset(program.world)
+        assert state() == clean and twin.host.efer == HOST_EFER
+
+
+class TestRehearsal:
+    def test_counts(self, twin: Twin, compiler: Compiler) -> None:
+        ops = ('entry = "nested.b.pte"\nclear = ["rw"]', "read a; write b; read b")
+        assert rehearse(twin, compiler.compile(one(*ops))) == 2
+
+    @pytest.mark.parametrize(
+        ("ops", "reason"),
+        [
+            (('entry = "nested.mailbox.pte"\nclear = ["p"]', "read a"), "L2 cannot reach its own mailbox"),
+            (("fetch a+1",), "no code that returns"),
+            (("write a", "fetch a"), "no code that returns"),
+            (("read a+0xFFC",), "crosses a page"),
+            (("write2 a+0xFFF",), "crosses a page"),
+            (('entry = "nested.a.pde"\nvalue = 0x7F_FFFF_F007', "read a"), "leaves L1's memory"),
+            (('entry = "nested.a.pte"\nvalue = 0x1007', "read a"), "no page of tables or data"),
+            (('vmcb = "asid"\nvalue = 0', "read a", "read b"), "a VMRUN follows one that is refused"),
+            (('vmcb = "cr4"\nset = ["la57"]', "read a"), "modelled"),
+            ((run("wrcr3 = 0"),), "leaves L2 without its own pages: #NPF"),
+        ],
+    )
+    def test_nonsense(self, ops: tuple[str, ...], reason: str, twin: Twin, compiler: Compiler) -> None:
+        with pytest.raises(UsageError, match=reason) as caught:
+            rehearse(twin, compiler.compile(one(*ops)))
+        assert str(caught.value).startswith("test.toml:")
+
+    @pytest.mark.parametrize(
+        ("probes", "expect", "good"),
+        [
+            ("read a; write a", ["ok", "#NPF 0x100000007"], True),
+            ("read a; write a", ["ok", "ok"], False),
+            ("read a; write a", ["ok", "#NPF 0x100000006"], False),
+            ("read a; write a", ["ok", "#PF 0x7"], False),
+            ("read 0x800000000000", ["#GP 0x0"], True),
+            ("read 0x800000000000", ["#GP 0x1"], False),
+            ("read a", ["anything"], False),
+        ],
+    )
+    def test_expectations(self, probes: str, expect: list[str], good: bool, twin: Twin, compiler: Compiler) -> None:
+        scenario = one('entry = "nested.a.pte"\nclear = ["rw"]', f"{run(probes)}\nexpect = {expect!r}".replace("'", '"'))
+        program = compiler.compile(scenario)
+        if good:
+            rehearse(twin, program)
+        else:
+            with pytest.raises(UsageError, match=rf"test\.toml:{scenario.lines[1]}: the scenario expects"):
+                rehearse(twin, program)
+
+    def test_expectation_of_a_refusal(self, twin: Twin, compiler: Compiler) -> None:
+        good = one('vmcb = "asid"\nvalue = 0', 'run = ["read a"]\nexpect = ["INVALID"]')
+        assert rehearse(twin, compiler.compile(good)) == 1
+        with pytest.raises(UsageError, match="INVALID"):
+            rehearse(twin, compiler.compile(one('vmcb = "asid"\nvalue = 0', 'run = ["read a"]\nexpect = ["ok"]')))
+        with pytest.raises(UsageError, match="not reached"):
+            rehearse(twin, compiler.compile(
+                one('vmcb = "asid"\nvalue = 0', 'run = ["read a", "read b"]\nexpect = ["INVALID", "ok"]')))

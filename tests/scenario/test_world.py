@@ -1,0 +1,197 @@
+"""The world that scenarios start in: for every size of pages and of physical addresses."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from harness.lockstep.twin import Twin
+from harness.model import vmrun
+from harness.model.access import Access, Reached
+from harness.model.dirty import Liberties
+from harness.model.entries import FRAME, NX, PAGE_SHIFTS, PS, RW, US, A, D, P
+from harness.model.registers import Cpu
+from harness.model.vmcb import FIELDS, NP_ENABLE, Vmcb
+from harness.model.walk import FINAL, GUEST, Walk, translate
+from harness.scenario.ops import NO_NESTED_PAGING
+from harness.scenario.world import PAGES, TABLES, World, build
+from harness.wire.image import Image, tag
+
+LEVELS = {"4K": ("pml4e", "pdpte", "pde", "pte"), "2M": ("pml4e", "pdpte", "pde"), "1G": ("pml4e", "pdpte")}
+SIZES = list(product(PAGE_SHIFTS, PAGE_SHIFTS))
+ACCESSES = [Access(w, f, u) for w, f, u in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))]
+
+
+class Case:
+    def __init__(self, image: Image, sizes: tuple[str, str], maxphyaddr: int) -> None:
+        self.image = image
+        self.guest, self.nested = sizes
+        self.cpu = Cpu(maxphyaddr)
+        self.world = build(image, self.cpu, *sizes)
+        self.twin = Twin(image, self.cpu, Liberties())
+        self.twin.reset(self.world)
+        vmcb = self.twin.vmcb
+        assert vmrun.refused(vmcb, self.twin.host, self.cpu) == ""
+        self.paging = vmrun.paging(vmrun.load(vmcb), vmcb, self.twin.host, self.cpu)
+
+    def walk(self, gva: int, access: Access = ACCESSES[0]) -> Walk:
+        return translate(self.paging, self.twin.memory.words, gva, access)
+
+
+ALL = [(*sizes, bits) for sizes in SIZES for bits in (36, 40, 52)]
+ALL += [(guest, NO_NESTED_PAGING, 40) for guest in PAGE_SHIFTS]
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda p: "-".join(map(str, p)))
+def case(request: pytest.FixtureRequest, image: Image) -> Case:
+    guest, nested, bits = request.param
+    return Case(image, (guest, nested), bits)
+
+
+@pytest.fixture
+def world(case: Case) -> World:
+    return case.world
+
+
+def _is_nested(case: Case) -> bool:
+    return case.nested != NO_NESTED_PAGING
+
+
+def test_pages_are_where_the_world_says(case: Case, world: World) -> None:
+    for page in PAGES:
+        for access in ACCESSES:
+            for offset in (0, 8, 0xFF8):
+                outcome = case.walk(world.gva[page] + offset, access).outcome
+                assert outcome == Reached(world.spa[page] + offset, world.gpa[page] + offset)
+        assert world.spa[page] in case.image.data
+        assert case.twin.memory.words[world.spa[page] >> 3] == tag(world.spa[page])
+
+
+def test_every_table_is_translated(case: Case, world: World) -> None:
+    """Each guest table by a nested walk of its own leaf, whose sPA is the world's."""
+    walk = case.walk(world.gva["a"])
+    guest = [s for s in walk.steps if s.dimension == GUEST]
+    assert [s.address & ~0xFFF for s in guest] == [world.spa[t] for t in TABLES[: len(guest)]]
+    assert world.vmcb["cr3"] == world.gpa["pml4"]
+    for above, table in zip(guest, TABLES[1 : len(guest)], strict=False):
+        assert above.entry & FRAME == world.gpa[table]
+    if _is_nested(case):
+        for step, table in zip(guest, TABLES, strict=False):
+            leaf = next(s for s in walk.steps if s.purpose == step.level and s.level == "pte")
+            assert leaf.address == world.entries[f"nested.{table}.pte"]
+            assert world.gpa[table] != world.spa[table]
+        assert world.vmcb["np_control"] == NP_ENABLE
+    else:
+        assert world.vmcb["np_control"] == 0 and not any(s.dimension != GUEST for s in walk.steps)
+
+
+def test_names_are_those_of_the_walk(case: Case, world: World) -> None:
+    """Every entry of every page's walk has its name, at the address where the walk reads it."""
+    for page in PAGES:
+        steps = case.walk(world.gva[page]).steps
+        guest = {s.level: s.address for s in steps if s.dimension == GUEST}
+        final = {s.level: s.address for s in steps if s.purpose == FINAL}
+        assert guest == {level: world.entries[f"guest.{page}.{level}"] for level in LEVELS[case.guest]}
+        if _is_nested(case):
+            assert final == {level: world.entries[f"nested.{page}.{level}"] for level in LEVELS[case.nested]}
+    expected = {f"guest.{page}.{level}" for page in PAGES for level in LEVELS[case.guest]}
+    if _is_nested(case):
+        expected |= {f"nested.{page}.{level}" for page in PAGES for level in LEVELS[case.nested]}
+        expected |= {f"nested.{table}.{level}" for table in (*TABLES, "code", "mailbox") for level in LEVELS["4K"]}
+    assert expected <= world.entries.keys()
+    assert not [n for n in world.entries if n not in expected and n.split(".")[1] in (*PAGES, *TABLES)]
+
+
+def test_what_can_fault_alone(case: Case, world: World) -> None:
+    """Each page has leaves of its own where they are 4K; each table of L2 has a nested walk of its
+    own below the root, so that it alone can be made to fault."""
+    if case.guest == "4K":
+        assert len({world.entries[f"guest.{p}.pte"] for p in PAGES}) == 4
+    if case.nested == "4K":
+        assert len({world.entries[f"nested.{p}.pte"] for p in PAGES}) == 4
+    if _is_nested(case):
+        for level in ("pdpte", "pde", "pte"):
+            tables = {world.entries[f"nested.{t}.{level}"] for t in TABLES}
+            others = {world.entries.get(f"nested.{p}.{level}") for p in (*PAGES, "code", "mailbox")}
+            assert len(tables) == 4 and not tables & others
+        if case.cpu.maxphyaddr >= 40:
+            assert world.entries["nested.a.pml4e"] != world.entries["nested.pt.pml4e"]
+
+
+def test_entries_under_test_are_pristine(case: Case, world: World) -> None:
+    """All rights, no A, no D, no NX: whatever a scenario sees there, it did."""
+    words = case.twin.memory.words
+    for name, at in world.entries.items():
+        if name.split(".")[1] in PAGES or (name.split(".")[1] in TABLES and not name.endswith("pml4e")):
+            entry = words[at >> 3]
+            assert entry & (P | RW | US) == P | RW | US and not entry & (NX | D), name
+            if case.cpu.maxphyaddr >= 40 or not name.endswith("pml4e"):
+                # (with a small address width all of the nested dimension is under one root entry)
+                assert not entry & A or (name == "nested.pml4.pdpte"), name
+            if name.split(".")[1] in PAGES:
+                size = case.guest if name.startswith("guest") else case.nested
+                assert bool(entry & PS) == (name.split(".")[2] == LEVELS[size][-1] != "pte"), name
+
+
+def test_l2_has_its_own_pages(case: Case, world: World) -> None:
+    for user in (False, True):
+        fetch = Access(fetch=True, user=user)
+        assert case.walk(world.code[user], fetch).outcome == Reached(case.image.l2_page, world.gpa["code"])
+        for write in (False, True):
+            outcome = case.walk(world.mailbox[user], Access(write=write, user=user)).outcome
+            assert outcome == Reached(case.image.mailbox, world.gpa["mailbox"])
+    # they do not disturb what is under test: their walks set nothing there
+    tested = {at for name, at in world.entries.items() if name.split(".")[1] in PAGES}
+    for gva, access in ((world.code[0], Access(fetch=True)), (world.mailbox[1], Access(write=True, user=True))):
+        for address, bits, _ in case.walk(gva, access).updates:
+            if address in tested:
+                assert case.cpu.maxphyaddr < 40 or bits == A
+            elif not address & ~0xFFF == world.spa["pml4"]:
+                assert case.twin.memory.words[address >> 3] & bits == bits or address in world.entries.values()
+
+
+def test_l2_reaches_its_own_tables(case: Case, world: World) -> None:
+    named = {n for n in world.entries if n.startswith("guest.")}
+    assert named <= world.entry_gva.keys()
+    for name, gva in world.entry_gva.items():
+        outcome = case.walk(gva, Access(write=True)).outcome
+        assert isinstance(outcome, Reached) and outcome.spa == world.entries[name]
+
+
+def test_pages_are_scattered(case: Case, world: World) -> None:
+    """A value read says which page it is: no two are the same, and neither dimension is linear."""
+    assert len({world.spa[p] for p in PAGES}) == 4 and len({world.gpa[p] for p in PAGES}) == 4
+    gva = [world.gva[p] for p in PAGES]
+    assert gva == list(range(gva[0], gva[0] + 0x4000, 0x1000))
+    for page in PAGES:
+        assert len({world.gva[page] & FRAME, world.gpa[page], world.spa[page]}) == (3 if _is_nested(case) else 2)
+    if case.guest == "4K":
+        assert [world.gpa[p] - world.gpa["a"] for p in PAGES] != [0, 0x1000, 0x2000, 0x3000]
+
+
+def test_it_stays_in_its_memory(case: Case, world: World) -> None:
+    arena = case.image.arena
+    for address in world.words:
+        assert address in arena and (address < arena.start + world.arena_used or address & ~0xFFF == world.system)
+    assert set(range(arena.start, arena.start + world.arena_used, 4096)) <= set(world.watch)
+    assert {world.spa[p] for p in PAGES} <= set(world.watch) and len(set(world.watch)) == len(world.watch)
+    limit = 1 << case.cpu.maxphyaddr
+    for address, entry in world.words.items():
+        if address & ~0xFFF != world.system:
+            assert entry & P and entry & FRAME < limit
+
+
+def test_the_vmcb(case: Case, world: World) -> None:
+    block = Vmcb(case.twin.memory, world.vmcb_address)
+    assert {name: block[name] for name in world.vmcb} == world.vmcb
+    assert world.vmcb_address == case.image.vmcbs.start
+    assert set(world.vmcb) <= FIELDS.keys()
+    # what is free to choose is unlike anything else, so that a field that is mixed up shows
+    values = [v for n, v in world.vmcb.items() if v >> 32 and n not in ("g_pat", "star")]
+    assert len(set(values)) == len(values)
+
+
+def test_the_same_again(image: Image) -> None:
+    """No randomness: a verdict can be reproduced."""
+    assert build(image, Cpu(40), "2M", "4K") == build(image, Cpu(40), "2M", "4K")
