@@ -89,12 +89,14 @@ class Twin(State):
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID
+        if not self.mode.long:
+            out.free["rax"] = ~0xFFFF_FFFF  # legacy mode has no upper halves
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:
             out.free["rflags"] = RFLAGS.RF  # 15.5.1 and 15.7.1 leave open whether a fault saves it set
         if "nrips" in self.cpu.features:
             vmcb["nrip"] = l2.regs.rip + stub.INSTRUCTION_BYTES[code] if code in stub.INSTRUCTION_BYTES else 0
         out.control, out.save = self.vmcb_bytes()
-        out.regs = stub.CONSTANT | {"rsi": l2.step.c, "r12": out.next_probe}
+        out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
         host = self.host
         out.host = {"rax": vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat,
                     "dr6": l2.regs.dr6}
