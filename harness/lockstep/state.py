@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import with_quirks
 from harness.model import vmrun
 from harness.model.dirty import Liberties
 from harness.model.memory import Memory
@@ -40,8 +41,10 @@ class State:
         """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
         self.support: tuple[Paging, int, int] | None = None
         """L2's own pages were walked under this translation, and no table was written since."""
+        self.quirks: tuple[str, ...] = ()
+        """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
         self._touched: dict[int, None] = {}
-        self._paging: dict[tuple[int, ...], Paging] = {}
+        self._paging: dict[tuple[object, ...], Paging] = {}
 
     def reset(self, world: World) -> None:
         """The state that each scenario starts in, whatever was before it."""
@@ -83,11 +86,11 @@ class State:
 
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
-        key = (regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+        key = (*self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
                self.host.efer, self.host.cr4, self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = vmrun.paging(regs, self.vmcb, self.host, self.cpu)
+            found = with_quirks(vmrun.paging(regs, self.vmcb, self.host, self.cpu), self.quirks)
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found

@@ -10,6 +10,7 @@ from harness.model import events, vmrun
 from harness.model.events import EVENT_VALID, Event
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import SAVE, STATE, ExitCode
+from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
 from harness.wire.program import Step
 
@@ -100,6 +101,20 @@ class Twin(State):
         host = self.host
         out.host = {"rax": vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat,
                     "dr6": l2.regs.dr6}
+
+    def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: tuple[str, ...]) -> Prediction:
+        """The VMRUN of `out` once more, on a machine with `quirks`; `before` is the VMCB page then."""
+        words = self.memory.words
+        for address, old in out.old.items():
+            words[address >> 3] = old
+        self.support = None
+        self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
+        self.quirks = quirks
+        try:
+            return self.predict(step, out.first_probe)
+        finally:
+            self.quirks = ()
+            self.support = None
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:
         """Go on from what the machine did: where a prediction failed, one divergence is enough."""
