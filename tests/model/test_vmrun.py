@@ -1,0 +1,295 @@
+"""VMRUN's consistency checks (15.5.1), what L2 starts with, and what a #VMEXIT leaves (15.6, 15.7.1)."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from harness.model.entries import FRAME
+from harness.model.memory import Memory
+from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
+from harness.model.vmcb import CONTROL, FIELDS, NP_ENABLE, SAVE, STATE, ExitCode, Vmcb
+from harness.model.vmrun import LOADED, Host, host_after_exit, load, paging, refused, save
+
+HOST = Host(cr0=CR0.PG | CR0.PE, cr4=CR4.PAE, efer=EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME, pat=0, dr7=0x400)
+PAT = 0x0007_0406_0007_0406
+M40 = 1 << 40
+EVERYTHING = frozenset("umip la57 fsgsbase pcid xsave smep smap pku cet".split())
+
+LEGAL = {
+    "intercept_misc2": 1, "asid": 1, "np_control": NP_ENABLE, "ncr3": 0x1000, "cr3": 0x2000, "g_pat": PAT,
+    "cr0": CR0.PG | CR0.PE, "cr4": CR4.PAE, "efer": EFER.LME | EFER.LMA | EFER.SVME, "rflags": 2,
+}
+
+
+def vmcb(**changes: int) -> Vmcb:
+    """A legal VMCB with `changes`; `cs_attrib` stands for cs.attrib."""
+    out = Vmcb(Memory(0x2000), 0x1000)
+    for name, value in (LEGAL | changes).items():
+        out[name.replace("cs_attrib", "cs.attrib")] = value
+    return out
+
+
+def verdict(cpu: Cpu | None = None, host: Host = HOST, **changes: int) -> str:
+    return refused(vmcb(**changes), host, cpu or Cpu(40, features=EVERYTHING))
+
+
+def test_legal() -> None:
+    assert verdict() == ""
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad", "just_legal"),
+    [
+        ("vmrun.efer-svme", {"efer": EFER.LME | EFER.LMA}, {"efer": EFER.LME | EFER.SVME}),
+        ("vmrun.cr0-nw", {"cr0": CR0.PG | CR0.PE | CR0.NW}, {"cr0": CR0.PG | CR0.PE | CR0.NW | CR0.CD}),
+        ("vmrun.cr0-nw", {"cr0": CR0.PG | CR0.PE | CR0.NW}, {"cr0": CR0.PG | CR0.PE | CR0.CD}),
+        ("vmrun.cr0-high", {"cr0": CR0.PG | CR0.PE | 1 << 32}, {"cr0": CR0.PG | CR0.PE | 1 << 28}),
+        ("vmrun.cr0-high", {"cr0": CR0.PG | CR0.PE | 1 << 63}, {"cr0": CR0.PG | CR0.PE | 0x1FFA_FFC0}),
+        ("vmrun.cr3-mbz", {"cr3": M40}, {"cr3": M40 - 0x1000}),
+        ("vmrun.cr3-mbz", {"cr3": 1 << 63}, {"cr3": 0xFFF}),  # 3.1.2: PWT, PCD and PCID or available bits
+        ("vmrun.cr3-mbz", {"cr3": 1 << 52}, {"cr3": 0}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 13}, {"cr4": CR4.PAE | CR4.LA57}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 15}, {"cr4": CR4.PAE | CR4.FSGSBASE}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 19}, {"cr4": CR4.PAE | CR4.OSXSAVE}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 24}, {"cr4": CR4.PAE | CR4.PKE}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 32}, {"cr4": CR4.PAE | CR4.SMEP | CR4.SMAP}),
+        ("vmrun.cr4-mbz", {"cr4": CR4.PAE | 1 << 63}, {"cr4": 0x7FF}),
+        ("vmrun.dr6-high", {"dr6": 1 << 32}, {"dr6": 0xFFFF_FFFF}),
+        ("vmrun.dr7-high", {"dr7": 1 << 32}, {"dr7": 0xFFFF_FFFF}),
+        ("vmrun.dr7-high", {"dr7": 1 << 63}, {"dr7": 0}),
+        ("vmrun.efer-mbz", {"efer": EFER.LME | EFER.SVME | 1 << 9}, {"efer": EFER.LME | EFER.SVME | EFER.SCE}),
+        ("vmrun.efer-mbz", {"efer": EFER.LME | EFER.SVME | 1 << 16}, {"efer": EFER.LME | EFER.SVME | EFER.NXE}),
+        ("vmrun.efer-mbz", {"efer": EFER.LME | EFER.SVME | 1 << 19}, {"efer": EFER.LME | EFER.SVME | EFER.FFXSR}),
+        ("vmrun.efer-mbz", {"efer": EFER.LME | EFER.SVME | 1 << 22}, {"efer": EFER.LME | EFER.SVME | EFER.LMA}),
+        ("vmrun.efer-mbz", {"efer": EFER.LME | EFER.SVME | 1 << 63}, {"efer": EFER.LME | EFER.SVME}),
+        ("vmrun.long-pae", {"cr4": 0}, {"cr4": 0, "efer": EFER.SVME}),
+        ("vmrun.long-pae", {"cr4": CR4.PGE}, {"cr4": 0, "cr0": CR0.PE}),
+        ("vmrun.long-pe", {"cr0": CR0.PG}, {"cr0": CR0.PG, "efer": EFER.SVME}),  # paged real mode (15.19)
+        ("vmrun.cs-l-d", {"cs_attrib": 0x600}, {"cs_attrib": 0x200}),
+        ("vmrun.cs-l-d", {"cs_attrib": 0xFFF}, {"cs_attrib": 0xDFF}),
+        ("vmrun.intercept", {"intercept_misc2": 0xFFFF_FFFE}, {"intercept_misc2": 1}),
+        ("vmrun.permission-maps", {"msrpm_base": M40 - 0x1000}, {"msrpm_base": M40 - 0x3000}),
+        ("vmrun.permission-maps", {"iopm_base": M40 - 0x2000}, {"iopm_base": M40 - 0x3000}),
+        ("vmrun.permission-maps", {"iopm_base": M40 - 0x2000 + 0xFFF}, {"iopm_base": M40 - 0x3000 + 0xFFF}),
+        ("vmrun.permission-maps", {"iopm_base": 1 << 63}, {"iopm_base": 0xFFF}),
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 1 << 8}, {"eventinj": 1 << 8}),  # type 1; not valid
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 5 << 8}, {"eventinj": 1 << 31 | 4 << 8 | 0xFF}),
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 6 << 8}, {"eventinj": 1 << 31 | 2}),  # an external interrupt
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 7 << 8}, {"eventinj": 1 << 31 | 2 << 8 | 99}),  # an NMI
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 3 << 8 | 2}, {"eventinj": 1 << 31 | 3 << 8 | 3}),
+        ("vmrun.eventinj", {"eventinj": 1 << 31 | 3 << 8 | 32}, {"eventinj": 1 << 31 | 3 << 8 | 14}),
+        ("vmrun.asid", {"asid": 0}, {"asid": 1}),
+        ("vmrun.ncr3-mbz", {"ncr3": M40}, {"ncr3": M40 - 1}),
+        ("vmrun.ncr3-mbz", {"ncr3": 1 << 63}, {"ncr3": 1 << 63, "np_control": 0}),
+        ("vmrun.g-pat", {"g_pat": PAT | 2 << 56}, {"g_pat": 0x0706_0504_0100_0706}),
+        ("vmrun.g-pat", {"g_pat": PAT & ~0xFF | 3}, {"g_pat": 0}),
+        ("vmrun.g-pat", {"g_pat": PAT & ~0xFF00 | 0x800}, {"g_pat": PAT}),
+        ("vmrun.g-pat", {"g_pat": PAT | 1 << 31}, {"g_pat": PAT | 1 << 31, "np_control": 0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rule(rule: str, bad: dict[str, int], just_legal: dict[str, int]) -> None:
+    """Each rule of 15.5.1, 15.20 and 15.25.3/4, violated alone; and the nearest that is not."""
+    assert verdict(**bad) == rule
+    assert verdict(**just_legal) == ""
+
+
+@pytest.mark.parametrize("cr0, legal", [(CR0.PG | CR0.PE, True), (CR0.PE, False)])
+def test_nested_paging_needs_paging_in_the_host(cr0: int, legal: bool) -> None:
+    """15.25.3: NP_ENABLE=1 with L1's CR0.PG=0 is illegal."""
+    host = Host(cr0, HOST.cr4, HOST.efer, HOST.pat, HOST.dr7)
+    assert verdict(host=host) == ("" if legal else "vmrun.host-paging")
+    assert verdict(host=host, np_control=0) == ""
+
+
+@pytest.mark.parametrize("feature, bit", [
+    ("umip", 11), ("la57", 12), ("fsgsbase", 16), ("pcid", 17), ("xsave", 18), ("smep", 20), ("smap", 21), ("pku", 22),
+    ("cet", 23),
+])
+def test_cr4_bits_of_missing_features_are_reserved(feature: str, bit: int) -> None:
+    cr4 = CR4.PAE | 1 << bit
+    assert verdict(Cpu(40, features=EVERYTHING), cr4=cr4) == ""
+    assert verdict(Cpu(40, features=EVERYTHING - {feature}), cr4=cr4) == "vmrun.cr4-mbz"
+
+
+@pytest.mark.parametrize("maxphyaddr", [36, 40, 48, 52])
+def test_the_limit_is_the_cpus(maxphyaddr: int) -> None:
+    cpu, limit = Cpu(maxphyaddr, features=EVERYTHING), 1 << maxphyaddr
+    assert verdict(cpu, cr3=limit - 0x1000, ncr3=limit - 0x1000, iopm_base=limit - 0x3000) == ""
+    for name in ("cr3", "ncr3", "iopm_base", "msrpm_base"):
+        assert verdict(cpu, **{name: limit})
+
+
+def test_cr3_is_not_checked_outside_long_mode() -> None:
+    """Bits 63:32 of CR3 are not used there; the check of 15.5.1 is on the reserved bits of the mode."""
+    assert verdict(cr3=1 << 45, efer=EFER.SVME) == ""
+
+
+class TestLoad:
+    def test_names(self) -> None:
+        """Those that L2 can change by itself and that VMRUN loads (15.5.1)."""
+        assert set(LOADED) == {"cr0", "cr2", "cr3", "cr4", "efer", "dr6", "dr7", "rflags", "rip", "rsp", "rax", "cpl",
+                               "g_pat"}
+
+    def test_each_from_its_field(self) -> None:
+        block = vmcb()
+        for number, name in enumerate(("cr2", "cr3", "rip", "rsp", "rax", "g_pat")):
+            block[name] = 0x1111_0000 + number
+        regs = load(block)
+        assert [regs.cr2, regs.cr3, regs.rip, regs.rsp, regs.rax, regs.g_pat] == [0x1111_0000 + n for n in range(6)]
+
+    @pytest.mark.parametrize("lma", [0, EFER.LMA])
+    @pytest.mark.parametrize("lme", [0, EFER.LME])
+    @pytest.mark.parametrize("pg", [0, CR0.PG])
+    def test_lma_is_lme_and_pg(self, lma: int, lme: int, pg: int) -> None:
+        """15.5.1: EFER.LMA of the VMCB is not consulted."""
+        regs = load(vmcb(efer=EFER.SVME | lma | lme, cr0=CR0.PE | pg))
+        assert bool(regs.efer & EFER.LMA) == bool(lme and pg)
+
+    def test_fixed_bits(self) -> None:
+        """13.1.1, 3.1.1, 3.1.6: DR6, DR7, CR0.ET and RFLAGS bit 1 read with their fixed bits."""
+        regs = load(vmcb(dr6=0, dr7=0, rflags=0))
+        assert (regs.dr6, regs.dr7, regs.rflags) == (0xFFFF_0FF0, 0x400, RFLAGS.ONE)
+        assert regs.cr0 & CR0.ET
+
+
+class TestSave:
+    def test_writes_all_back(self) -> None:
+        block = vmcb()
+        regs = load(block)
+        for number, name in enumerate(LOADED):
+            setattr(regs, name, 3 if name == "cpl" else 0x2222_0000 + number)
+        save(block, regs)
+        assert {name: block[name] for name in LOADED} == {name: getattr(regs, name) for name in LOADED}
+
+    def test_gpat_only_with_nested_paging(self) -> None:
+        """15.25.4."""
+        block = vmcb(np_control=0, g_pat=0x55)
+        regs = load(block)
+        regs.g_pat = 0x66
+        save(block, regs)
+        assert block["g_pat"] == 0x55
+
+    def test_nothing_else_is_written(self) -> None:
+        """15.6: nCR3 is not written back (15.25.4), nor intercepts, ASID, TLB_CONTROL, FS to TR."""
+        block = vmcb()
+        for name in FIELDS.keys() - set(LOADED):
+            if name != "fetched_bytes":
+                block[name] = 0x5A
+        before = {name: block[name] for name in FIELDS.keys() - set(LOADED) - {"fetched_bytes"}}
+        save(block, load(block))
+        assert {name: block[name] for name in before} == before
+
+
+def test_host_after_exit() -> None:
+    """15.6: CR0.PE is forced to 1, breakpoints are disabled, DR6 is L2's; the rest is as it was."""
+    before = {"cr0": CR0.PG, "cr3": 7, "dr6": 1, "dr7": 0x4FF, "rsp": 9}
+    regs = load(vmcb())
+    regs.dr6 = 0xFFFF_4FF0
+    after = host_after_exit(before, regs)
+    assert after == {"cr0": CR0.PG | CR0.PE, "cr3": 7, "dr6": 0xFFFF_4FF0, "dr7": 0x400, "rsp": 9}
+    assert before["dr7"] == 0x4FF
+
+
+class TestPaging:
+    """What of the VMCB and of L1 the translation depends on (15.25.3, 15.25.7)."""
+
+    def _paging(self, host: Host = HOST, cpu: Cpu | None = None, **changes: int) -> Any:
+        block = vmcb(**changes)
+        return paging(load(block), block, host, cpu or Cpu(40))
+
+    def test_plain(self) -> None:
+        out = self._paging(cr3=0x12_3018)
+        assert (out.gcr3, out.ncr3) == (0x12_3000, 0x1000)
+        assert (out.wp, out.smep, out.smap, out.ac) == (False,) * 4
+        assert out.nested is not None and out.gcr3 == out.gcr3 & FRAME
+
+    @pytest.mark.parametrize("field, changes", [
+        ("wp", {"cr0": CR0.PG | CR0.PE | CR0.WP}), ("smep", {"cr4": CR4.PAE | CR4.SMEP}),
+        ("smap", {"cr4": CR4.PAE | CR4.SMAP}), ("ac", {"rflags": RFLAGS.ONE | RFLAGS.AC}),
+    ])
+    def test_guest_switches(self, field: str, changes: dict[str, int]) -> None:
+        assert getattr(self._paging(**changes), field) is True
+
+    def test_each_dimension_has_its_own_nxe(self) -> None:
+        no_host = Host(HOST.cr0, HOST.cr4, HOST.efer & ~EFER.NXE, 0, 0)
+        lme = EFER.LME | EFER.SVME
+        nx_reserved = [
+            [bool(fmt.levels[-1].reserved_leaf >> 63) for fmt in (out.guest, out.nested)]
+            for out in (self._paging(), self._paging(efer=lme | EFER.NXE), self._paging(no_host),
+                        self._paging(no_host, efer=lme | EFER.NXE))
+        ]
+        assert nx_reserved == [[True, False], [False, False], [True, True], [False, True]]
+
+    @pytest.mark.parametrize("nxe", [0, EFER.NXE])
+    @pytest.mark.parametrize("smep", [0, CR4.SMEP])
+    def test_when_a_nested_fetch_is_reported(self, nxe: int, smep: int) -> None:
+        """kvm-unit-tests' __svm_npt_rsvd_bits_test: I/D iff L1's EFER.NXE or CR4.SMEP, whatever L2's."""
+        host = Host(HOST.cr0, CR4.PAE | smep, EFER.LME | EFER.LMA | EFER.SVME | nxe, 0, 0)
+        for changes in ({}, {"efer": EFER.LME | EFER.SVME | EFER.NXE}, {"cr4": CR4.PAE | CR4.SMEP}):
+            out = self._paging(host, **changes)
+            assert out.nested_id == bool(nxe or smep)
+            assert out.guest_id == bool(changes)
+
+    def test_no_nested_paging(self) -> None:
+        assert self._paging(np_control=0).nested is None
+
+    def test_maxphyaddr_is_one_for_both(self) -> None:
+        """Nothing replicates MAXPHYADDR for the guest (15.25.4 names what is)."""
+        for bits in (40, 52):
+            out = self._paging(cpu=Cpu(bits))
+            assert [bool(f.levels[-1].reserved_leaf >> 51 & 1) for f in (out.guest, out.nested)] == [bits == 40] * 2
+
+    @pytest.mark.parametrize("changes", [
+        {"cr0": CR0.PE}, {"efer": EFER.SVME}, {"cr4": 0}, {"cr4": CR4.PAE | CR4.LA57},
+    ])
+    def test_what_is_not_modelled_is_an_error(self, changes: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="modelled"):
+            self._paging(**changes)
+
+
+class TestLayout:
+    """Appendix B: offsets that software everywhere relies on, and that no two fields share a byte."""
+
+    @pytest.mark.parametrize("name, offset, width", [
+        ("intercept_misc2", 0x10, 4), ("iopm_base", 0x40, 8), ("msrpm_base", 0x48, 8), ("asid", 0x58, 4),
+        ("tlb_control", 0x5C, 1), ("v_intr", 0x60, 8), ("interrupt_shadow", 0x68, 8), ("exitcode", 0x70, 8),
+        ("exitinfo1", 0x78, 8), ("exitinfo2", 0x80, 8), ("exitintinfo", 0x88, 8), ("np_control", 0x90, 8),
+        ("eventinj", 0xA8, 8), ("ncr3", 0xB0, 8), ("clean", 0xC0, 4), ("nrip", 0xC8, 8), ("fetched_count", 0xD0, 1),
+        ("es.selector", 0x400, 2), ("cs.attrib", 0x412, 2), ("ss.limit", 0x424, 4), ("ds.base", 0x438, 8),
+        ("gdtr.base", 0x468, 8), ("idtr.limit", 0x484, 4), ("tr.selector", 0x490, 2), ("cpl", 0x4CB, 1),
+        ("efer", 0x4D0, 8), ("cr4", 0x548, 8), ("cr3", 0x550, 8), ("cr0", 0x558, 8), ("dr7", 0x560, 8),
+        ("dr6", 0x568, 8), ("rflags", 0x570, 8), ("rip", 0x578, 8), ("rsp", 0x5D8, 8), ("rax", 0x5F8, 8),
+        ("kernel_gs_base", 0x620, 8), ("sysenter_eip", 0x638, 8), ("cr2", 0x640, 8), ("g_pat", 0x668, 8),
+        ("debugctl", 0x670, 8), ("last_excp_to", 0x690, 8),
+    ])
+    def test_offset(self, name: str, offset: int, width: int) -> None:
+        assert FIELDS[name] == (offset, width)
+
+    def test_fields_are_apart(self) -> None:
+        taken: dict[int, str] = {}
+        for name, (offset, width) in FIELDS.items():
+            for byte in range(offset, offset + width):
+                assert byte not in taken, f"{name} and {taken[byte]}"
+                taken[byte] = name
+        assert all(field.offset < SAVE for field in CONTROL.values())
+        assert all(field.offset >= SAVE for field in STATE.values())
+
+    def test_access(self) -> None:
+        block = vmcb()
+        for name, (_, width) in FIELDS.items():
+            if name != "fetched_bytes":
+                block[name] = (1 << 8 * width) - 1
+                assert block[name] == (1 << 8 * width) - 1
+                with pytest.raises(struct.error):
+                    block[name] = 1 << 8 * width
+
+    def test_exit_codes(self) -> None:
+        """Appendix C."""
+        assert (ExitCode.VMMCALL, ExitCode.NPF, ExitCode.INVALID) == (0x81, 0x400, 0xFFFF_FFFF_FFFF_FFFF)
+        assert [ExitCode.describe(c) for c in (0x81, 0x400, ExitCode.INVALID, 0x4E, 0x4D, 0x46, 0x999)] == [
+            "VMEXIT_VMMCALL", "VMEXIT_NPF", "VMEXIT_INVALID", "VMEXIT_#PF", "VMEXIT_#GP", "VMEXIT_EXCP6", "VMEXIT 0x999",
+        ]
