@@ -267,7 +267,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		l1_vmrun(op->a);
 
 		record = next_record(TW_RECORD_EXIT, number);
-		next = l1_regs.rbp < count ? l1_regs.rbp : count;
+		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
 		record->first_probe = first;
 		record->next_probe = next;
 		record->before = l1_host_before;

@@ -182,6 +182,7 @@ class Lockstep:
                 )])
                 if table:
                     ours[index] = got
+                    self._twin.touch(address)
                 else:  # nobody watches all data pages: mend what the machine spoilt, L1 stands still
                     theirs[index] = want
 

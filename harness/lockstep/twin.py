@@ -69,6 +69,7 @@ class Twin(State):
         out.exitcode, out.rule = ExitCode.INVALID, out.refused
         self.vmcb["exitcode"] = ExitCode.INVALID
         out.control, out.save = self.vmcb_bytes()
+        out.host = self._host()
         out.free = dict.fromkeys((*STATE, "exitinfo1", "exitinfo2", "exitintinfo", "nrip", "fetched_count",
                                   "fetched_bytes", "interrupt_shadow", "eventinj"), WHOLE)
 
@@ -98,9 +99,12 @@ class Twin(State):
             vmcb["nrip"] = l2.regs.rip + stub.INSTRUCTION_BYTES[code] if code in stub.INSTRUCTION_BYTES else 0
         out.control, out.save = self.vmcb_bytes()
         out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
+        out.host = self._host() | {"dr6": l2.regs.dr6}
+
+    def _host(self) -> dict[str, int]:
+        """What L1 must find in its own registers behind VMRUN, beside what was in them before it."""
         host = self.host
-        out.host = {"rax": vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat,
-                    "dr6": l2.regs.dr6}
+        return {"rax": self.vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat}
 
     def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: tuple[str, ...]) -> Prediction:
         """The VMRUN of `out` once more, on a machine with `quirks`; `before` is the VMCB page then."""

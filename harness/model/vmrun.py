@@ -175,9 +175,3 @@ def save(vmcb: Vmcb, regs: Registers) -> None:
     for name in LOADED:
         if name != "g_pat" or vmcb["np_control"] & NP_ENABLE:
             vmcb[name] = getattr(regs, name)
-
-
-def host_after_exit(before: dict[str, int], regs: Registers) -> dict[str, int]:
-    """L1's registers right behind VMRUN: as they were before it, but for what #VMEXIT forces (CR0.PE,
-    all breakpoints disabled) and what it does not restore (DR6) (section 15.6)."""
-    return before | {"cr0": before["cr0"] | CR0.PE, "dr7": before["dr7"] & ~0xFF, "dr6": regs.dr6}
