@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.lockstep.driver import Lockstep, Result
-from harness.lockstep.errata import Erratum, explain
+from harness.lockstep.errata import Erratum
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
@@ -119,9 +119,7 @@ def _boot_and_run(
             if not out.results:
                 for program in programs:
                     rehearse(twin, program)
-            for result in Lockstep(machine, machine.channel, twin, strict=not pipelined).run(programs):
-                result.divergences = explain(result.divergences, known)
-                yield result
+            yield from Lockstep(machine, machine.channel, twin, not pipelined, known).run(programs)
     except LaunchFailed as failed:
         if not out.results:
             raise

@@ -243,6 +243,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	for (uint32_t i = 0; i < count; i++)
 		tw_mailbox[i] = probes[i];
 	tw_mailbox[count] = (struct tw_probe){ .kind = TW_PROBE_END };
+	*(uint64_t *)((uint8_t *)tw_mailbox + TW_MAILBOX_CODE) = op->b & -(uint64_t)PAGE;
 	copy64(begun.segments, save, sizeof(begun.segments));
 	begun.cpl = save[VMCB_CPL - VMCB_SAVE];
 	begun.rflags = *(uint64_t *)(save + VMCB_RFLAGS - VMCB_SAVE);
@@ -253,7 +254,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 
 		l1_regs = (struct tw_regs){
 			.rbx = 0xb0b0b0b0b0b0b0b0, .rcx = 0xc1c1c1c1c1c1c1c1, .rdx = 0xd2d2d2d2d2d2d2d2,
-			.rdi = 0xd7d7d7d7d7d7d7d7, .rbp = 0xb6b6b6b6b6b6b6b6, .rsi = op->c, .r12 = first,
+			.rdi = 0xd7d7d7d7d7d7d7d7, .rbp = first, .rsi = op->c, .r12 = 0x1212121212121212,
 			.r8 = 0x0808080808080808, .r9 = 0x0909090909090909, .r10 = 0x1010101010101010,
 			.r11 = 0x1111111111111111, .r13 = 0x1313131313131313, .r14 = 0x1414141414141414,
 			.r15 = 0x1515151515151515,
@@ -266,7 +267,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		l1_vmrun(op->a);
 
 		record = next_record(TW_RECORD_EXIT, number);
-		next = l1_regs.r12 < count ? l1_regs.r12 : count;
+		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
 		record->first_probe = first;
 		record->next_probe = next;
 		record->before = l1_host_before;

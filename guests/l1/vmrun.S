@@ -154,7 +154,7 @@ l1_spin:
 	mov %rdi, vmcb_address(%rip)
 	mov %rsp, l1_host_before + TW_AT_HOST_RSP(%rip)
 1:	mov l1_regs + TW_AT_REGS_RSI(%rip), %rsi
-	xor %r12d, %r12d
+	xor %ebp, %ebp
 	mov vmcb_address(%rip), %rax
 	mov l1_spin_rip(%rip), %rbx
 	mov %rbx, 0x578(%rax)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from harness.errors import MachineLost
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
+from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.model.vmcb import ExitCode
@@ -56,10 +57,14 @@ class Result:
 
 class Lockstep:
     """Runs programs on `machine` and on `twin`. Strict: L1 waits at every record until it has been
-    checked, and live memory is compared too; pipelined: it waits only where the ring is full."""
+    checked, and live memory is compared too; pipelined: it waits only where the ring is full.
+    `errata` are those that hold for this machine: they name what is found, and hide nothing."""
 
-    def __init__(self, machine: Machine, channel: Channel, twin: Twin, strict: bool) -> None:
+    def __init__(
+        self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = ()
+    ) -> None:
         self._machine = machine
+        self._errata = errata
         self._channel = channel
         self._twin = twin
         self._strict = strict
@@ -108,22 +113,22 @@ class Lockstep:
             self._add(result, check_enter(context, twin.vmcb_bytes(), first, record))
             self._compare_live(program, context, result, "before VMRUN")
             channel.release()
+            vmcb = bytes(twin.memory.bytes[step.a : step.a + PAGE])
             prediction = twin.predict(step, first)
             record = self._next("EXIT")
-            expected = {
-                address: now
-                for address, old in prediction.old.items()
-                if (now := twin.memory.words[address >> 3]) != old and address & ~0xFFF in twin.watched
-            }
             result.vmruns += 1
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
-            if record.diffs_found > MAX_DIFFS:
-                found = self._too_many(context, record)
-            else:
-                found = check_exit(context, prediction, record, expected)
+            found = self._exit(context, prediction, record)
             if found:
-                found = self._with_machine_view(prediction, found)
+                found = explain(self._with_machine_view(found), self._errata)
+                if any(one.erratum is None for one in found) and (named := quirks_of(self._errata)):
+                    again = twin.predict_again(prediction, vmcb, step, tuple(named))
+                    left = explain(self._exit(context, again, record), self._errata)
+                    if all(one.erratum for one in left):
+                        id_ = "+".join(named.values())
+                        found = [one if one.erratum else one.explained_by(id_) for one in found]
+                    prediction = again
                 self._add(result, found)
                 twin.adopt(prediction, record.diffs)
                 self._adopt_vmcb(record)
@@ -177,6 +182,7 @@ class Lockstep:
                 )])
                 if table:
                     ours[index] = got
+                    self._twin.touch(address)
                 else:  # nobody watches all data pages: mend what the machine spoilt, L1 stands still
                     theirs[index] = want
 
@@ -186,12 +192,23 @@ class Lockstep:
             raise self._machine.lost(f"L1 is out of step: it posted {record}, where {kind} was due")
         return record
 
+    def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
+        if record.diffs_found > MAX_DIFFS:
+            return self._too_many(context, record)
+        words, watched = self._twin.memory.words, self._twin.watched
+        expected = {
+            address: now
+            for address, old in prediction.old.items()
+            if (now := words[address >> 3]) != old and address & ~0xFFF in watched
+        }
+        return check_exit(context, prediction, record, expected)
+
     def _too_many(self, context: Context, record: Record) -> list[Divergence]:
         """L1 waits at such a record in either mode, so that live memory tells what changed."""
         return [Divergence(context.scenario, context.op, -1, "C2", "entries changed by one VMRUN",
                            f"at most {MAX_DIFFS}", record.diffs_found, "ad")]
 
-    def _with_machine_view(self, prediction: Prediction, found: list[Divergence]) -> list[Divergence]:
+    def _with_machine_view(self, found: list[Divergence]) -> list[Divergence]:
         """Add to each divergence with a walk what the machine made of the walk's entries."""
         words = self._machine.memory.cast("Q")
         out = []

@@ -16,14 +16,15 @@ from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
+from harness.lockstep.quirks import QUIRKS
 from harness.model.entries import A, D
 
 Version = tuple[int, ...]
 
 _KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": str, "checks": list, "fields": list,
                 "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
-                "reference": str, "consequences": bool}
-_REQUIRED: Final = ("id", "title", "machine", "checks", "fields", "rules", "explanation", "reference")
+                "reference": str, "consequences": bool, "quirk": str}
+_REQUIRED: Final = ("id", "title", "machine", "explanation", "reference")
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,25 @@ class Erratum:
     `fields` and `rules` are patterns (`*` is any text). `differs` lists what expected XOR observed may
     be; `expected` and `observed` are regular expressions over the two as text (integers in hex).
     `since` and `until` are versions, both included; None is no bound. With `consequences`, accessed
-    and dirty bits of the same probe's walk that follow from the erratum belong to it.
+    and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`, in place
+    of a predicate, names a variation of the walk (harness.lockstep.quirks) under which all agrees.
     """
 
     id: str
     title: str
     machine: str
-    checks: tuple[str, ...]
-    fields: tuple[str, ...]
-    rules: tuple[str, ...]
     explanation: str
     reference: str
+    checks: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
     since: Version | None = None
     until: Version | None = None
     differs: tuple[int, ...] = ()
     expected: str = ""
     observed: str = ""
     consequences: bool = False
+    quirk: str = ""
 
     def holds_for(self, machine: str, version: Version) -> bool:
         """Whether this erratum is of `machine` in `version`; a bound of two numbers covers all of its
@@ -73,6 +76,11 @@ class Erratum:
         if self.differs and not (numbers and int(expected) ^ int(observed) in self.differs):
             return False
         return bool(re.search(self.expected, _text(expected)) and re.search(self.observed, _text(observed)))
+
+
+def quirks_of(errata: Iterable[Erratum]) -> dict[str, str]:
+    """The quirks that `errata` name, each with its erratum's id."""
+    return {erratum.quirk: erratum.id for erratum in errata if erratum.quirk}
 
 
 def _text(value: int | str) -> str:
@@ -144,6 +152,10 @@ def _erratum(path: Path, table: Mapping[str, Any]) -> Erratum:
             re.compile(table.get(key, ""))
         except re.error as reason:
             raise UsageError(f"{path}: {name}: {key!r} is no regular expression: {reason}") from None
+    if table.get("quirk", next(iter(QUIRKS))) not in QUIRKS:
+        raise UsageError(f"{path}: {name}: no quirk is called {table['quirk']!r}; there are {', '.join(QUIRKS)}")
+    if not table.get("quirk") and not all(table.get(key) for key in ("checks", "fields", "rules")):
+        raise UsageError(f"{path}: {name}: it needs checks, fields and rules, or a quirk")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     for key in ("since", "until"):
         if key in values:

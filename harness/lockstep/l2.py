@@ -42,6 +42,7 @@ class L2:
         self.regs = vmrun.load(state.vmcb)
         self.paging = state.paging(self.regs)
         self.page = self.step.b & ~0xFFF
+        self.mask = (1 << 8 * state.mode.native) - 1
         self.undefined: tuple[str, ...] = ()
         self.fresh: set[int] | None = None
         """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
@@ -72,7 +73,7 @@ class L2:
     def at(self, label: str, rax: int) -> None:
         """Set the registers as they are when L2 stands at `label`."""
         regs = self.regs
-        regs.rip = self.page + self.state.image.l2_labels[label]
+        regs.rip = self.page + self.state.stub.labels[label]
         regs.rflags = regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         regs.rax = rax & _MASK64
 
@@ -161,7 +162,7 @@ class L2:
         if regs.cpl and kind not in stub.UNPRIVILEGED:
             self.exception(Event.exception(events.GP))
         if kind in stub.DESCRIPTOR_READS:
-            return vmcb[stub.DESCRIPTOR_READS[kind]]
+            return vmcb[stub.DESCRIPTOR_READS[kind]] & self.mask
         if kind in stub.LOADED_LIMITS:
             name, limit = stub.LOADED_LIMITS[kind]
             vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = value, limit
@@ -178,6 +179,8 @@ class L2:
                 vmcb["v_intr"] = vmcb["v_intr"] & ~0xFF | value & 0xF
                 return value
             return vmcb["v_intr"] & 0xF
+        if what == "seg" and not self.state.mode.long:
+            return vmcb["cs.selector"] << 16 | vmcb["es.selector"]
         if what == "seg":
             return sum(vmcb[f"{s}.selector"] << 16 * n for n, s in enumerate(("es", "cs", "ss", "ds")))
         if what == "flags":
@@ -193,7 +196,7 @@ class L2:
         name = stub.MSR_FIELDS[address] if what == "msr" else what
         own = hasattr(regs, name)
         if kind.startswith("rd"):
-            return int(getattr(regs, name)) if own else vmcb[name]
+            return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
         if own:
             setattr(regs, name, value)
             if name == "cr3":

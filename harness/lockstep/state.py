@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import with_quirks
 from harness.model import vmrun
 from harness.model.dirty import Liberties
 from harness.model.memory import Memory
@@ -11,7 +11,10 @@ from harness.model.registers import RFLAGS, Cpu
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging
-from harness.scenario.world import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT, World
+from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
+from harness.scenario.modes import MODES, Mode
+from harness.scenario.ops import DEFAULT_MODE
+from harness.scenario.world import World
 from harness.wire.image import PAGE, Image, tag, tags
 from harness.wire.layout import HOST_REGISTERS
 from harness.wire.program import Step
@@ -31,13 +34,17 @@ class State:
         self.memory.bytes[image.data.start : image.data.end] = tags(image.data)
         self.host = Host(0, 0, 0, 0, 0)
         self.vmcb = Vmcb(self.memory, image.vmcbs.start)
+        self.mode: Mode = MODES[DEFAULT_MODE]
+        self.stub = image.stubs[self.mode.stub]
         self.watched: frozenset[int] = frozenset()
         self.tables: frozenset[int] = frozenset()
         """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
         self.support: tuple[Paging, int, int] | None = None
         """L2's own pages were walked under this translation, and no table was written since."""
+        self.quirks: tuple[str, ...] = ()
+        """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
         self._touched: dict[int, None] = {}
-        self._paging: dict[tuple[int, ...], Paging] = {}
+        self._paging: dict[tuple[object, ...], Paging] = {}
 
     def reset(self, world: World) -> None:
         """The state that each scenario starts in, whatever was before it."""
@@ -47,6 +54,8 @@ class State:
         self._touched.clear()
         self.support = None
         self.watched = frozenset(world.watch)
+        self.mode = world.mode
+        self.stub = self.image.stubs[world.mode.stub]
         self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
         for address, value in world.words.items():
             words[address >> 3] = value
@@ -76,18 +85,12 @@ class State:
         self._touched[address] = None
 
     def paging(self, regs: Registers) -> Paging:
-        """The translation that L2 is under; built once for each combination of registers.
-
-        Raises UsageError for a mode that is not modelled.
-        """
-        key = (regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+        """The translation that L2 is under; built once for each combination of registers."""
+        key = (*self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
                self.host.efer, self.host.cr4, self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            try:
-                found = vmrun.paging(regs, self.vmcb, self.host, self.cpu)
-            except ValueError as reason:
-                raise UsageError(str(reason)) from None
+            found = with_quirks(vmrun.paging(regs, self.vmcb, self.host, self.cpu), self.quirks)
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found

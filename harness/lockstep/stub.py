@@ -1,4 +1,4 @@
-"""The contract of L2's code (guests/l1/l2_long.S): what it holds in registers around each access.
+"""The contract of L2's code (guests/l1/l2.inc): what it holds in registers around each access.
 
 The model knows the architecture; this module knows our own L2, so that the whole saved state can be
 predicted, RIP, RAX and RFLAGS included.
@@ -20,7 +20,7 @@ INSTRUCTION_BYTES: Final = {ExitCode.VMMCALL: 3, ExitCode.HLT: 1}
 
 CONSTANT: Final = {
     "r8": 0x0808_0808_0808_0808, "r9": 0x0909_0909_0909_0909, "r10": 0x1010_1010_1010_1010,
-    "r11": 0x1111_1111_1111_1111, "r13": 0x1313_1313_1313_1313, "r14": 0x1414_1414_1414_1414,
+    "r11": 0x1111_1111_1111_1111, "r12": 0x1212_1212_1212_1212, "r13": 0x1313_1313_1313_1313, "r14": 0x1414_1414_1414_1414,
     "r15": 0x1515_1515_1515_1515,
 }
 """General registers that L1 sets before VMRUN and L2 leaves alone (guests/l1/main.c)."""

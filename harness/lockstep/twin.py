@@ -10,6 +10,7 @@ from harness.model import events, vmrun
 from harness.model.events import EVENT_VALID, Event
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import SAVE, STATE, ExitCode
+from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
 from harness.wire.program import Step
 
@@ -68,6 +69,7 @@ class Twin(State):
         out.exitcode, out.rule = ExitCode.INVALID, out.refused
         self.vmcb["exitcode"] = ExitCode.INVALID
         out.control, out.save = self.vmcb_bytes()
+        out.host = self._host()
         out.free = dict.fromkeys((*STATE, "exitinfo1", "exitinfo2", "exitintinfo", "nrip", "fetched_count",
                                   "fetched_bytes", "interrupt_shadow", "eventinj"), WHOLE)
 
@@ -89,15 +91,34 @@ class Twin(State):
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID
+        if not self.mode.long:
+            out.free["rax"] = ~0xFFFF_FFFF  # legacy mode has no upper halves
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:
             out.free["rflags"] = RFLAGS.RF  # 15.5.1 and 15.7.1 leave open whether a fault saves it set
         if "nrips" in self.cpu.features:
             vmcb["nrip"] = l2.regs.rip + stub.INSTRUCTION_BYTES[code] if code in stub.INSTRUCTION_BYTES else 0
         out.control, out.save = self.vmcb_bytes()
-        out.regs = stub.CONSTANT | {"rsi": l2.step.c, "r12": out.next_probe}
+        out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
+        out.host = self._host() | {"dr6": l2.regs.dr6}
+
+    def _host(self) -> dict[str, int]:
+        """What L1 must find in its own registers behind VMRUN, beside what was in them before it."""
         host = self.host
-        out.host = {"rax": vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat,
-                    "dr6": l2.regs.dr6}
+        return {"rax": self.vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat}
+
+    def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: tuple[str, ...]) -> Prediction:
+        """The VMRUN of `out` once more, on a machine with `quirks`; `before` is the VMCB page then."""
+        words = self.memory.words
+        for address, old in out.old.items():
+            words[address >> 3] = old
+        self.support = None
+        self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
+        self.quirks = quirks
+        try:
+            return self.predict(step, out.first_probe)
+        finally:
+            self.quirks = ()
+            self.support = None
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:
         """Go on from what the machine did: where a prediction failed, one divergence is enough."""

@@ -41,10 +41,11 @@ def build_l1(compiler: str | None = None) -> Path:
     command = compiler or os.environ.get("CC") or "gcc"
     folder = SOURCES / "l1"
     sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
+    others = sorted(p for p in folder.iterdir() if p.suffix in (".inc", ".ld"))
     script = folder / "l1.ld"
     header = c_header()
     digest = hashlib.sha256("\0".join([command, *_FLAGS, header]).encode())
-    for path in (*sources, script):
+    for path in (*sources, *others):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"l1-{digest.hexdigest()[:20]}.elf"
     if target.exists():
@@ -54,7 +55,7 @@ def build_l1(compiler: str | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             Path(scratch, "wire.h").write_text(header)
             output = Path(scratch, "l1.elf")
-            argv = [command, *_FLAGS, "-I", scratch, f"-Wl,-T,{script}", *map(str, sources), "-o", str(output)]
+            argv = [command, *_FLAGS, "-I", scratch, "-I", str(folder), f"-Wl,-T,{script}", *map(str, sources), "-o", str(output)]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise LaunchFailed(f"the guest does not build: {' '.join(argv)}\n{done.stderr}")

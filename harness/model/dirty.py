@@ -58,11 +58,12 @@ def resolve(updates: Iterable[Update], faulted: bool, liberties: Liberties) -> t
 
 
 def write_back(ram: Words, updates: Iterable[Update]) -> dict[int, int]:
-    """Set the bits of `updates` in `ram`; returns the old values of the entries that changed, by sPA."""
+    """Set the bits of `updates` in `ram`; returns the old values of the quadwords that changed, by sPA."""
     changed: dict[int, int] = {}
     for address, bits, _ in updates:
         old = ram[address >> 3]
-        if old | bits != old:
-            changed.setdefault(address, old)
-            ram[address >> 3] = old | bits
+        new = old | bits << (address & 4) * 8
+        if new != old:
+            changed.setdefault(address & ~7, old)
+            ram[address >> 3] = new
     return changed

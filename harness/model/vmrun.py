@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from harness.model.entries import FRAME, long_mode
+from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.vmcb import MISC2_VMRUN, NP_ENABLE, Vmcb
 from harness.model.walk import Paging
@@ -133,29 +133,40 @@ def load(vmcb: Vmcb) -> Registers:
     return regs
 
 
-def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
-    """The translation in force for L2 with `regs`. Raises ValueError for a mode that is not modelled.
+def _format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
+    """The tables that these registers select (sections 5.2 and 5.3); None with paging off."""
+    if not cr0 & CR0.PG:
+        return None
+    nxe = bool(efer & EFER.NXE)
+    if efer & EFER.LMA:
+        return long_mode(cpu.maxphyaddr, nxe, cpu.page1g, bool(cr4 & CR4.LA57))
+    return pae(cpu.maxphyaddr, nxe) if cr4 & CR4.PAE else legacy(cpu.maxphyaddr, bool(cr4 & CR4.PSE))
 
-    L1's EFER.NXE decides over NX in the nested dimension; its CR0.WP and CR4.SMAP have no part in it,
-    its CR4.SMEP only in whether a fetch is reported as one (sections 15.25.5 and 15.25.7).
+
+def _reports_fetch(cr4: int, efer: int) -> bool:
+    """Whether a page-fault error code says that the access was a fetch (section 8.4.2)."""
+    return bool(efer & EFER.NXE and cr4 & CR4.PAE or cr4 & CR4.SMEP)
+
+
+def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
+    """The translation in force for L2 with `regs`.
+
+    The nested dimension has the format that L1 has at VMRUN; L1's EFER.NXE decides over NX in it; its
+    CR0.WP and CR4.SMAP have no part in it, its CR4.SMEP only in whether a fetch is reported as one
+    (sections 15.25.3, 15.25.5 and 15.25.7).
     """
-    if not regs.cr0 & CR0.PG or not regs.efer & EFER.LME or not regs.cr4 & CR4.PAE or regs.cr4 & CR4.LA57:
-        raise ValueError("only 4-level paging of L2 is modelled")
-    nested = None
-    if vmcb["np_control"] & NP_ENABLE:
-        nested = long_mode(cpu.maxphyaddr, bool(host.efer & EFER.NXE), cpu.page1g)
-    guest_nxe, smep = bool(regs.efer & EFER.NXE), bool(regs.cr4 & CR4.SMEP)
+    nested = _format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
     return Paging(
-        guest=long_mode(cpu.maxphyaddr, guest_nxe, cpu.page1g),
-        gcr3=regs.cr3 & FRAME,
+        guest=_format(regs.cr0, regs.cr4, regs.efer, cpu),
+        gcr3=regs.cr3,
         wp=bool(regs.cr0 & CR0.WP),
-        smep=smep,
+        smep=bool(regs.cr4 & CR4.SMEP),
         smap=bool(regs.cr4 & CR4.SMAP),
         ac=bool(regs.rflags & RFLAGS.AC),
-        guest_id=guest_nxe or smep,
+        guest_id=_reports_fetch(regs.cr4, regs.efer),
         nested=nested,
         ncr3=vmcb["ncr3"],
-        nested_id=bool(host.efer & EFER.NXE or host.cr4 & CR4.SMEP),
+        nested_id=_reports_fetch(host.cr4, host.efer),
     )
 
 
@@ -164,9 +175,3 @@ def save(vmcb: Vmcb, regs: Registers) -> None:
     for name in LOADED:
         if name != "g_pat" or vmcb["np_control"] & NP_ENABLE:
             vmcb[name] = getattr(regs, name)
-
-
-def host_after_exit(before: dict[str, int], regs: Registers) -> dict[str, int]:
-    """L1's registers right behind VMRUN: as they were before it, but for what #VMEXIT forces (CR0.PE,
-    all breakpoints disabled) and what it does not restore (DR6) (section 15.6)."""
-    return before | {"cr0": before["cr0"] | CR0.PE, "dr7": before["dr7"] & ~0xFF, "dr6": regs.dr6}

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
 from harness.model.dirty import PAGE, TABLE, Update
-from harness.model.entries import FRAME, NX, RW, US, A, D, Format, P
+from harness.model.entries import ALL_RIGHTS, FRAME, NX, PSE36_SHIFT, RW, US, A, D, Format, P
 from harness.model.memory import Words
 
 GUEST: Final = "guest"
@@ -19,7 +19,6 @@ NESTED: Final = "nested"
 FINAL: Final = "final"
 """The purpose of a nested walk for the access itself; else it is the guest entry's level name."""
 
-_ALL_RIGHTS: Final = (1 << 64) - 1
 _TABLE_ACCESS: Final = Access(write=True, fetch=False, user=True)
 
 
@@ -108,23 +107,27 @@ def walk_nested(
     updates: list[Update],
 ) -> int:
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
-    table = paging.ncr3 & FRAME
-    rights = _ALL_RIGHTS
+    _, levels, _, entry_shift, index_mask, root_mask = fmt
+    table = paging.ncr3 & root_mask
+    rights = ALL_RIGHTS
     write, fetch, _ = access
-    for name, shift, leaf, reserved_table, reserved_leaf in fmt.levels:
-        address = table + (gpa >> shift & 0x1FF) * 8
+    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
+        address = table + ((gpa >> shift & index_mask) << entry_shift)
         entry = ram[address >> 3]
+        if entry_shift == 2:
+            entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((NESTED, name, purpose, address, entry))
         if not entry & P:
             raise _nested_fault("present", paging, gpa, access, purpose, 0)
-        rights &= entry ^ NX
+        rights &= entry ^ NX | granted
         if entry & leaf:
             if entry & reserved_leaf:
                 raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
             break
         if entry & reserved_table:
             raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
-        updates.append((address, A, TABLE))
+        if accessed:
+            updates.append((address, accessed, TABLE))
         table = entry & FRAME
     # Every access is a user access in the nested dimension, whatever L2's CPL.
     if not rights & US:
@@ -135,7 +138,10 @@ def walk_nested(
         raise _nested_fault("execute", paging, gpa, access, purpose, ErrorCode.P)
     updates.append((address, A | D if write else A, TABLE))
     offset = (1 << shift) - 1
-    return entry & FRAME & ~offset | gpa & offset
+    frame = entry & FRAME & ~offset
+    if shift == PSE36_SHIFT:
+        frame |= (entry >> 13 & 0xFF) << 32
+    return frame | gpa & offset
 
 
 def _walk_guest(
@@ -149,28 +155,32 @@ def _walk_guest(
 ) -> int:
     """The guest dimension: from gVA to gPA through L2's table at gCR3; each entry's own address is
     a gPA, and is translated by the nested dimension as a user write (section 15.25.5)."""
-    if fmt.address_bits < 64 and (gva >> fmt.address_bits - 1) not in (0, (1 << 65 - fmt.address_bits) - 1):
+    _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
+    if address_bits > 32 and gva >> address_bits - 1 not in (0, (1 << 65 - address_bits) - 1):
         raise _Fault("canonical", GeneralProtection())
     nested = paging.nested
-    table = paging.gcr3 & FRAME
-    rights = _ALL_RIGHTS
+    table = paging.gcr3 & root_mask
+    rights = ALL_RIGHTS
     write, fetch, user = access
-    for name, shift, leaf, reserved_table, reserved_leaf in fmt.levels:
-        address = table + (gva >> shift & 0x1FF) * 8
+    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
+        address = table + ((gva >> shift & index_mask) << entry_shift)
         if nested is not None:
             address = walk_nested(paging, nested, ram, address, _TABLE_ACCESS, name, trail, updates)
         entry = ram[address >> 3]
+        if entry_shift == 2:
+            entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((GUEST, name, "", address, entry))
         if not entry & P:
             raise _guest_fault("present", paging, gva, access, 0)
-        rights &= entry ^ NX
+        rights &= entry ^ NX | granted
         if entry & leaf:
             if entry & reserved_leaf:
                 raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
             break
         if entry & reserved_table:
             raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
-        updates.append((address, A, TABLE))
+        if accessed:
+            updates.append((address, accessed, TABLE))
         table = entry & FRAME
     if user:
         if not rights & US:
@@ -189,7 +199,10 @@ def _walk_guest(
         raise _guest_fault("execute", paging, gva, access, ErrorCode.P)
     updates.append((address, A | D if write else A, PAGE))
     offset = (1 << shift) - 1
-    return entry & FRAME & ~offset | gva & offset
+    frame = entry & FRAME & ~offset
+    if shift == PSE36_SHIFT:
+        frame |= (entry >> 13 & 0xFF) << 32
+    return frame | gva & offset
 
 
 def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> _Fault:

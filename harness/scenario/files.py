@@ -25,13 +25,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.errors import UsageError
-from harness.model.entries import PAGE_SHIFTS
-from harness.scenario.ops import NO_NESTED_PAGING, Change, EntryOp, HostOp, Op, RunOp, Scenario, VmcbOp, parse_probe
+from harness.scenario.modes import MODES
+from harness.scenario.ops import (
+    DEFAULT_MODE,
+    DEFAULT_PAGE_SIZE,
+    NO_NESTED_PAGING,
+    Change,
+    EntryOp,
+    HostOp,
+    Op,
+    RunOp,
+    Scenario,
+    VmcbOp,
+    parse_probe,
+)
 
 ERRATA_FOLDER: Final = "errata"
 """Files in folders of this name are not scenarios."""
 
-_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest_page": str, "nested_page": str,
+_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest": str, "guest_page": str, "nested_page": str,
                "op": list}
 _REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
@@ -125,8 +137,11 @@ class _File:
             yield dict(zip(each, map(str, combination), strict=True))
 
     def scenario(self, data: Mapping[str, Any], choice: Mapping[str, str]) -> Scenario:
-        for key, sizes in (("guest_page", (*PAGE_SHIFTS,)), ("nested_page", (*PAGE_SHIFTS, NO_NESTED_PAGING))):
-            if data.get(key, "4K") not in sizes:
+        guest = data.get("guest", DEFAULT_MODE)
+        if guest not in MODES:
+            raise self.error(None, "guest", f"guest must be one of {', '.join(MODES)}, not {guest!r}")
+        for key, sizes in (("guest_page", MODES[guest].pages), ("nested_page", ("4K", "2M", "1G", NO_NESTED_PAGING))):
+            if data.get(key, DEFAULT_PAGE_SIZE) not in sizes:
                 raise self.error(None, key, f"{key} must be one of {', '.join(sizes)}, not {data[key]!r}")
         if not data["op"]:
             raise self.error(None, "op", "a scenario needs at least one op")
@@ -137,8 +152,9 @@ class _File:
             manual=data["manual"],
             shows=data["shows"],
             ops=tuple(self.op(index, op) for index, op in enumerate(data["op"])),
-            guest_page=data.get("guest_page", "4K"),
-            nested_page=data.get("nested_page", "4K"),
+            guest=guest,
+            guest_page=data.get("guest_page", DEFAULT_PAGE_SIZE),
+            nested_page=data.get("nested_page", DEFAULT_PAGE_SIZE),
             source=self.source,
             lines=tuple(self.line(index, "") for index in range(len(data["op"]))),
         )

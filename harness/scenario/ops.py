@@ -8,6 +8,7 @@ from typing import Final
 
 from harness.wire.layout import PROBES
 
+DEFAULT_MODE: Final = "4-level"
 DEFAULT_PAGE_SIZE: Final = "4K"
 NO_NESTED_PAGING: Final = "none"
 """In place of a size of nested pages: NP_ENABLE=0."""
@@ -65,12 +66,13 @@ class Probe:
     kind: str
     target: str = ""
     offset: int = 0
-    size: int = 8
+    size: int = 0
+    """Bytes; 0 is the widest that L2's mode has."""
     value: int | str | None = None
     """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared."""
 
     def __str__(self) -> str:
-        size = str(self.size) if self.kind in SIZED and self.size != 8 else ""
+        size = str(self.size) if self.size else ""
         offset = f"+{self.offset:#x}" if self.offset else ""
         target = f" {self.target}{offset}" if self.target else ""
         value = ""
@@ -101,6 +103,8 @@ class Scenario:
     manual: str
     shows: str
     ops: tuple[Op, ...]
+    guest: str = DEFAULT_MODE
+    """L2's mode: a name of harness.scenario.modes.MODES."""
     guest_page: str = DEFAULT_PAGE_SIZE
     nested_page: str = DEFAULT_PAGE_SIZE
     source: str = ""
@@ -141,7 +145,7 @@ def parse_probe(text: str) -> Probe:
         kind,
         match["target"] or "",
         _number(text, match["offset"] or "0"),
-        int(match["size"] or 8),
+        int(match["size"] or 0),
         _value(text, match["value"]) if match["value"] else None,
     )
 

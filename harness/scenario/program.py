@@ -13,13 +13,17 @@ from harness.model.entries import BITS, FRAME
 from harness.model.registers import REGISTER_BITS, Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
-from harness.scenario.world import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT, World, build
+from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
+from harness.scenario.world import World, build
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
 from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
 from harness.wire.program import Step, WireProbe, encode
 
 T = TypeVar("T")
+
+LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
+"""Probes that L2 cannot make with 32-bit code."""
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7}
 _USER_ATTRIB: Final = 0x60
@@ -51,11 +55,11 @@ class Compiler:
 
     image: Image
     cpu: Cpu
-    _worlds: dict[tuple[str, str], tuple[World, bytes]] = field(default_factory=dict)
+    _worlds: dict[tuple[str, ...], tuple[World, bytes]] = field(default_factory=dict)
 
     def compile(self, scenario: ops.Scenario) -> Program:
         """Raises UsageError, with file and line, for what makes no sense on this CPU or image."""
-        world, prologue = self._world(scenario.guest_page, scenario.nested_page)
+        world, prologue = self._world(scenario.guest, scenario.guest_page, scenario.nested_page)
         body = _Body(self.image, world)
         for index, op in enumerate(scenario.ops):
             try:
@@ -67,8 +71,7 @@ class Compiler:
             raise UsageError(f"{scenario.source}: the program is too long: over {MAX_CHUNK} slots")
         return program
 
-    def _world(self, guest_page: str, nested_page: str) -> tuple[World, bytes]:
-        key = (guest_page, nested_page)
+    def _world(self, *key: str) -> tuple[World, bytes]:
         if key not in self._worlds:
             world = build(self.image, self.cpu, *key)
             self._worlds[key] = world, encode(_prologue(world))
@@ -104,7 +107,7 @@ class _Body:
     def __init__(self, image: Image, world: World) -> None:
         self.image = image
         self.world = world
-        self.words = dict(world.words)
+        self.written: dict[int, int] = {}
         self.vmcb = dict(world.vmcb)
         self.host = dict(_HOST)
         self.steps: list[Step] = []
@@ -123,12 +126,23 @@ class _Body:
 
     def _entry(self, index: int, op: ops.EntryOp) -> None:
         address = _lookup(self.world.entries, op.entry, "entry")
-        new = _change(op.change, self.words.get(address, 0), BITS)
+        width = self.world.entry_widths[op.entry.partition(".")[0]]
+        new = _change(op.change, self._entry_now(op.entry), BITS)
         if op.frame is not None:
             frames = self.world.gpa if op.entry.startswith("guest") else self.world.spa
             new = new & ~FRAME | _lookup(frames, op.frame, "page") & FRAME
-        self.words[address] = new
-        self.steps.append(Step("WRITE", 8, address, new, origin=index))
+        if new >> 8 * width:
+            raise ValueError(f"{new:#x} does not fit in {op.entry}, which has {8 * width} bits")
+        self.written[address] = new
+        self.steps.append(Step("WRITE", width, address, new, origin=index))
+
+    def _entry_now(self, name: str) -> int:
+        """The entry of that name as L1 last wrote it."""
+        address = _lookup(self.world.entries, name, "entry")
+        if address in self.written:
+            return self.written[address]
+        width = self.world.entry_widths[name.partition(".")[0]]
+        return self.world.words.get(address & ~7, 0) >> (address & 7) * 8 & (1 << 8 * width) - 1
 
     def _vmcb(self, index: int, op: ops.VmcbOp) -> None:
         _lookup(FIELDS, op.field, "VMCB field")
@@ -153,7 +167,7 @@ class _Body:
                 attrib = self.vmcb[f"{segment}.attrib"] & ~_USER_ATTRIB
                 self._write(index, f"{segment}.attrib", attrib | (_USER_ATTRIB if user else 0))
                 self._write(index, f"{segment}.selector", self.vmcb[f"{segment}.selector"] & ~3 | op.cpl)
-        entry = self.world.code[user] + self.image.l2_labels["entry"]
+        entry = self.world.code[user] + self.image.stubs[self.world.mode.stub].labels["entry"]
         self._write(index, "rip", entry)
         probes = tuple(self._probe(index, n, probe) for n, probe in enumerate(op.probes))
         self.steps.append(
@@ -168,11 +182,15 @@ class _Body:
         address = 0
         if probe.target:
             address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
+        size = probe.size or self.world.mode.native
+        if size > self.world.mode.native or (probe.kind in LONG_ONLY and not self.world.mode.long):
+            raise ValueError(f"`{probe}` needs 64-bit mode")
         value = self._entry_value(probe.value) if isinstance(probe.value, str) else probe.value
         if value is None:
             # unlike any tag, and unlike what any other probe of the scenario writes
             value = 0x7700_0000_0000_0000 | index << 16 | number << 8 | 0x5A if probe.kind in ("write", "rmw") else 0
-        return WireProbe(probe.kind, probe.size, address + probe.offset & (1 << 64) - 1, value)
+        mask = (1 << 8 * self.world.mode.native) - 1
+        return WireProbe(probe.kind, size, address + probe.offset & mask, value & mask)
 
     def _target(self, probe: ops.Probe) -> int:
         return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
@@ -180,7 +198,7 @@ class _Body:
     def _entry_value(self, text: str) -> int:
         """`&ENTRY[+BIT][-BIT]`: see `ops.Probe.value`."""
         name, *changes = re.split(r"(?=[+-])", text[1:])
-        value = self.words.get(_lookup(self.world.entries, name, "entry"), 0)
+        value = self._entry_now(name)
         for change in changes:
             bit = _lookup(BITS, change[1:], "bit")
             value = value | bit if change[0] == "+" else value & ~bit

@@ -22,6 +22,13 @@ class Region(NamedTuple):
         return isinstance(address, int) and self.start <= address < self.end
 
 
+class Stub(NamedTuple):
+    """One of L2's code pages: its sPA, and the offsets in it of its labels."""
+
+    page: int
+    labels: Mapping[str, int]
+
+
 class Image(NamedTuple):
     """L1's memory map, in sPAs, and the symbols of its L2."""
 
@@ -36,14 +43,12 @@ class Image(NamedTuple):
     arena: Region
     data: Region
     mirror_offset: int
-    l2_page: int
-    l2_labels: Mapping[str, int]
+    stubs: Mapping[str, Stub]
+    """L2's code, by the kind of code: long, prot."""
 
     @classmethod
     def from_symbols(cls, symbols: Mapping[str, int]) -> Image:
         """Raises KeyError, naming the symbol, for an image that is not L1's."""
-        page = symbols["l2_long_page"]
-        prefix = "l2_long_"
         return cls(
             ram_end=symbols["tw_ram_end"],
             shared=symbols["tw_shared_page"],
@@ -56,9 +61,13 @@ class Image(NamedTuple):
             arena=Region(symbols["tw_arena"], symbols["tw_arena_end"]),
             data=Region(symbols["tw_data"], symbols["tw_data_end"]),
             mirror_offset=symbols["tw_mirror_offset"],
-            l2_page=page,
-            l2_labels={n.removeprefix(prefix): a - page for n, a in symbols.items() if n.startswith(prefix)},
+            stubs={kind: _stub(symbols, f"l2_{kind}_") for kind in ("long", "prot")},
         )
+
+
+def _stub(symbols: Mapping[str, int], prefix: str) -> Stub:
+    page = symbols[f"{prefix}page"]
+    return Stub(page, {n.removeprefix(prefix): a - page for n, a in symbols.items() if n.startswith(prefix)})
 
 
 def tag(spa: int) -> int:

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 MAGIC = 0x6B6C_6177_6E69_7774
@@ -146,6 +146,9 @@ DIFF = _declare(
     Field("address"),
     Field("value"),
 )
+
+MAILBOX_CODE = 4064
+"""Offset in L2's mailbox page of the gVA at which L2's code page is mapped; probes come from 0 on."""
 
 CONTROL_BYTES = 0x100
 """Of the VMCB's control area, from its start: all fields to the decode assists' end."""

@@ -155,7 +155,7 @@ class FakeMachine:
         first, count = 0, len(step.probes)
         begun = self.twin.begin(step)
         while True:
-            entry = dict(_ENTRY_REGS, rsi=step.c, r12=first)
+            entry = dict(_ENTRY_REGS, rsi=step.c, rbp=first)
             data = self._record("ENTER", number, first_probe=first, next_probe=first, vmcb=step.a)
             self._fill(data, {}, {}, entry)
             yield from self._post(data)
@@ -170,7 +170,8 @@ class FakeMachine:
             }
             after = before | out.host | {"dr7": host.dr7 & ~0xFF}
             regs = entry | out.regs
-            data = self._record("EXIT", number, first_probe=first, next_probe=min(out.next_probe, count), vmcb=step.a)
+            reached = max(first, min(out.next_probe, count))
+            data = self._record("EXIT", number, first_probe=first, next_probe=reached, vmcb=step.a)
             self._fill(data, before, after, regs)
             for index, result in out.results.items():
                 struct.pack_into("<Q", data, _AT["results"] + 8 * index, result)

@@ -123,7 +123,7 @@ def test_each_register_of_l1(name: str, check: Check) -> None:
 REFUSED = ('vmcb = "asid"\nvalue = 0', "read a")
 
 
-@pytest.mark.parametrize("name", RESTORED)
+@pytest.mark.parametrize("name", [name for name in RESTORED if name != "dr6"])  # whether L2's was loaded is open
 def test_each_register_of_l1_after_a_refusal(name: str, check: Check) -> None:
     """VMEXIT_INVALID is a #VMEXIT: the host's state is reloaded as by any other (15.5.1, 15.6)."""
     found = only(check(Doctor("EXIT", _AT["after"] + HOST.offsets[name], b"\x10"), *REFUSED))
@@ -317,13 +317,13 @@ class TestMemory:
 
 
 def test_next_probe_that_never_moves_ends(check: Check) -> None:
-    """A machine that loses R12 makes L1 begin again and again: that must end, and not in silence."""
+    """A machine that loses RBP makes L1 begin again and again: that must end, and not in silence."""
 
     class Loses(Plant):
         def predict(self, fake: FakeMachine, step: object, first: int) -> Prediction:
             assert fake.runs < 400, "L1 runs for ever, and the checker follows"
             out = super().predict(fake, step, first)  # type: ignore[arg-type]
-            out.next_probe = 0
+            out.next_probe = out.regs["rbp"] = 0
             return out
 
     found = check(Loses(), 'entry = "nested.a.pte"\nclear = ["p"]', "read a; read a+8; read a+16")

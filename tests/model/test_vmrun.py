@@ -11,7 +11,7 @@ from harness.model.entries import FRAME
 from harness.model.memory import Memory
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.vmcb import CONTROL, FIELDS, NP_ENABLE, SAVE, STATE, ExitCode, Vmcb
-from harness.model.vmrun import LOADED, Host, host_after_exit, load, paging, refused, save
+from harness.model.vmrun import LOADED, Host, load, paging, refused, save
 
 HOST = Host(cr0=CR0.PG | CR0.PE, cr4=CR4.PAE, efer=EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME, pat=0, dr7=0x400)
 PAT = 0x0007_0406_0007_0406
@@ -184,16 +184,6 @@ class TestSave:
         assert {name: block[name] for name in before} == before
 
 
-def test_host_after_exit() -> None:
-    """15.6: CR0.PE is forced to 1, breakpoints are disabled, DR6 is L2's; the rest is as it was."""
-    before = {"cr0": CR0.PG, "cr3": 7, "dr6": 1, "dr7": 0x4FF, "rsp": 9}
-    regs = load(vmcb())
-    regs.dr6 = 0xFFFF_4FF0
-    after = host_after_exit(before, regs)
-    assert after == {"cr0": CR0.PG | CR0.PE, "cr3": 7, "dr6": 0xFFFF_4FF0, "dr7": 0x400, "rsp": 9}
-    assert before["dr7"] == 0x4FF
-
-
 class TestPaging:
     """What of the VMCB and of L1 the translation depends on (15.25.3, 15.25.7)."""
 
@@ -203,9 +193,9 @@ class TestPaging:
 
     def test_plain(self) -> None:
         out = self._paging(cr3=0x12_3018)
-        assert (out.gcr3, out.ncr3) == (0x12_3000, 0x1000)
+        assert (out.gcr3, out.ncr3) == (0x12_3018, 0x1000)
         assert (out.wp, out.smep, out.smap, out.ac) == (False,) * 4
-        assert out.nested is not None and out.gcr3 == out.gcr3 & FRAME
+        assert out.guest is not None and out.guest.root_mask == FRAME
 
     @pytest.mark.parametrize("field, changes", [
         ("wp", {"cr0": CR0.PG | CR0.PE | CR0.WP}), ("smep", {"cr4": CR4.PAE | CR4.SMEP}),
@@ -243,12 +233,20 @@ class TestPaging:
             out = self._paging(cpu=Cpu(bits))
             assert [bool(f.levels[-1].reserved_leaf >> 51 & 1) for f in (out.guest, out.nested)] == [bits == 40] * 2
 
-    @pytest.mark.parametrize("changes", [
-        {"cr0": CR0.PE}, {"efer": EFER.SVME}, {"cr4": 0}, {"cr4": CR4.PAE | CR4.LA57},
+    @pytest.mark.parametrize("name, changes", [
+        ("4-level", {}),
+        ("5-level", {"cr4": CR4.PAE | CR4.LA57}),
+        ("PAE", {"efer": EFER.SVME}),
+        ("32-bit", {"efer": EFER.SVME, "cr4": 0}),
+        ("32-bit", {"efer": EFER.SVME, "cr4": CR4.LA57}),
     ])
-    def test_what_is_not_modelled_is_an_error(self, changes: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match="modelled"):
-            self._paging(**changes)
+    def test_the_format_follows_the_mode(self, name: str, changes: dict[str, int]) -> None:
+        """5.2 and 5.3: EFER.LMA, then CR4.PAE; CR4.LA57 counts in long mode only."""
+        guest = self._paging(**changes).guest
+        assert guest is not None and guest.name == name
+
+    def test_paging_off(self) -> None:
+        assert self._paging(cr0=CR0.PE, efer=EFER.SVME).guest is None
 
 
 class TestLayout:

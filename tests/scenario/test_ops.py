@@ -20,20 +20,20 @@ from harness.wire.layout import PROBES
         ("write4 a+8 = 0x1234", Probe("write", "a", 8, 4, 0x1234)),
         ("write8 a=1", Probe("write", "a", 0, 8, 1)),
         ("write a", Probe("write", "a")),
-        ("rmw d+4088 = 0b101", Probe("rmw", "d", 4088, 8, 5)),
+        ("rmw d+4088 = 0b101", Probe("rmw", "d", 4088, 0, 5)),
         ("fetch a+0x20", Probe("fetch", "a", 32)),
         ("read 0xffff_8000_0000_0000", Probe("read", "0xffff_8000_0000_0000")),
         ("invlpg b", Probe("invlpg", "b")),
         ("rdcr2", Probe("rdcr2")),
         ("rdmsr 0xc0000080", Probe("rdmsr", "0xc0000080")),
-        ("wrmsr 0x277 = 0x0007040600070406", Probe("wrmsr", "0x277", 0, 8, 0x0007_0406_0007_0406)),
+        ("wrmsr 0x277 = 0x0007040600070406", Probe("wrmsr", "0x277", 0, 0, 0x0007_0406_0007_0406)),
         ("wrcr4 = 0x20", Probe("wrcr4", value=0x20)),
         ("wrdr7 = 1_000", Probe("wrdr7", value=1000)),
         ("rdflags", Probe("rdflags")),
         ("wrflags = 0x40000", Probe("wrflags", value=0x40000)),
         ("rdseg", Probe("rdseg")),
-        ("write guest.a.pte = 0", Probe("write", "guest.a.pte", 0, 8, 0)),
-        ("write guest.a.pte = &guest.a.pte-rw", Probe("write", "guest.a.pte", 0, 8, "&guest.a.pte-rw")),
+        ("write guest.a.pte = 0", Probe("write", "guest.a.pte", 0, 0, 0)),
+        ("write guest.a.pte = &guest.a.pte-rw", Probe("write", "guest.a.pte", 0, 0, "&guest.a.pte-rw")),
         ("read a+0xFFFFFFFFFFFFFFFF", Probe("read", "a", (1 << 64) - 1)),
     ],
 )
@@ -90,7 +90,7 @@ def test_bad(text: str, reason: str) -> None:
 )
 def test_written_and_read_again(kind: str, size: int, target: str, offset: int, value: int) -> None:
     target = target if kind in MEMORY or kind.endswith("msr") else ""
-    probe = Probe(kind, target, offset if target else 0, size if kind in SIZED else 8,
+    probe = Probe(kind, target, offset if target else 0, size if kind in SIZED else 0,
                   value if kind.startswith("wr") or kind in ("write", "rmw") else None)
     assert parse_probe(str(probe)) == probe
 

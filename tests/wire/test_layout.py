@@ -15,6 +15,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness.model.vmcb import FIELDS
 from harness.scenario.ops import MEMORY, SIZED
+from harness.scenario.program import LONG_ONLY
 from harness.wire import layout
 from harness.wire.header import c_header
 from harness.wire.image import Image, tag, tags
@@ -139,9 +140,9 @@ class TestImage:
         with kernel.open("rb") as file:
             table = ELFFile(file).get_section_by_name(".symtab")
             symbols = {s.name: s["st_value"] for s in table.iter_symbols()}
-        assert image.shared == symbols["tw_shared_page"] and image.l2_page == symbols["l2_long_page"]
-        for address in (image.shared, image.op_ring, image.record_ring, image.mailbox, image.l2_page, image.msrpm,
-                        image.iopm, image.arena.start, image.data.start, image.vmcbs.start):
+        assert image.shared == symbols["tw_shared_page"] and image.stubs["long"].page == symbols["l2_long_page"]
+        for address in (image.shared, image.op_ring, image.record_ring, image.mailbox, image.msrpm,
+                        *(stub.page for stub in image.stubs.values()), image.iopm, image.arena.start, image.data.start, image.vmcbs.start):
             assert address % 4096 == 0
         # regions that the checker or L1 writes do not overlap
         rings = (image.op_ring, image.op_ring + layout.OP_SLOTS * 32)
@@ -154,19 +155,21 @@ class TestImage:
         assert regions[-1][1] <= image.ram_end
 
     def test_mailbox_holds_all_probes(self) -> None:
-        # and 16 bytes of scratch at its end (l2_long.S)
-        assert (layout.MAX_PROBES + 1) * layout.PROBE.size <= 4096 - 16
+        # and what L2 keeps at its end (l2.inc)
+        assert (layout.MAX_PROBES + 1) * layout.PROBE.size <= layout.MAILBOX_CODE
 
     def test_every_probe_has_a_label(self, image: Image) -> None:
-        for kind in layout.PROBES:
-            labels = [f"{kind}_{size}" for size in (1, 2, 4, 8)] if kind in SIZED else [kind]
-            for label in labels:
-                assert 0 <= image.l2_labels[label] < 4096
-        accesses = [image.l2_labels[label] for label in image.l2_labels if label not in ("page", "entry")]
-        assert len(set(accesses)) == len(accesses)
+        for mode, sizes, missing in (("long", (1, 2, 4, 8), ()), ("prot", (1, 2, 4), LONG_ONLY)):
+            at = image.stubs[mode].labels
+            for kind in layout.PROBES:
+                if kind not in missing:
+                    for label in [f"{kind}_{size}" for size in sizes] if kind in SIZED else [kind]:
+                        assert 0 <= at[label] < 4096
+            accesses = [at[label] for label in at if label not in ("page", "entry")]
+            assert len(set(accesses)) == len(accesses)
 
     def test_not_l1(self) -> None:
-        with pytest.raises(KeyError, match="l2_long_page"):
+        with pytest.raises(KeyError, match="tw_ram_end"):
             Image.from_symbols({"main": 1})
 
 

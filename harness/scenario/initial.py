@@ -1,0 +1,105 @@
+"""What a VMCB holds at first, and what lies in L2's own system page."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.vmcb import FIELDS, MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
+from harness.scenario.modes import Mode
+from harness.wire.image import PAGE, Image
+
+SYSTEM: Final = ("idt", "gdt", "tss", "stack")
+"""L2's system structures: each has a gPA and a gVA of its own, all lie on one sPA page."""
+
+_CODE_SELECTOR: Final = 0x28
+_GDT: Final = 0x200
+_TSS: Final = 0x304
+"""Offsets in the system page; so that RSP0, four bytes into the TSS, is aligned."""
+_RSP0: Final = 0xB40
+_RSP: Final = 0xFE8
+"""Where the stacks begin in it: for a change to CPL 0, and for L2 at VMRUN (not 16-byte aligned)."""
+
+HOST_CR0: Final = CR0.PG | CR0.WP | CR0.NE | CR0.ET | CR0.MP | CR0.PE
+HOST_CR4: Final = CR4.DE | CR4.PAE | CR4.OSFXSR | CR4.OSXMMEXCPT
+HOST_EFER: Final = EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
+HOST_PAT: Final = 0x0007_0406_0007_0406
+HOST_DR7: Final = 0x400
+
+
+def vmcb_fields(image: Image, mode: Mode, gva: dict[str, int], gcr3: int, ncr3: int | None) -> dict[str, int]:
+    """A VMCB for L2 in `mode`; `ncr3` None is NP_ENABLE=0. Where a value is free it is unlike L1's and
+    unlike any other, so that a field loaded or saved in the wrong place shows."""
+    return {
+        "intercept_exceptions": 0xFFFF_FFFF,
+        "intercept_misc1": 1 << 31 | 1 << 24,  # SHUTDOWN: a triple fault of L2 is L2's; HLT: its handlers' end
+        "intercept_misc2": MISC2_VMRUN | MISC2_VMMCALL,
+        "iopm_base": image.iopm,
+        "msrpm_base": image.msrpm,
+        "asid": 5,
+        "tlb_control": 1,
+        "v_intr": 1 << 24,  # V_INTR_MASKING
+        "np_control": 0 if ncr3 is None else NP_ENABLE,
+        "ncr3": ncr3 or 0,
+        **_segment("es", 0x0038, 0xC93, 0xFFFF_FFFF, 0),
+        **_segment("cs", _CODE_SELECTOR, mode.code_attrib, 0xFFFF_FFFF, 0),
+        **_segment("ss", 0x0030, 0xC93, 0xFFFF_FFFF, 0),
+        **_segment("ds", 0x0040, 0xC93, 0xFFFF_FFFF, 0),
+        **_segment("fs", 0x0048, 0xC93, 0xFFFF_FFFF, 0x0000_1234_5000_0000),
+        **_segment("gs", 0x0050, 0xC93, 0xFFFF_FFFF, 0x0000_1234_6000_0000),
+        **_segment("gdtr", 0, 0, 0x7F, gva["gdt"] + _GDT),
+        **_segment("ldtr", 0x0058, 0x082, 0x17, 0x0000_1234_8000_0000),
+        **_segment("idtr", 0, 0, 0x1FF, gva["idt"]),
+        **_segment("tr", 0x0068, 0x08B, 0x67, gva["tss"] + _TSS),
+        "efer": mode.efer,
+        "cr0": mode.cr0,
+        "cr4": mode.cr4,
+        "cr3": gcr3,
+        "dr6": 0xFFFF_0FF0,
+        "dr7": 0x400,
+        "rflags": RFLAGS.ONE,
+        "rsp": gva["stack"] + _RSP,
+        "rax": 0x5A5A_1111_2222_3333,
+        "star": 0x0023_0010_0000_0000,
+        "lstar": 0x0000_1234_C000_0000,
+        "cstar": 0x0000_1234_D000_0000,
+        "sfmask": 0x0004_7700,
+        "kernel_gs_base": 0x0000_1234_E000_0000,
+        "sysenter_cs": 0x0010,
+        "sysenter_esp": 0x0000_1234_F000_0000,
+        "sysenter_eip": 0x0000_1235_0000_0000,
+        "cr2": 0x0000_1235_1000_0ABC,
+        "g_pat": 0x0007_0406_0007_0406,
+    }
+
+
+def system_words(page: int, stack: int, vectors: int) -> dict[int, int]:
+    """L2's IDT, GDT and TSS at sPA `page`; the rest of it is stack. `vectors` is the gVA of the first
+    handler; each has four bytes (guests/l1/l2_long.S)."""
+    words = {page + _GDT + (_CODE_SELECTOR & ~7): 0x00AF_9B00_0000_FFFF, page + _TSS + 4: stack + _RSP0}
+    for vector in range(32):
+        offset = vectors + 4 * vector
+        gate = offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48
+        words[page + 16 * vector] = gate
+        words[page + 16 * vector + 8] = offset >> 32
+    return words
+
+
+def vmcb_page(vmcb: dict[str, int]) -> bytes:
+    """The page that a VMCB with these fields is."""
+    page = bytearray(PAGE)
+    for name, value in vmcb.items():
+        offset, width = FIELDS[name]
+        page[offset : offset + width] = value.to_bytes(width, "little")
+    return bytes(page)
+
+
+def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tuple[int, int]:
+    """Where a 2M region and the offset in it go in one dimension with pages of 1 << `shift`."""
+    if shift == 30:
+        return region, inside
+    return (region + 1) % regions, inside ^ (flip << 12 if shift == 12 else 0)
+
+
+def _segment(name: str, selector: int, attrib: int, limit: int, base: int) -> dict[str, int]:
+    return {f"{name}.selector": selector, f"{name}.attrib": attrib, f"{name}.limit": limit, f"{name}.base": base}

@@ -1,0 +1,78 @@
+"""The modes that L2 can be in, and where things lie in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from harness.model.entries import Format, legacy, long_mode, pae
+from harness.model.registers import CR0, CR4, EFER, Cpu
+
+_LONG_EFER: Final = EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
+_CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET | CR0.PE
+_CR4: Final = CR4.PGE | CR4.OSFXSR
+_LONG_CODE: Final = 0xA9B
+_PROTECTED_CODE: Final = 0xC9B
+_NEGATIVE: Final = ~0 << 48 & (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode of L2: its registers, and in gVA where pages a to d (`test`) and what is L2's own
+    (`own`) are mapped; each in a different entry of the root."""
+
+    name: str
+    cr0: int
+    cr4: int
+    efer: int
+    code_attrib: int
+    test: int
+    own: int
+    stub: str
+    """Which of L2's code pages runs in it."""
+    pages: tuple[str, ...]
+    """Sizes of pages that its tables can map; the first is the usual one."""
+
+    @property
+    def long(self) -> bool:
+        return bool(self.efer & EFER.LME)
+
+    @property
+    def paging(self) -> bool:
+        return bool(self.cr0 & CR0.PG)
+
+    @property
+    def native(self) -> int:
+        """Bytes of its widest operand."""
+        return 8 if self.long else 4
+
+    def format(self, cpu: Cpu) -> Format | None:
+        """Its table format; None with paging off."""
+        if not self.paging:
+            return None
+        if self.long:
+            return long_mode(cpu.maxphyaddr, True, cpu.page1g, bool(self.cr4 & CR4.LA57))
+        return pae(cpu.maxphyaddr, True) if self.cr4 & CR4.PAE else legacy(cpu.maxphyaddr, bool(self.cr4 & CR4.PSE))
+
+
+def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str, ...], cr0: int = CR0.PG) -> Mode:
+    long = bool(efer & EFER.LME)
+    return Mode(name, _CR0 | cr0, _CR4 | cr4, efer, _LONG_CODE if long else _PROTECTED_CODE, test, own,
+                "long" if long else "prot", pages)
+
+
+_OWN_LONG: Final = 511 << 39 | 496 << 30 | 12 << 21 | 0x40 << 12
+_OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
+
+MODES: Final = {
+    mode.name: mode
+    for mode in (
+        _mode("4-level", CR4.PAE, _LONG_EFER, 90 << 39 | 316 << 30, _NEGATIVE | _OWN_LONG, ("4K", "2M", "1G")),
+        _mode("5-level", CR4.PAE | CR4.LA57, _LONG_EFER, 171 << 48 | 90 << 39 | 316 << 30,
+              0xFF << 56 | 511 << 48 | _OWN_LONG, ("4K", "2M", "1G")),
+        _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "2M")),
+        _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "4M")),
+        _mode("off", 0, EFER.SVME, 0, 0, ("4K",), cr0=0),
+    )
+}
+"""By the name that scenario files use: the format of L2's tables, or `off` for protected mode without paging."""
