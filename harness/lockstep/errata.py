@@ -131,7 +131,9 @@ def load(folder: Path) -> list[Erratum]:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as reason:
             raise UsageError(f"{path}: {reason}") from None
-        for entry in table.get("erratum", []):
+        if table.keys() != {"erratum"} or not isinstance(table["erratum"], list):
+            raise UsageError(f"{path}: a file of errata has [[erratum]] tables, and nothing else")
+        for entry in table["erratum"]:
             erratum = _erratum(path, entry)
             if erratum.id in errata:
                 raise UsageError(f"{path}: there are two errata {erratum.id!r}")

@@ -1,0 +1,117 @@
+"""Every rule by its id, with the section of the manual that it stands in.
+
+A walk, a refused VMRUN and a check each name the rule behind their verdict by id; reports look it up
+here. Sections are those of the AMD64 Architecture Programmer's Manual, volume 2 (publication 24593),
+as numbered in its revisions 3.42 to 3.45; the sentences are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Rule(NamedTuple):
+    """One rule: `section` of volume 2, empty for what is no rule of the manual; `text` in one sentence."""
+
+    id: str
+    section: str
+    text: str
+
+    @property
+    def reference(self) -> str:
+        """Where to look it up: `AMD APM vol. 2, 15.25.6`; empty for what is no rule of the manual."""
+        return f"AMD APM vol. 2, {self.section}" if self.section else ""
+
+
+_WALK: Final = (
+    Rule("reached", "15.25.5",
+         "Where both dimensions permit the access, it goes to the sPA that the nested walk of its gPA ends in."),
+    Rule("canonical", "5.3.1",
+         "Bits 63:48 of a gVA must equal bit 47, or the access raises #GP before any table is read."),
+    Rule("guest.present", "5.4.1",
+         "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; its other bits are not looked at."),
+    Rule("guest.reserved", "5.4.1",
+         "A reserved bit that is set in a present entry ends the guest walk there, in a #PF with RSVD and P set."),
+    Rule("guest.user", "5.6.1",
+         "At CPL 3 only user pages can be reached: those with U/S=1 at every level of the guest walk."),
+    Rule("guest.write", "5.6.2, 5.6.4",
+         "A write needs R/W=1 at every level of the guest walk, unless it is a supervisor's while CR0.WP=0."),
+    Rule("guest.smep", "5.6.5",
+         "With CR4.SMEP=1 code at CPL 0 to 2 must not be fetched from a user page."),
+    Rule("guest.smap", "5.6.6",
+         "With CR4.SMAP=1 data of a user page is out of reach at CPL 0 to 2, unless RFLAGS.AC=1."),
+    Rule("guest.execute", "5.6.3",
+         "With EFER.NXE=1 no instruction is fetched through a guest entry that has NX set, at any level and any CPL."),
+    Rule("nested.present", "15.25.6",
+         "A nested entry with P=0 ends the walk in #VMEXIT(NPF) with P=0 in EXITINFO1."),
+    Rule("nested.reserved", "15.25.6",
+         "A reserved bit that is set in a present nested entry ends the walk in #VMEXIT(NPF) with RSV and P set; "
+         "while L1's EFER.NXE=0, NX is such a bit (5.4.1)."),
+    Rule("nested.user", "15.25.7",
+         "Every access of the guest is a user access in the nested dimension, whatever its CPL: U/S must be 1 at "
+         "every nested level."),
+    Rule("nested.write", "15.25.7",
+         "What L2 writes must have R/W=1 at every nested level, whatever either CR0.WP says; and every access to "
+         "a guest table counts as a write (15.25.5)."),
+    Rule("nested.execute", "15.25.7",
+         "L2 fetches no instruction through a nested entry that has NX set, at any level, while L1's EFER.NXE=1."),
+)
+
+_MEMORY: Final = (
+    Rule("ad", "5.4.2, 15.25.5",
+         "A walk sets A in each entry that it goes through, and D in the last one for a write; reads of guest "
+         "tables set both in the nested dimension; and nothing else in a table changes."),
+    Rule("write", "15.25.5",
+         "A write of L2 changes the bytes at the sPA that its walk ends in, and no others."),
+)
+
+_EXIT: Final = (
+    Rule("exit.vmmcall", "15.9",
+         "When all probes are done L2 executes VMMCALL, which L1 intercepts: state is saved as of that instruction."),
+    Rule("exit.privileged", "8.2.14",
+         "A privileged instruction at a CPL other than 0 raises #GP(0)."),
+    Rule("exit.delivered", "8.9.3, 15.7",
+         "An exception or injected event that L1 does not intercept goes through L2's own IDT, and its handler runs."),
+    Rule("exit.host", "15.6",
+         "#VMEXIT gives L1 back the registers that VMRUN saved."),
+    Rule("exit.host-dr7", "15.6",
+         "#VMEXIT disables all breakpoints in L1's DR7."),
+    Rule("exit.registers", "15.5.1, 15.6",
+         "Registers that are not in the VMCB pass through VMRUN and #VMEXIT as they are."),
+)
+
+_VMRUN: Final = (
+    Rule("vmrun.efer-svme", "15.5.1", "VMRUN is refused if EFER.SVME is 0 in the VMCB."),
+    Rule("vmrun.cr0-nw", "15.5.1", "VMRUN is refused if CR0.NW is 1 while CR0.CD is 0."),
+    Rule("vmrun.cr0-high", "15.5.1", "VMRUN is refused if a bit of CR0[63:32] is set."),
+    Rule("vmrun.cr3-mbz", "15.5.1",
+         "VMRUN is refused if a bit of CR3 that must be zero is set: in long mode, one above MAXPHYADDR."),
+    Rule("vmrun.cr4-mbz", "15.5.1",
+         "VMRUN is refused if a bit of CR4 is set that is reserved, or of a feature that the processor lacks."),
+    Rule("vmrun.dr6-high", "15.5.1", "VMRUN is refused if a bit of DR6[63:32] is set."),
+    Rule("vmrun.dr7-high", "15.5.1", "VMRUN is refused if a bit of DR7[63:32] is set."),
+    Rule("vmrun.efer-mbz", "15.5.1", "VMRUN is refused if a bit of EFER that must be zero is set."),
+    Rule("vmrun.long-pae", "15.5.1", "VMRUN is refused if EFER.LME and CR0.PG are 1 while CR4.PAE is 0."),
+    Rule("vmrun.long-pe", "15.5.1", "VMRUN is refused if EFER.LME and CR0.PG are 1 while CR0.PE is 0."),
+    Rule("vmrun.cs-l-d", "15.5.1", "VMRUN into long mode is refused if CS.L and CS.D are both 1."),
+    Rule("vmrun.intercept", "15.5.1", "VMRUN is refused if the VMCB does not intercept VMRUN itself."),
+    Rule("vmrun.permission-maps", "15.5.1, 15.10.1, 15.11",
+         "VMRUN is refused if the MSR or I/O permission map reaches beyond the largest physical address."),
+    Rule("vmrun.eventinj", "15.20",
+         "VMRUN is refused if EVENTINJ is valid and has a reserved type, or a vector that is no exception's."),
+    Rule("vmrun.asid", "15.5.1, 15.25.1", "VMRUN is refused if ASID is 0, which is the host's."),
+    Rule("vmrun.host-paging", "15.25.3", "VMRUN with nested paging is refused if L1 has paging off."),
+    Rule("vmrun.ncr3-mbz", "15.25.4",
+         "VMRUN with nested paging is refused if a bit of nCR3 that must be zero is set, such as one above "
+         "MAXPHYADDR."),
+    Rule("vmrun.g-pat", "15.25.4",
+         "VMRUN with nested paging is refused if a field of G_PAT has no legal memory type."),
+)
+
+_LOCKSTEP: Final = (
+    Rule("lockstep", "",
+         "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
+)
+
+RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_LOCKSTEP)}
+"""Every rule by its id."""
