@@ -45,8 +45,8 @@ def test_agreement(strict: bool, image: Image, cpu: Cpu, compiler: Compiler, twi
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
 def test_the_library_agrees_with_itself(strict: bool, image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
-    """Every scenario, in one boot: what one leaves behind is none of the next one's business."""
-    programs = [compiler.compile(s) for path in files.find([LIBRARY]) for s in files.read(path)]
+    """A scenario of each file, in one boot: what one leaves behind is none of the next one's business."""
+    programs = [compiler.compile(files.read(path)[0]) for path in files.find([LIBRARY])]
     for result in run_on_fake(image, cpu, twin, programs, strict=strict):
         assert (result.scenario, result.divergences, result.lost) == (result.scenario, [], None)
 

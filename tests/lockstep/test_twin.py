@@ -13,7 +13,7 @@ from harness.model.dirty import Liberties, Takes
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.scenario.program import Compiler, Program
-from harness.scenario.world import HOST_EFER
+from harness.scenario.initial import HOST_EFER
 from harness.wire.image import Image, tag
 from tests.scenario.texts import one, run
 
@@ -105,7 +105,7 @@ class TestPredictions:
         cpu = Cpu(40, features=frozenset({"nrips"}))
         twin = Twin(image, cpu, Liberties())
         (out,) = predictions(twin, Compiler(image, cpu).compile(one("read a")))
-        assert twin.vmcb["nrip"] == twin.vmcb["rip"] + 3 == image.l2_labels["end"] + 3 + (twin.vmcb["rip"] & ~0xFFF)
+        assert twin.vmcb["nrip"] == twin.vmcb["rip"] + 3 == image.stubs["long"].labels["end"] + 3 + (twin.vmcb["rip"] & ~0xFFF)
         predictions(twin, Compiler(image, cpu).compile(one('entry = "guest.a.pte"\nclear = ["p"]', "read a")))
         assert twin.vmcb["nrip"] == 0  # 15.7.1: 0 for all but instruction intercepts
         assert out.exitcode == ExitCode.VMMCALL

@@ -11,7 +11,7 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
 from harness.scenario.program import Compiler, Program
-from harness.scenario.world import HOST_CR4, HOST_EFER
+from harness.scenario.initial import HOST_CR4, HOST_EFER
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import Image
 from harness.wire.layout import MAX_PROBES, OP, OPS
@@ -64,7 +64,7 @@ def test_cpl(compiler: Compiler) -> None:
     """CPL 3: the CPL, the segments' DPL and RPL, and L2's code and mailbox of that side; back again for 0."""
     program = compiler.compile(one(run("read a", 3), run("read a", 0)))
     user, supervisor = steps(program, "RUN")
-    world, entry = program.world, compiler.image.l2_labels["entry"]
+    world, entry = program.world, compiler.image.stubs["long"].labels["entry"]
     assert (user.b, user.c) == (world.code[1] + entry, world.mailbox[1])
     assert (supervisor.b, supervisor.c) == (world.code[0] + entry, world.mailbox[0])
     split = program.steps.index(user)

@@ -1,0 +1,211 @@
+"""Machines that die, hang or are left behind: an error of its own kind, in time, and no process left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+
+import pexpect
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from harness.errors import MachineLost
+from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.twin import Twin
+from harness.machine import tcg
+from harness.scenario.program import Compiler
+from harness.wire.program import Step, encode
+from tests.conftest import ROOT
+from tests.machine.processes import gone, named, unique, wait_for
+from tests.scenario.texts import one, run
+
+pytestmark = pytest.mark.guest
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "TERM": "dumb"}
+
+
+@contextmanager
+def own_machine() -> Iterator[tuple[tcg.TcgMachine, int, str]]:
+    """A machine of the test's own, its QEMU's pid and its name."""
+    name = unique()
+    with tcg.start(extra=["-name", name]) as machine:
+        yield machine, wait_for(name), name
+    assert gone(name, 0)
+
+
+def endless(machine: tcg.TcgMachine, strict: bool = True) -> Iterator[Result]:
+    compiler = Compiler(machine.image, machine.cpu)
+    program = compiler.compile(one("read a; write b", 'entry = "nested.a.pte"\nclear = ["p"]', "read a; fetch b"))
+    return Lockstep(machine, machine.channel, Twin(machine.image, machine.cpu, tcg.LIBERTIES), strict).run(repeat(program))
+
+
+def last(results: Iterator[Result]) -> MachineLost:
+    """What ended the run; fails if nothing does in a while."""
+    for result in results:
+        if result.lost is not None:
+            assert not result.divergences  # a loss is no divergence
+            assert next(results, None) is None
+            return result.lost
+    raise AssertionError("the run ended")
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_qemu_killed(strict: bool) -> None:
+    with own_machine() as (machine, pid, name):
+        results = endless(machine, strict)
+        for _ in range(3):
+            assert next(results).lost is None
+        killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        start = time.monotonic()
+        lost = last(results)
+        assert time.monotonic() - start < 10
+        killer.join()
+        assert "QEMU exited with status -9" in lost.reason
+        assert machine.identity.qemu in lost.argv and name in lost.argv
+        assert lost.last_record.startswith("#") and "ENTER" in lost.last_record or "EXIT" in lost.last_record or (
+            "SYNC" in lost.last_record)
+        text = str(lost)
+        assert "machine lost" in text and name in text and lost.last_record in text
+
+
+def test_qemu_hangs() -> None:
+    with own_machine() as (machine, pid, _):
+        results = endless(machine)
+        assert next(results).lost is None
+        os.kill(pid, signal.SIGSTOP)
+        start = time.monotonic()
+        lost = last(results)
+        assert 4 < time.monotonic() - start < 10
+        assert "hangs" in lost.reason and lost.last_record
+        start = time.monotonic()
+    assert time.monotonic() - start < 10  # to end a QEMU that does not answer
+
+
+def test_l1_takes_an_exception(kernel: Path) -> None:
+    """A UD2 in L1 itself, where the benchmark's loop is: which exception it was, and where, is told."""
+    with kernel.open("rb") as file:
+        (spin,) = ELFFile(file).get_section_by_name(".symtab").get_symbol_by_name("l1_spin")
+    with own_machine() as (machine, _, _):
+        at = spin["st_value"]
+        machine.memory[at : at + 2] = b"\x0f\x0b"
+        machine.channel.post(encode([Step("SPIN", a=machine.image.vmcbs.start, b=1)]))
+        start = time.monotonic()
+        with pytest.raises(MachineLost, match=f"L1 took exception 6 at RIP {at:#x}"):
+            machine.channel.next_record(machine.idle)
+        assert time.monotonic() - start < 10
+
+
+def test_l1_triple_faults() -> None:
+    """L1 without PAE in its own CR4 is at an end; QEMU, told not to reboot, exits."""
+    with own_machine() as (machine, _, _):
+        program = Compiler(machine.image, machine.cpu).compile(one('host = "cr4"\nvalue = 0x600', "read a"))
+        (result,) = Lockstep(machine, machine.channel, Twin(machine.image, machine.cpu, tcg.LIBERTIES), True).run([program])
+        assert result.lost is not None and "QEMU exited with status 0" in result.lost.reason
+
+
+def test_qemu_quits_by_itself() -> None:
+    with own_machine() as (machine, _, _):
+        results = endless(machine)
+        assert next(results).lost is None
+        machine._process.command("quit")
+        assert "QEMU exited with status 0" in last(results).reason
+
+
+class Mine(Exception):
+    pass
+
+
+def test_no_qemu_left_after_an_exception() -> None:
+    name = unique()
+    with pytest.raises(Mine), tcg.start(extra=["-name", name]):
+        assert len(named(name)) == 1
+        raise Mine
+    assert named(name) == []
+
+
+def test_nothing_leaks() -> None:
+    """Neither descriptors nor mappings of the guest's memory, boot after boot."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        with open("/proc/self/maps", encoding="ascii") as maps:
+            return len(os.listdir("/proc/self/fd")), sum("twinwalk-ram" in line for line in maps)
+
+    def boot() -> None:
+        with tcg.start() as machine:
+            assert machine.cpu.maxphyaddr
+
+    boot()
+    before = held()
+    for _ in range(3):
+        boot()
+    assert held() == before
+
+
+BOOT = """
+import sys, time
+from harness.machine import tcg
+with tcg.start(extra=["-name", sys.argv[1]]):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_no_qemu_left_after_the_parents_end(end: signal.Signals) -> None:
+    name = unique()
+    parent = subprocess.Popen([sys.executable, "-c", BOOT, name], env=ENV, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.DEVNULL)
+    assert parent.stdout is not None and parent.stdout.readline() == "up\n"
+    assert len(named(name)) == 1
+    parent.send_signal(end)
+    assert parent.wait(10) != 0
+    assert gone(name, 5)
+    parent.stdout.close()
+
+
+def test_ctrl_c() -> None:
+    """On a terminal: the run ends at once, with 130, no traceback, and no QEMU."""
+    name = unique()
+    argv = ["-m", "harness.cli", "run", "--qemu-arg=-name", f"--qemu-arg={name}"]
+    child = pexpect.spawn(sys.executable, argv, env=ENV, cwd=str(ROOT), timeout=20, encoding="utf-8")
+    wait_for(name)
+    time.sleep(0.5)
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130, child.before
+    assert "Traceback" not in (child.before or "")
+    assert gone(name, 5)
+
+
+def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    """harness.run: a machine that is lost is booted anew, and the rest goes on."""
+    from harness import run as runner
+
+    scenarios = [one("read a", name=f"s{n}") for n in range(4)]
+    scenarios[1] = one('host = "cr4"\nvalue = 0x600', "read a", name="s1")
+    outcome = runner.run(runner.Target(), scenarios)
+    assert [r.scenario for r in outcome.results] == ["s0", "s1", "s2", "s3"]
+    assert [r.lost is not None for r in outcome.results] == [False, True, False, False]
+    assert outcome.lost and outcome.not_run == 0 and outcome.exit_code() == 3
+    assert all(not r.divergences for r in outcome.results)
+
+
+def test_a_machine_that_is_lost_again_and_again() -> None:
+    from harness import run as runner
+
+    bad = [one('host = "cr4"\nvalue = 0x600', run("read a"), name=f"s{n}") for n in range(7)]
+    outcome = runner.run(runner.Target(), bad)
+    assert len(outcome.results) == runner.MAX_LOST and outcome.not_run == 7 - runner.MAX_LOST
+    assert outcome.exit_code() == 3
+

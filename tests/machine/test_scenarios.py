@@ -1,0 +1,144 @@
+"""Scenarios on guests that really boot: agreement, in both modes, in any order, after any other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from harness.lockstep.compare import Divergence
+from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.errata import Erratum
+from harness.lockstep.twin import Twin
+from harness.machine import tcg
+from harness.run import Outcome, Target
+from harness.run import run as run_all
+from harness.scenario import files
+from harness.scenario.ops import Scenario
+from harness.scenario.program import Compiler
+from tests.conftest import LIBRARY
+from tests.scenario.texts import one, run
+
+pytestmark = pytest.mark.guest
+
+SAMPLE = [files.read(path)[-1] for path in files.find([LIBRARY])]
+"""One scenario of each file; all of them are what `twinwalk run` is for."""
+
+FEW = SAMPLE[::4]
+
+
+def check(
+    machine: tcg.TcgMachine, scenarios: Sequence[Scenario], errata: Sequence[Erratum] = (), strict: bool = True
+) -> list[Result]:
+    compiler = Compiler(machine.image, machine.cpu)
+    twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+    known = [e for e in errata if e.holds_for("qemu-tcg", machine.identity.qemu_version)]
+    results = list(Lockstep(machine, machine.channel, twin, strict, known).run([compiler.compile(s) for s in scenarios]))
+    assert [str(r.lost) for r in results if r.lost] == []
+    return results
+
+
+def verdict(result: Result) -> tuple[object, ...]:
+    found = [(d.op, d.probe, d.check, d.field, d.expected, d.observed, d.erratum) for d in result.divergences]
+    return result.scenario, result.vmruns, result.probes, result.lost, found
+
+
+def test_first_light(machine: tcg.TcgMachine) -> None:
+    scenario = one("read a; write b+8; rmw c; fetch d+0x20", run("read a; write b+8; rmw c; fetch d+0x20", 3))
+    (result,) = check(machine, [scenario])
+    assert (result.divergences, result.lost, result.vmruns, result.probes) == ([], None, 2, 8)
+
+
+def test_what_it_is(machine: tcg.TcgMachine) -> None:
+    identity = machine.identity
+    assert identity.machine == "tcg" and identity.qemu_version >= (5, 2, 0) and identity.cpu_model == "max"
+    assert identity.maxphyaddr == machine.cpu.maxphyaddr >= 36 and identity.asids > 1 and identity.svm_revision == 1
+    assert {"nx", "page1g"} <= set(identity.features) and machine.cpu.page1g
+
+
+def test_l1_says_whether_it_is_well(machine: tcg.TcgMachine) -> None:
+    assert machine.channel.panic() == ""
+    hello = machine.channel.hello()
+    assert hello is not None and hello["maxphyaddr"] == machine.cpu.maxphyaddr
+
+
+def _new(results: Sequence[Result]) -> list[Divergence]:
+    return [d for r in results for d in r.divergences if d.erratum is None]
+
+
+@pytest.fixture(scope="module")
+def strict_verdicts(machines: object, errata: list[Erratum]) -> dict[str, tuple[object, ...]]:
+    return {r.scenario: verdict(r) for r in check(machines.get(), SAMPLE, errata)}  # type: ignore[attr-defined]
+
+
+def test_the_sample_agrees(machine: tcg.TcgMachine, errata: list[Erratum]) -> None:
+    """On stock QEMU: nothing but known errata."""
+    results = check(machine, SAMPLE, errata)
+    assert [(d.scenario, d.op, d.probe, d.check, d.field, d.expected, d.observed) for d in _new(results)] == []
+    assert all(r.lost is None for r in results) and len(results) == len(SAMPLE)
+
+
+def test_pipelined_gives_the_same_verdicts(
+    machine: tcg.TcgMachine, errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]
+) -> None:
+    """Design, lockstep contract 2. (Live memory is compared in strict mode alone; what a record shows is the same.)"""
+    for result in check(machine, SAMPLE, errata, strict=False):
+        assert verdict(result) == strict_verdicts[result.scenario]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_order(
+    seed: int, machine: tcg.TcgMachine, errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]
+) -> None:
+    """Contract 4: the same after any other."""
+    shuffled = random.Random(seed).sample(FEW, len(FEW))
+    for result in check(machine, shuffled, errata, strict=bool(seed & 1)):
+        assert verdict(result) == strict_verdicts[result.scenario]
+
+
+def test_alone_and_again(
+    machine: tcg.TcgMachine, errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]
+) -> None:
+    for scenario in random.Random(3).sample(FEW, min(10, len(FEW))):
+        for result in check(machine, [scenario], errata) + check(machine, [scenario] * 2, errata):
+            assert verdict(result) == strict_verdicts[result.scenario]
+
+
+def test_a_fresh_boot_gives_the_same(errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]) -> None:
+    with tcg.start() as fresh:
+        for result in check(fresh, FEW[::3], errata):
+            assert verdict(result) == strict_verdicts[result.scenario]
+
+
+def test_run(errata: list[Erratum]) -> None:
+    """The whole way: boot, rehearse, run, explain."""
+    seen: list[Result] = []
+    outcome = run_all(Target(), SAMPLE[:5], errata, on_result=seen.append)
+    assert isinstance(outcome, Outcome) and outcome.results == seen and len(seen) == 5
+    assert outcome.identity is not None and 0 < outcome.first_verdict <= outcome.seconds
+    assert outcome.exit_code() in (0, 1) and not outcome.lost
+
+
+@pytest.mark.parametrize("cpu", ["max,phys-bits=36", "max,phys-bits=48", "EPYC-Milan,+svm,+npt", "max,-pdpe1gb"])
+def test_other_cpus(cpu: str, errata: list[Erratum]) -> None:
+    """What CPUID says changes what is reserved, in the model as on the machine."""
+    scenarios = [
+        one("read a; write b; fetch c; rmw d"),
+        one('entry = "guest.a.pte"\nset = ["bit47"]', "read a; write a"),
+        one("read a; write a", head='nested_page = "2M"\nguest_page = "2M"\n'),
+        one('entry = "nested.b.pde"\nclear = ["rw"]', run("read b; write b", 3)),
+    ]
+    with tcg.start(cpu_model=cpu) as fresh:
+        assert fresh.cpu.page1g == ("pdpe1gb" not in cpu)
+        if "phys-bits" in cpu:
+            assert fresh.cpu.maxphyaddr == int(cpu[-2:])
+        assert _new(check(fresh, scenarios, errata)) == []
+
+
+def test_many(machine: tcg.TcgMachine) -> None:
+    """Around both rings, several times."""
+    scenario = one(*[run("read a; write b; read c; read d")] * 40)
+    results = check(machine, [scenario] * 20, strict=False)
+    assert [r.divergences for r in results] == [[]] * 20
+    assert sum(r.vmruns for r in results) == 800
