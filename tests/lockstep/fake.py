@@ -20,6 +20,7 @@ from harness.model.dirty import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.model.vmrun import Host
+from harness.scenario.modes import MODES
 from harness.scenario.program import Program
 from harness.wire import layout
 from harness.wire.channel import Channel
@@ -153,6 +154,9 @@ class FakeMachine:
 
     def _run(self, step: Step, number: int) -> Iterator[None]:
         first, count = 0, len(step.probes)
+        # (of the world's mode, L1 knows what it is told in the VMCB)
+        self.twin.mode = MODES["4-level" if self.twin.vmcb["cs.attrib"] & 0x200 else "PAE"]
+        self.twin.stub = self.image.stubs[self.twin.mode.stub]
         begun = self.twin.begin(step)
         while True:
             entry = dict(_ENTRY_REGS, rsi=step.c, rbp=first)

@@ -140,7 +140,7 @@ def test_breakpoints_of_l1_are_off(ops: tuple[str, ...], check: Check) -> None:
     assert (found.check, found.field, found.rule) == ("C3", "l1.dr7", "exit.host-dr7")
 
 
-@pytest.mark.parametrize("name", ["rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"])
+@pytest.mark.parametrize("name", ["rsi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"])
 def test_each_register_that_passes_through(name: str, check: Check) -> None:
     found = only(check(Doctor("EXIT", _AT["regs"] + REGS.offsets[name], b"\x08"), "read a"))
     assert (found.check, found.field) == ("C3", f"l2.{name}")

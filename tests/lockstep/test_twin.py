@@ -95,7 +95,7 @@ class TestPredictions:
 
     def test_registers_that_pass_through(self, predict) -> None:  # type: ignore[no-untyped-def]
         (out,), world = predict("read a; read b")
-        assert out.regs["r12"] == 2 and out.regs["rsi"] == world.mailbox[0] and out.regs["r15"] == 0x1515151515151515
+        assert out.regs["rbp"] == 2 and out.regs["rsi"] == world.mailbox[0] and out.regs["r15"] == 0x1515151515151515
 
     def test_host(self, predict) -> None:  # type: ignore[no-untyped-def]
         (out,), world = predict('host = "efer"\nclear = ["nxe"]', "read a")
@@ -152,7 +152,6 @@ class TestRehearsal:
             (('entry = "nested.a.pde"\nvalue = 0x7F_FFFF_F007', "read a"), "leaves L1's memory"),
             (('entry = "nested.a.pte"\nvalue = 0x1007', "read a"), "no page of tables or data"),
             (('vmcb = "asid"\nvalue = 0', "read a", "read b"), "a VMRUN follows one that is refused"),
-            (('vmcb = "cr4"\nset = ["la57"]', "read a"), "modelled"),
             ((run("wrcr3 = 0"),), "leaves L2 without its own pages: #NPF"),
         ],
     )

@@ -15,11 +15,13 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import FIELDS, NP_ENABLE, Vmcb
 from harness.model.walk import FINAL, GUEST, Walk, translate
 from harness.scenario.ops import NO_NESTED_PAGING
-from harness.scenario.world import PAGES, TABLES, World, build
+from harness.scenario.modes import MODES
+from harness.scenario.world import PAGES, World, build
 from harness.wire.image import Image, tag
 
 LEVELS = {"4K": ("pml4e", "pdpte", "pde", "pte"), "2M": ("pml4e", "pdpte", "pde"), "1G": ("pml4e", "pdpte")}
-SIZES = list(product(PAGE_SHIFTS, PAGE_SHIFTS))
+TABLES = ("pml4", "pdpt", "pd", "pt")
+SIZES = list(product(LEVELS, LEVELS))
 ACCESSES = [Access(w, f, u) for w, f, u in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))]
 
 
@@ -28,7 +30,7 @@ class Case:
         self.image = image
         self.guest, self.nested = sizes
         self.cpu = Cpu(maxphyaddr)
-        self.world = build(image, self.cpu, *sizes)
+        self.world = build(image, self.cpu, "4-level", *sizes)
         self.twin = Twin(image, self.cpu, Liberties())
         self.twin.reset(self.world)
         vmcb = self.twin.vmcb
@@ -40,7 +42,7 @@ class Case:
 
 
 ALL = [(*sizes, bits) for sizes in SIZES for bits in (36, 40, 52)]
-ALL += [(guest, NO_NESTED_PAGING, 40) for guest in PAGE_SHIFTS]
+ALL += [(guest, NO_NESTED_PAGING, 40) for guest in LEVELS]
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda p: "-".join(map(str, p)))
@@ -137,7 +139,7 @@ def test_entries_under_test_are_pristine(case: Case, world: World) -> None:
 def test_l2_has_its_own_pages(case: Case, world: World) -> None:
     for user in (False, True):
         fetch = Access(fetch=True, user=user)
-        assert case.walk(world.code[user], fetch).outcome == Reached(case.image.l2_page, world.gpa["code"])
+        assert case.walk(world.code[user], fetch).outcome == Reached(case.image.stubs["long"].page, world.gpa["code"])
         for write in (False, True):
             outcome = case.walk(world.mailbox[user], Access(write=write, user=user)).outcome
             assert outcome == Reached(case.image.mailbox, world.gpa["mailbox"])
@@ -194,4 +196,44 @@ def test_the_vmcb(case: Case, world: World) -> None:
 
 def test_the_same_again(image: Image) -> None:
     """No randomness: a verdict can be reproduced."""
-    assert build(image, Cpu(40), "2M", "4K") == build(image, Cpu(40), "2M", "4K")
+    assert build(image, Cpu(40), "4-level", "2M", "4K") == build(image, Cpu(40), "4-level", "2M", "4K")
+
+
+MODE_SIZES = [(name, guest, nested) for name, mode in MODES.items() for guest in mode.pages
+              for nested in (*PAGE_SHIFTS, NO_NESTED_PAGING) if nested != "4M"]
+
+
+@pytest.mark.parametrize(("mode", "guest", "nested"), MODE_SIZES, ids="-".join)
+@pytest.mark.parametrize("bits", [36, 40, 52])
+def test_every_mode(mode: str, guest: str, nested: str, bits: int, image: Image) -> None:
+    """Each mode of L2 under each size of pages: VMRUN is legal, pages are where the world says, each has
+    its names, and nothing under test has A or D yet."""
+    cpu = Cpu(bits, features=frozenset({"la57", "page1g", "nx"}))
+    world = build(image, cpu, mode, guest, nested)
+    twin = Twin(image, cpu, Liberties())
+    twin.reset(world)
+    assert vmrun.refused(twin.vmcb, twin.host, cpu) == ""
+    paging = vmrun.paging(vmrun.load(twin.vmcb), twin.vmcb, twin.host, cpu)
+    width = {"guest": 4 if mode == "32-bit" else 8, "nested": 8}
+    entries: dict[str, int] = {}
+    for page in PAGES:
+        walk = translate(paging, twin.memory.words, world.gva[page] + 8, Access(write=True, user=True))
+        assert walk.outcome == Reached(world.spa[page] + 8, world.gpa[page] + 8)
+        for step in walk.steps:
+            if step.dimension == GUEST:
+                entries[f"guest.{page}.{step.level}"] = step.address
+            elif step.purpose == FINAL:
+                entries[f"nested.{page}.{step.level}"] = step.address
+    assert entries.items() <= world.entries.items()
+    assert {n for n in world.entries if n.split(".")[1] in PAGES} == entries.keys()
+    assert world.entry_widths["guest"] == width["guest"] or mode == "off"
+    for name, at in entries.items():
+        entry = twin.memory.read(at, width[name.split(".")[0]])
+        assert entry & P, name
+        assert not entry & D, name
+        assert not entry & A or bits < 40 or not MODES[mode].long, name
+    code = translate(paging, twin.memory.words, world.code[1], Access(fetch=True, user=True)).outcome
+    assert isinstance(code, Reached) and code.spa == image.stubs[world.mode.stub].page
+    mailbox = translate(paging, twin.memory.words, world.mailbox[1], Access(write=True, user=True)).outcome
+    assert isinstance(mailbox, Reached) and mailbox.spa == image.mailbox
+    assert len({world.gva[p] for p in PAGES}) == len({world.spa[p] for p in PAGES}) == 4

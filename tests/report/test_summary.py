@@ -1,0 +1,97 @@
+"""A run as one value: sums, errata that were met, the machine's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from harness.errors import MachineLost
+from harness.report.summary import Summary, describe_machine, errata_of, identity_of, is_new, summarize
+from tests.report.cases import NAME, SCENARIO, divergence, erratum, result
+
+
+@dataclass(frozen=True)
+class Identity:
+    machine: str = "tcg"
+    qemu: str = "/usr/bin/qemu-system-x86_64"
+    qemu_version: tuple[int, int, int] = (7, 2, 22)
+    cpu_model: str = "max"
+    maxphyaddr: int = 40
+    svm_revision: int = 1
+    asids: int = 16
+    svm_features: int = 0x11
+    features: tuple[str, ...] = ("nx", "page1g")
+
+
+def summary(**values: Any) -> Summary:
+    """Two scenarios were run: one with two new divergences and a known one, one with two known ones."""
+    other = replace(SCENARIO, name="other")
+    base: dict[str, Any] = {
+        "identity": Identity(),
+        "scenarios": [SCENARIO, other, replace(SCENARIO, name="third")],
+        "results": [
+            result(divergence(), divergence(probe=2), divergence(erratum="e1")),
+            result(divergence(erratum="e1"), divergence(erratum="e1+e2"), scenario="other"),
+        ],
+        "errata": [erratum("e1"), erratum("e2"), erratum("e3")],
+        "seconds": 2.5,
+    }
+    return summarize(**base | values)
+
+
+def test_totals() -> None:
+    totals = summary().totals
+    assert (totals.scenarios, totals.vmruns, totals.probes, totals.table_bytes_compared) == (2, 6, 24, 8192)
+    assert (totals.divergences_new, totals.divergences_known, totals.seconds) == (2, 3, 2.5)
+
+
+def test_strict_counts_known_ones_as_new() -> None:
+    totals = summary(strict=True).totals
+    assert (totals.divergences_new, totals.divergences_known) == (5, 0)
+    assert summary(strict=True).known == summary().known
+
+
+def test_known_errata_with_counts() -> None:
+    """Where two errata explain a divergence only together, it counts for each; those not met are left out."""
+    assert [(k.erratum.id, k.count, k.scenarios) for k in summary().known] == [("e1", 3, 2), ("e2", 1, 1)]
+
+
+def test_an_erratum_that_is_not_in_the_list() -> None:
+    known = summary(errata=[]).known
+    assert [k.erratum.id for k in known] == ["e1", "e2"] and "not in the list" in known[0].erratum.title
+
+
+def test_not_run_and_lost() -> None:
+    assert summary().not_run == ("third",) and summary().lost == ()
+    lost = result(scenario="third", lost=MachineLost("gone"))
+    assert summary(results=[lost]).lost == (lost,) and summary(results=[lost]).not_run == (NAME, "other")
+
+
+def test_one_divergence() -> None:
+    assert is_new(divergence()) and not is_new(divergence(erratum="e")) and is_new(divergence(erratum="e"), strict=True)
+    assert errata_of(divergence()) == () and errata_of(divergence(erratum="a+b")) == ("a", "b")
+
+
+def test_identity() -> None:
+    identity = identity_of(Identity())
+    assert identity is not None
+    assert identity["qemu_version"] == "7.2.22" and identity["features"] == ["nx", "page1g"]
+    assert identity["maxphyaddr"] == 40
+    assert identity_of(None) is None
+    with pytest.raises(AssertionError):
+        identity_of("tcg")
+
+
+def test_description() -> None:
+    assert describe_machine(identity_of(Identity())) == (
+        "tcg: QEMU 7.2.22 (/usr/bin/qemu-system-x86_64), CPU max, 40 physical address bits, 16 ASIDs, "
+        "SVM revision 1 with features 0x11, nx page1g")
+    assert describe_machine(None) == "the machine never came up"
+
+
+def test_description_of_a_machine_that_is_not_known_yet() -> None:
+    """Nothing of an identity is left out, whatever its names are."""
+    text = describe_machine({"machine": "kvm", "kernel_version": "6.12.9", "nested": 1})
+    assert text == "kvm: kernel_version 6.12.9, nested 1"

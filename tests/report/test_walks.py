@@ -1,0 +1,390 @@
+"""Both walks side by side: what is marked, and that it can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.model.access import Access, NestedPageFault, PageFault
+from harness.model.entries import NX, PS, RW, US, A, D, P
+from harness.model.walk import FINAL, GUEST, NESTED
+from harness.report.findings import Finding, findings
+from harness.report.styled import plain
+from harness.report.walks import draw
+from tests.model.tables import FETCH, GVA, READ, USER_READ, WRITE, E, Space
+from tests.report.cases import (
+    GPA, SCENARIO, SPA, Case, divergence, entry, extra_d, missing_a, narrow_walk, only, went_through,
+)
+
+
+def drawn(finding: Finding, width: int = 100) -> list[str]:
+    return plain(draw(finding, SCENARIO, width)).splitlines()
+
+
+def rows(finding: Finding) -> list[str]:
+    """The lines of the walks: from their heading on."""
+    lines = drawn(finding)
+    return lines[next(n for n, text in enumerate(lines) if text.split()[:2] == ["entry", "sPA"]) :]
+
+
+def marked(finding: Finding) -> str:
+    """The line that the first difference is marked in: exactly one."""
+    found = [text for text in rows(finding) if text.startswith("  > ")]
+    table = [text for text in found if text.split()[1] in ("guest", "pml4e", "pdpte", "pde", "pte", "outcome")
+             and ":" not in text]
+    assert len(table) == 1, found
+    return table[0]
+
+
+def also(finding: Finding) -> list[str]:
+    return [text for text in rows(finding) if text.startswith("  ! ")]
+
+
+class TestTheModelStops:
+    """The machine goes on where it must not: the entry that forbids it is marked, not the last one read."""
+
+    @pytest.mark.parametrize("level", ["pml4e", "pdpte", "pde", "pte"])
+    @pytest.mark.parametrize(
+        ("access", "bit", "present", "why"),
+        [(READ, US, False, "U/S is 0"), (WRITE, RW, False, "R/W is 0"), (FETCH, NX, True, "NX is 1")],
+    )
+    def test_nested_rights(self, level: str, access: Access, bit: int, present: bool, why: str) -> None:
+        case = Case()
+        case.space.change(case.final[level], set=bit if present else 0, clear=0 if present else bit)
+        finding = only(went_through(case, case.walk(access)))
+        assert f" {case.final[level]:x} " in marked(finding)
+        assert rows(finding)[-1].strip() == (
+            f"> nested {level} for the page itself: the model stops here ({why}), the machine goes on")
+
+    @pytest.mark.parametrize("level", ["pml4e", "pdpte", "pde", "pte"])
+    @pytest.mark.parametrize(("access", "bit", "present"), [(USER_READ, US, False), (WRITE, RW, False), (FETCH, NX, True)])
+    def test_guest_rights(self, level: str, access: Access, bit: int, present: bool) -> None:
+        case = Case()
+        case.space.change(case.guest[level], set=bit if present else 0, clear=0 if present else bit)
+        assert f"guest {level} " in marked(only(went_through(case, case.walk(access))))
+
+    def test_smep_is_the_leafs(self) -> None:
+        case = Case()
+        walk = case.space.walk(GVA, FETCH, case.space.paging(smep=True))
+        assert walk.rule == "guest.smep"
+        assert "guest pte " in marked(only(went_through(case, walk)))
+
+    @pytest.mark.parametrize(("set_", "clear", "why"), [(0, P, "P is 0"), (1 << 51, 0, "a reserved bit is set")])
+    def test_not_present_and_reserved(self, set_: int, clear: int, why: str) -> None:
+        case = Case()
+        case.space.change(case.final["pde"], set=set_, clear=clear)
+        finding = only(went_through(case, case.walk()))
+        assert f" {case.final['pde']:x} " in marked(finding) and why in " ".join(rows(finding)[-2:])
+
+    def test_of_a_guest_table(self) -> None:
+        """Rights of one nested walk are not looked for in another."""
+        case = Case()
+        at = case.guest["pdpte"] & ~0xFFF
+        leaf = next(s.address for s in case.space.walk(GVA).steps
+                    if (s.level, s.purpose) == ("pte", "pdpte") and s.entry & ~0xFFF == at)
+        case.space.change(leaf, clear=RW)
+        finding = only(went_through(case, case.walk()))
+        assert f" {leaf:x} " in marked(finding)
+        assert "nested pte for the guest's pdpte" in rows(finding)[-1]
+
+    def test_traces_of_going_on_are_no_cause(self) -> None:
+        """A and D that the machine set on its way further come after what let it go there."""
+        case = Case()
+        case.space.change(case.final["pml4e"], clear=US)
+        walk = case.walk()
+        leaf = case.guest["pte"]
+        seen = case.space.get(leaf) | D
+        finding = only(
+            divergence(walk, expected=str(walk.outcome), observed="done, result 0x1", after=case.after(walk, {leaf: seen})),
+            entry(walk, leaf, case.space.get(leaf), seen, after=case.after(walk, {leaf: seen})),
+        )
+        assert f" {case.final['pml4e']:x} " in marked(finding)
+        assert f" {leaf:x} " in also(finding)[0]
+
+    def test_a_lost_bit_is_the_cause(self) -> None:
+        """The entry itself lost the bit that forbids, before it was used."""
+        case = Case()
+        case.space.change(case.guest["pdpte"], set=NX)
+        walk = case.walk(FETCH)
+        at, want = case.guest["pdpte"], case.space.get(case.guest["pdpte"])
+        after = case.after(walk, {at: want & ~NX})
+        finding = only(divergence(walk, expected=str(walk.outcome), observed="done, result 0x1", after=after),
+                       entry(walk, at, want, want & ~NX, after=after))
+        assert "guest pdpte " in marked(finding) and rows(finding)[-1].strip() == "> guest pdpte: NX is missing"
+
+
+class TestTheMachineStops:
+    def stops(self, case: Case, observed: NestedPageFault | PageFault, access: Access = READ) -> Finding:
+        walk = case.walk(access)
+        return only(divergence(walk, expected=str(walk.outcome), observed=str(observed), after=case.after(walk)))
+
+    def test_at_the_page(self) -> None:
+        finding = self.stops(Case(), NestedPageFault(E.P | E.U | E.FINAL, GPA))
+        assert marked(finding).split()[1] == "pte"
+        assert rows(finding)[-1].strip() == (
+            "> nested pte for the page itself: the machine stops in this walk, the model goes on")
+
+    @pytest.mark.parametrize("level", ["pml4e", "pdpte", "pde", "pte"])
+    def test_at_a_guest_table(self, level: str) -> None:
+        """EXITINFO2 is the gPA of the guest entry, which says in which nested walk it was."""
+        case = Case()
+        gpa = {"pml4e": case.space.gcr3} | {
+            below: case.space.get(case.guest[above]) & ~0xFFF
+            for above, below in (("pml4e", "pdpte"), ("pdpte", "pde"), ("pde", "pte"))
+        }
+        address = gpa[level] | case.guest[level] & 0xFFF
+        finding = self.stops(case, NestedPageFault(E.P | E.W | E.U | E.GUEST_TABLE, address))
+        assert rows(finding)[-1].strip().startswith(f"> nested pte for the guest's {level}: the machine stops")
+        elsewhere = self.stops(Case(), NestedPageFault(E.P | E.W | E.U | E.GUEST_TABLE, address ^ 1 << 20))
+        assert "outcome" in marked(elsewhere)
+
+    def test_at_the_guests_page(self) -> None:
+        finding = self.stops(Case(), PageFault(E.P | E.W, GVA), WRITE)
+        assert "guest pte " in marked(finding)
+
+    def test_at_another_gva(self) -> None:
+        """L2's own code, say: then the walk at hand says nothing of where."""
+        assert "outcome" in marked(self.stops(Case(), PageFault(E.P | E.W, GVA ^ 1 << 21)))
+
+    def test_before_the_model(self) -> None:
+        """Both stop; the one that stops first is where they part."""
+        case = Case()
+        case.space.change(case.final["pte"], clear=RW)
+        finding = self.stops(case, PageFault(E.P | E.W, GVA), WRITE)
+        assert "guest pte " in marked(finding)
+
+    def test_behind_the_model(self) -> None:
+        case = Case()
+        case.space.change(case.guest["pte"], clear=RW)
+        finding = self.stops(case, NestedPageFault(E.P | E.W | E.U | E.FINAL, GPA), WRITE)
+        assert "guest pte " in marked(finding) and "R/W is 0" in rows(finding)[-1]
+
+
+class TestTheReport:
+    """Both stop at the same place, and report it differently: the outcome is marked."""
+
+    @pytest.mark.parametrize("field", ["exitinfo1", "exitinfo2"])
+    def test_fields(self, field: str) -> None:
+        case = Case()
+        case.space.change(case.final["pte"], clear=P)
+        walk = case.walk()
+        assert isinstance(walk.outcome, NestedPageFault)
+        values = {"exitinfo1": (walk.outcome.error_code, E.U), "exitinfo2": (walk.outcome.address, GVA)}[field]
+        finding = only(divergence(walk, field=field, expected=values[0], observed=values[1], after=case.after(walk)))
+        assert "outcome" in marked(finding)
+        assert str(walk.outcome).split()[1] in marked(finding)
+
+    def test_codes_section(self) -> None:
+        case = Case()
+        case.space.change(case.final["pte"], clear=P)
+        walk = case.walk()
+        finding = only(divergence(walk, field="exitinfo1", expected=1, observed=2, after=case.after(walk)))
+        assert any("error code's bits: AMD APM vol. 2, 15.25.6" in text for text in drawn(finding))
+
+    def test_value(self) -> None:
+        case = Case()
+        walk = case.walk()
+        finding = only(divergence(walk, field="value", expected=0x1111, observed=0x2222, after=case.after(walk)))
+        assert "value 0x1111" in marked(finding) and "value 0x2222" in marked(finding)
+
+
+class TestEntries:
+    def test_first_of_several(self) -> None:
+        case = Case()
+        walk = case.walk()
+        late, early = missing_a(case, case.final["pte"], walk), missing_a(case, case.guest["pdpte"], walk)
+        after = case.after(walk, {case.final["pte"]: int(late.observed), case.guest["pdpte"]: int(early.observed)})
+        finding = only(*(divergence(walk, check="C2", field=d.field, expected=d.expected, observed=d.observed,
+                                    rule="ad", after=after) for d in (late, early)))
+        assert "guest pdpte " in marked(finding)
+        assert [f" {case.final['pte']:x} " in text for text in also(finding)] == [True]
+        assert rows(finding)[-1].strip() == "> guest pdpte: A is missing"
+
+    def test_both_values_and_what_was_set(self) -> None:
+        """`+` says what was set since the walk read the entry, on either side."""
+        case = Case()
+        finding = only(missing_a(case, case.guest["pte"], case.walk(WRITE)))
+        model, machine = marked(finding).split("+A")
+        assert model.split()[-3:] == ["P", "RW", "US"]
+        assert machine.split()[0] == "+D" and machine.split()[2:] == ["P", "RW", "US", "+D"]
+
+    def test_too_much(self) -> None:
+        case = Case()
+        finding = only(extra_d(case, case.guest["pml4e"], case.walk()))
+        assert "guest pml4e " in marked(finding) and "+D" in marked(finding)
+
+    def test_of_another_probe(self) -> None:
+        """The walk goes through an entry that an earlier probe of the same VMRUN left wrong."""
+        case = Case()
+        walk = case.walk()
+        wrong = missing_a(case, case.guest["pml4e"], walk)
+        outcome = divergence(walk, probe=2, expected=str(walk.outcome), observed="#PF 0x0 (0) at gVA 0x1000",
+                             after=wrong.after)
+        found = findings([divergence(wrong.walk, probe=0, check="C2", field=wrong.field, expected=wrong.expected,
+                                     observed=wrong.observed, after=wrong.after), outcome])
+        assert "guest pml4e " in marked(found[1])
+
+    def test_of_another_vmrun(self) -> None:
+        """Not if it has another value by now: that was a VMRUN before this one."""
+        case = Case()
+        walk = case.walk()
+        at = case.guest["pml4e"]
+        old = entry(walk, at, case.space.get(at), case.space.get(at) | 1 << 9, probe=0, after=case.after(walk))
+        outcome = divergence(walk, probe=2, expected=str(walk.outcome), observed="#PF 0x0 (0) at gVA 0x1000",
+                             after=case.after(walk))
+        assert "outcome" in marked(findings([old, outcome])[1])
+
+    def test_rewritten_by_l2(self) -> None:
+        """Nobody objects to it, so it is no difference; what the walk read is what the model's side shows."""
+        case = Case()
+        walk = case.walk()
+        at = case.guest["pte"]
+        after = case.after(walk, {at: case.space.get(at) ^ 1 << 20})
+        finding = only(divergence(walk, field="value", expected=1, observed=2, after=after))
+        line = next(text for text in rows(finding) if f" {at:x} " in text)
+        assert line.startswith("  ~ ") and "outcome" in marked(finding)
+
+    def test_machine_not_looked_at(self) -> None:
+        case = Case()
+        walk = case.walk()
+        finding = only(divergence(walk, field="value", expected=1, observed=2))
+        assert sum(text.rstrip().endswith("?") for text in rows(finding)) == len(walk.steps)
+
+
+class TestShape:
+    def test_every_step_is_there_in_order(self) -> None:
+        case = Case()
+        walk = case.walk()
+        text = rows(only(missing_a(case, case.final["pte"], walk)))
+        shown = [line for line in text if len(line.split()) > 3 and not line.strip().startswith(("nested walk", "entry"))
+                 and "outcome" not in line and not line.strip().startswith("> ne")]
+        assert len(shown) == len(walk.steps) == 24
+        for line, step in zip(shown, walk.steps, strict=True):
+            assert f"{step.level} " in line and f" {step.address:x} " in line
+            assert ("guest " in line) == (step.dimension == GUEST)
+        headings = [line.split("for ")[1] for line in text if "nested walk of gPA" in line]
+        assert headings == [*(f"the guest's {n}:" for n in ("pml4e", "pdpte", "pde", "pte")), "the page itself:"]
+
+    @pytest.mark.parametrize("shift", [12, 21, 30])
+    def test_gpas(self, shift: int) -> None:
+        """Each nested walk is headed by the gPA that it translates, worked out from the entries."""
+        case = Case(shift=shift)
+        finding = only(missing_a(case, case.guest["pml4e"], case.walk()))
+        headed = [int(line.split("gPA ")[1].split(",")[0], 16) for line in rows(finding) if "nested walk" in line]
+        low = (1 << shift) - 1
+        tables = [case.space.gcr3, *(case.space.get(case.guest[level]) & ~0xFFF & ~NX for level in list(case.guest)[:-1])]
+        entries = [table | at & 0xFFF for table, at in zip(tables, case.guest.values(), strict=True)]
+        assert headed == [*entries, GPA & ~low | GVA & low & ~0xFFF]
+
+    def test_without_nested_paging(self) -> None:
+        case = Case(Space(nested=False))
+        text = rows(only(missing_a(case, case.guest["pte"], case.walk())))
+        assert not any("nested" in line for line in text)
+
+    def test_the_rule_and_the_figures(self) -> None:
+        case = Case()
+        case.space.change(case.final["pte"], clear=RW)
+        walk = case.walk(WRITE, 8)
+        text = "\n".join(drawn(only(went_through(case, walk))))
+        assert "nested-write[pte]: `write a+0x8` went through; it must end in #NPF." in text
+        assert "probe 1: write a+0x8 at CPL 3" in text
+        assert "rule nested.write (AMD APM vol. 2, 15.25.7): What L2 writes must have R/W=1" in text
+        assert f"expected #NPF 0x100000007 (P|W|U|FINAL) at gPA {GPA + 8:#x}" in text
+        assert "observed done, result 0x77" in text
+
+    def test_rule_of_the_probe_not_of_the_exit(self) -> None:
+        """A probe in the middle of a run: the run's end has nothing to do with it."""
+        case = Case()
+        walk = case.walk()
+        text = drawn(only(divergence(walk, field="value", rule="exit.vmmcall", expected=1, observed=2)))
+        assert any(line.startswith("  rule reached ") for line in text)
+
+    def test_lost_registers_have_no_walk(self) -> None:
+        case = Case()
+        case.space.change(case.final["pte"], clear=RW)
+        walk = case.walk(WRITE)
+        text = drawn(only(divergence(walk, check="C3", field="cr2", expected=1, observed=2, after=case.after(walk))))
+        assert not any("machine" in line.split() for line in text)
+        assert any(line.startswith("  exit by rule nested.write") for line in text)
+
+    def test_many_divergences_are_counted(self) -> None:
+        found = only(*(entry(None, 0x1000 + 8 * n, 7, 0x27) for n in range(20)))
+        assert "  and 12 more like it" in drawn(found)
+
+    def test_known_ones_say_so(self) -> None:
+        text = drawn(only(divergence(expected=1, observed=2), divergence(field="cr0", expected=1, observed=2, erratum="e7")))
+        assert any("cr0 (known: e7)" in line for line in text)
+
+    def test_unknown_rule(self) -> None:
+        assert "  rule from.the.future" in drawn(only(divergence(rule="from.the.future")))
+
+    def test_entries_of_four_bytes(self) -> None:
+        space, walk = narrow_walk()
+        pde = next(s.address for s in walk.steps if s.dimension == GUEST)
+        quadword = space.get(pde & ~7)
+        after = tuple(space.get(s.address) for s in walk.steps)  # as the driver reads them: by quadwords
+        finding = only(entry(walk, pde & ~7, quadword | A << 32, quadword, after=after))
+        model, machine = quadword >> 32 | A, quadword >> 32
+        assert f" {pde:x} " in marked(finding)
+        assert [w for w in marked(finding).split() if w in (f"{model:x}", f"{machine:x}")] == [f"{model:x}", f"{machine:x}"]
+        assert rows(finding)[-1].strip() == "> guest pde: A is missing"
+
+    def test_four_bytes_without_divergence(self) -> None:
+        """The other half of a quadword is another entry."""
+        space, walk = narrow_walk(lambda space, pde, pte: space.memory.write(pte - 4, 0x1234_5067, 4))
+        after = tuple(space.get(s.address) for s in walk.steps)
+        text = rows(only(divergence(walk, field="value", expected=1, observed=2, after=after)))
+        assert not any("12345067" in line for line in text) and not any(line.startswith("  ~") for line in text)
+
+    @pytest.mark.parametrize("purpose", [FINAL])
+    def test_32_bit_addresses(self, purpose: str) -> None:
+        """A #PF at the walk's own gVA is found to be of this walk also with tables of 1024 entries."""
+        space, walk = narrow_walk()
+        gva = 0x5 << 22 | 0x7 << 12 | 0x10
+        after = tuple(space.get(s.address) for s in walk.steps)
+        here = only(divergence(walk, observed=str(PageFault(E.P, gva)), after=after))
+        there = only(divergence(walk, observed=str(PageFault(E.P, gva ^ 1 << 22)), after=after))
+        assert "guest pte " in marked(here) and "outcome" in marked(there)
+
+
+def _break(level: str, bit: int) -> Callable[[Case], None]:
+    return lambda case: case.space.change(case.final[level], set=bit)
+
+
+@given(
+    width=st.integers(60, 140),
+    high=st.sampled_from([0, NX, 1 << 51, NX | 1 << 62 | PS, 0x7FF << 52]),
+    access=st.sampled_from([READ, WRITE, FETCH, USER_READ]),
+    shift=st.sampled_from([12, 21, 30]),
+    where=st.sampled_from(["pml4e", "pdpte", "pde", "pte"]),
+)
+def test_fits_the_width(width: int, high: int, access: Access, shift: int, where: str) -> None:
+    """80 to 120 columns, whatever the entries are; plain text, no blanks at the ends of lines."""
+    case = Case(shift=shift)
+    case.space.change(case.final[where], set=high)
+    walk = case.walk(access)
+    finding = only(divergence(walk, expected=str(walk.outcome), observed="done, result 0x90e3ff08e9e400b8",
+                              after=case.after(walk)),
+                   entry(walk, case.guest["pml4e"], "unchanged", case.space.get(case.guest["pml4e"]) | high,
+                         after=case.after(walk)))
+    text = plain(draw(finding, SCENARIO, width))
+    assert max(map(len, text.splitlines())) <= max(80, min(120, width))
+    assert text.isascii() and "\x1b" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_is_wide_where_there_is_room() -> None:
+    case = Case()
+    walk = case.walk()
+    finding = only(missing_a(case, case.guest["pml4e"], walk))
+    assert max(map(len, drawn(finding, 120))) > max(map(len, drawn(finding, 80)))
+
+
+def test_constants_of_the_model() -> None:
+    """What the tests above take for granted of a walk."""
+    walk = Case().walk()
+    assert {s.dimension for s in walk.steps} == {GUEST, NESTED}
+    assert walk.steps[-1].entry & ~0xFFF == SPA
