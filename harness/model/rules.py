@@ -27,9 +27,10 @@ _WALK: Final = (
     Rule("reached", "15.25.5",
          "Where both dimensions permit the access, it goes to the sPA that the nested walk of its gPA ends in."),
     Rule("canonical", "5.3.1",
-         "Bits 63:48 of a gVA must equal bit 47, or the access raises #GP before any table is read."),
+         "The bits of a gVA above those that are translated must all equal the highest of them, or the access raises "
+         "#GP before any table is read."),
     Rule("guest.present", "5.4.1",
-         "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; its other bits are not looked at."),
+         "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; the rest of it is not read."),
     Rule("guest.reserved", "5.4.1",
          "A reserved bit that is set in a present entry ends the guest walk there, in a #PF with RSVD and P set."),
     Rule("guest.user", "5.6.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,8 @@ from harness.report import words
 from harness.scenario.ops import Probe, Scenario
 
 _REFUSED: Final = "VMEXIT_INVALID"
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+")
+_HALF_REFUSED: Final = "VMEXIT 0xffffffff,"
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
     if one.field == "outcome":
         return _outcome(one, who)
     if address is not None:
-        return _entry(one, who, finding)
+        return _entry(one, who)
     if one.field.startswith("memory at "):
         return _memory(one, who)
     if one.field == "value":
@@ -126,8 +129,15 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
     return _state(one, who, probe)
 
 
+def kind(finding: Finding) -> str:
+    """What is wrong, without the probe and the addresses: the same for findings of the same sort."""
+    return f"{_NUMBER.sub('...', headline(finding, None))} (rule {finding.first.rule})"
+
+
 def _outcome(one: Divergence, who: str) -> str:
     want, got = str(one.expected), str(one.observed)
+    if want == _REFUSED and got.startswith(_HALF_REFUSED):
+        return "VMRUN was refused as it must be, but EXITCODE is 0xffffffff, half of VMEXIT_INVALID."
     if want == _REFUSED:
         return f"VMRUN must be refused, and was not: the machine ran L2 ({got})."
     if got.startswith(_REFUSED):
@@ -147,21 +157,16 @@ def _kind(outcome: str) -> str:
     return outcome.split()[0].rstrip(",") if outcome else "nothing"
 
 
-def _entry(one: Divergence, who: str, finding: Finding) -> str:
-    why = words.difference(one) or "its value is another"
-    where = entry_name(one) or one.field
-    if one.walk is None:
-        return f"A table entry is not what it must be: {one.field}: {why}."
-    return f"{who} left the {where} wrong: {why}."
+def _entry(one: Divergence, who: str) -> str:
+    why = words.difference(one) or "it has another value"
+    name = entry_name(one)
+    return f"{who} left the {name} wrong: {why}." if name else f"The {one.field} is wrong: {why}."
 
 
 def entry_name(one: Divergence) -> str:
     """`nested pte for the guest's pde`, of an entry that the divergence's walk went through; else empty."""
-    address = words.entry_address(one.field)
-    for dimension, level, purpose, at, _ in one.walk.trail if one.walk is not None else ():
-        if at == address:
-            return step_name(dimension, level, purpose)
-    return ""
+    step = words.step_of(one)
+    return step_name(step.dimension, step.level, step.purpose) if step is not None else ""
 
 
 def step_name(dimension: str, level: str, purpose: str) -> str:
@@ -198,7 +203,8 @@ def _state(one: Divergence, who: str, probe: Probe | None) -> str:
     if probe is not None and name == probe.kind:
         return f"{who} returned a wrong value{why}."
     if name in FIELDS or name.startswith("reserved+"):
-        return f"After #VMEXIT the VMCB's {name} is wrong{why}."
+        behind = f"After {who} the" if probe is not None else "The"
+        return f"{behind} VMCB's {name} is wrong{why}."
     return f"{name} is wrong{why}."
 
 

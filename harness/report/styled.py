@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
@@ -17,6 +18,10 @@ DIM: Final = "dim"
 MIN_WIDTH: Final = 80
 MAX_WIDTH: Final = 120
 """Columns that reports adapt to."""
+
+
+_ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+_UNPRINTABLE: Final = re.compile("[^\t\n\u0020-\u007e\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Span(NamedTuple):
@@ -40,6 +45,12 @@ def plain(lines: Iterable[Line]) -> str:
     return "\n".join("".join(span.text for span in one).rstrip() for one in lines)
 
 
+def harmless(text: str) -> str:
+    """Text of a guest or a machine, without what a terminal would obey or XML cannot hold: escape
+    sequences, control characters, lone surrogates. Tabs and ends of lines stay."""
+    return _UNPRINTABLE.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
 def clamp(width: int) -> int:
     """`width` in columns, brought into what reports are made for."""
     return max(MIN_WIDTH, min(MAX_WIDTH, width))
@@ -47,12 +58,15 @@ def clamp(width: int) -> int:
 
 def wrap(text: str, width: int, first: str = "", rest: str | None = None, style: str = PLAIN) -> list[Line]:
     """`text` in lines of at most `width` columns, the first one behind `first`, others behind `rest` (by
-    default blanks as wide). A word that is too long is left whole: addresses are for copying."""
+    default blanks as wide). A word that is too long is broken behind a `|`, or else left whole: addresses
+    are for copying."""
     rest = " " * len(first) if rest is None else rest
     out: list[Line] = []
     for paragraph in text.splitlines() or [""]:
         head = rest if out else first
-        pieces = textwrap.wrap(paragraph, max(20, width - len(head)), break_long_words=False, break_on_hyphens=False)
+        room = max(20, width - max(len(head), len(rest)))
+        text = " ".join(word if len(word) <= room else word.replace("|", "| ") for word in paragraph.split(" "))
+        pieces = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
         for piece in pieces or [""]:
             out.append((Span(rest if out else first), Span(piece, style)))
     return out

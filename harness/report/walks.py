@@ -67,10 +67,17 @@ def rule(one: Divergence, width: int) -> list[Line]:
     if one.walk is not None and one.check == "C1" and one.field in ("outcome", "value"):
         name = one.walk.rule  # the exit's own rule says nothing of a probe in the middle of a run
     found = RULES.get(name)
+    label = f"{_MARGIN}rule "
+    if one.check == "C3" and name.startswith(("guest.", "nested.")):
+        label = f"{_MARGIN}exit by rule "  # the rule of the fault that L2 left by, not of what it left behind
     if found is None:
-        return wrap(name, width, f"{_MARGIN}rule ")
+        return wrap(name, width, label)
     reference = f" ({found.reference})" if found.reference else ""
-    return wrap(f"{found.id}{reference}: {found.text}", width, f"{_MARGIN}rule ", style=PLAIN)
+    lines = wrap(f"{found.id}{reference}: {found.text}", width, label, f"{_MARGIN}     ")
+    if one.field == "exitinfo1" and one.check == "C1":
+        section = "15.25.6" if name.startswith("nested.") else "8.4.2"
+        lines += wrap(f"the error code's bits: AMD APM vol. 2, {section}", width, f"{_MARGIN}     ")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -116,34 +123,48 @@ class _Drawing:
 
     def _wrong(self, index: int) -> Divergence | None:
         """The divergence that is about the entry of that step, if it is of the same VMRUN."""
-        one = self.finding.entries.get(self.steps[index].address)
+        one = self.finding.entries.get(self.steps[index].address & ~7)
         if one is None or not self.after:
             return one
-        observed = self.steps[index].entry if isinstance(one.observed, str) else one.observed
-        return one if observed == self.after[index] else None
+        return one if self._entry_of(one.observed, index) == self._seen(index) else None
+
+    def _entry_of(self, number: int | str, index: int) -> int:
+        """A quadword as the entry of that step; what is `unchanged` is as the walk read it."""
+        step = self.steps[index]
+        if isinstance(number, str):
+            return step.entry
+        return words.cut(number, step.address) if words.narrow(self.walk, step.dimension) else number
+
+    def _seen(self, index: int) -> int:
+        """The entry of that step as the machine left it."""
+        step, seen = self.steps[index], self.after[index]
+        if seen >> 32 and words.narrow(self.walk, step.dimension):
+            return words.cut(seen, step.address)
+        return seen
 
     def _values(self, index: int, step: Step) -> tuple[int, int | None]:
         """The entry as the model and as the machine has it after the #VMEXIT; None for unknown."""
         one = self._wrong(index)
         if one is not None:
-            want, got = (step.entry if isinstance(v, str) else v for v in (one.expected, one.observed))
-            return want, got
+            return self._entry_of(one.expected, index), self._entry_of(one.observed, index)
         if not self.after:
             return step.entry, None
-        if (self.after[index] ^ step.entry) & ~(A | D):
-            return step.entry, self.after[index]  # nobody objects: L2 itself wrote it, later in this run
-        return self.after[index], self.after[index]
+        seen = self._seen(index)
+        if (seen ^ step.entry) & ~(A | D):
+            return step.entry, seen  # nobody objects: L2 itself wrote it, later in this run
+        return seen, seen
 
     def _mark(self) -> _Mark:
         """Where the two walks part."""
         observed, expected = self.finding.observed, self.walk.outcome
         found: list[tuple[int, str]] = []
         for index, (want, got) in enumerate(self.rows):
-            if self._wrong(index) is not None and got is not None:
+            wrong = self._wrong(index)
+            if wrong is not None and got is not None:
                 # A and D that are set too much may be no more than traces of a walk that went too far
                 cause = want ^ got if observed is None else (want ^ got) & ~(got & ~want & (A | D))
                 if cause:
-                    found.append((index, words.difference(self.finding.entries[self.steps[index].address])))
+                    found.append((index, words.difference(wrong)))
                     break
         if observed is not None:
             found += self._parting(expected, observed)
@@ -152,17 +173,23 @@ class _Drawing:
         return _Mark(None, "")
 
     def _parting(self, expected: Outcome, observed: Outcome | str) -> list[tuple[int, str]]:
+        """Where the walks part if they come to different ends, as far as these ends tell."""
         stop = None if isinstance(expected, Reached | GeneralProtection) else self._denier()
-        went = [(stop[0], f"the model stops here ({stop[1]}), the machine goes on")] if stop else []
-        if isinstance(observed, str | GeneralProtection | Reached):
-            return went
-        if type(observed) is type(expected) and observed.address == getattr(expected, "address", None):
-            return []  # both stopped at the same address: only the code differs
+        goes_on = ", the machine goes on" if isinstance(observed, str) else ""
+        end = [(stop[0], f"the model stops here ({stop[1]}){goes_on}")] if stop is not None else []
+        if not isinstance(observed, PageFault | NestedPageFault):
+            return end
         where = self._stopped(observed)
+        if type(observed) is type(expected) and (where is None or where == self._stopped_by_model()):
+            return []  # both stop at the same place: what is wrong is how that is reported
         if where is None:
-            return went
+            return end
         here = (where, "the machine stops in this walk, the model goes on")
-        return [here] if stop is None or where <= stop[0] else went
+        return [here] if stop is None or where <= stop[0] else end
+
+    def _stopped_by_model(self) -> int | None:
+        outcome = self.walk.outcome
+        return self._stopped(outcome) if isinstance(outcome, PageFault | NestedPageFault) else None
 
     def _denier(self) -> tuple[int, str] | None:
         """The entry that the model's walk failed at, and why."""
@@ -182,48 +209,61 @@ class _Drawing:
         return [n for n, step in enumerate(self.steps) if step[0] == mine.dimension and step[2] == mine.purpose]
 
     def _stopped(self, outcome: PageFault | NestedPageFault) -> int | None:
-        """The step that the machine stopped at, as far as a fault's code and address tell."""
-        if isinstance(outcome, PageFault):
-            indices = [n for n, step in enumerate(self.steps) if step.dimension == GUEST]
-            if not indices or not _same_place(self._address(indices), outcome.address, self._shift(indices)):
-                return None
-        else:
-            purposes = {step.purpose: None for step in self.steps if step.dimension == NESTED}
-            for purpose in purposes:
-                indices = [n for n, s in enumerate(self.steps) if (s.dimension, s.purpose) == (NESTED, purpose)]
-                final = bool(outcome.error_code & ErrorCode.FINAL)
-                if (purpose == FINAL) == final and _same_place(self._gpa(purpose), outcome.address, 3):
-                    break
-            else:
-                return None
-        if not outcome.error_code & ErrorCode.P:
-            return next((n for n in indices if not (self.rows[n][1] or P) & P), indices[-1])
-        return indices[-1]
+        """The step that a walk stopped at, as far as a fault's code and address tell."""
+        for indices in self._walks_of(GUEST if isinstance(outcome, PageFault) else NESTED):
+            final = self.steps[indices[0]].purpose == FINAL
+            if isinstance(outcome, NestedPageFault) and bool(outcome.error_code & ErrorCode.FINAL) != final:
+                continue
+            known, address = self._translated(indices)
+            if (address ^ outcome.address) & known:
+                continue
+            if outcome.error_code & ErrorCode.P:
+                return indices[-1]
+            return next((n for n in indices if not (self.rows[n][1] or self.steps[n].entry) & P), indices[-1])
+        return None
 
-    def _address(self, indices: list[int]) -> int:
-        """The address that these steps translate, as their indices give it, bits 47 down to the last's."""
-        return sum((self.steps[n].address >> 3 & 0x1FF) << _SHIFTS[self.steps[n].level] for n in indices)
+    def _walks_of(self, dimension: str) -> list[list[int]]:
+        """The steps of each walk in that dimension: one of the guest's, or one for each nested walk."""
+        groups: dict[str, list[int]] = {}
+        for index, step in enumerate(self.steps):
+            if step.dimension == dimension:
+                groups.setdefault(step.purpose, []).append(index)
+        return list(groups.values())
 
-    def _shift(self, indices: list[int]) -> int:
-        return _SHIFTS[self.steps[indices[-1]].level]
+    def _translated(self, indices: list[int]) -> tuple[int, int]:
+        """The address that these steps translate, and before it a mask of its bits that are known.
 
-    def _gpa(self, purpose: str) -> int:
-        """The gPA that the nested walk for `purpose` translates; its low bits as far as they are known."""
-        outcome = self.walk.outcome
-        indices = [n for n, s in enumerate(self.steps) if (s.dimension, s.purpose) == (NESTED, purpose)]
-        if isinstance(outcome, NestedPageFault) and indices[-1] == len(self.steps) - 1:
-            return outcome.address
-        if purpose == FINAL and isinstance(outcome, Reached):
-            return outcome.gpa
-        behind = self.steps[indices[-1] + 1]  # the guest's entry, at the sPA that this walk came to
-        return self._address(indices) | behind.address & (1 << self._shift(indices)) - 1
+        Each entry's own place in its table gives some; for a gPA the outcome, or the offset of what was
+        found there, gives the rest.
+        """
+        steps = [self.steps[n] for n in indices]
+        bits, unit = (10, 2) if steps[0].level == "pde" else (9, 3)  # 32-bit paging, or any other
+        known = address = 0
+        for step in steps:
+            width = 2 if step is steps[0] and step.level == "pdpte" else bits  # PAE's table of four
+            shift = _SHIFTS[step.level] + (bits == 10 and step.level == "pde")
+            known |= (1 << width) - 1 << shift
+            address |= (step.address >> unit & (1 << width) - 1) << shift
+        if steps[0].dimension == GUEST:
+            return known, address
+        outcome, last = self.walk.outcome, indices[-1]
+        if isinstance(outcome, NestedPageFault) and last == len(self.steps) - 1:
+            return ~0, outcome.address
+        if isinstance(outcome, Reached) and last == len(self.steps) - 1:
+            return ~0, outcome.gpa
+        low = known & -known
+        if last + 1 < len(self.steps):
+            return known | low - 1, address | self.steps[last + 1].address & low - 1
+        return known, address
 
     # --- lines ------------------------------------------------------------------------------------
 
     def _group(self, index: int) -> str:
         purpose = self.steps[index].purpose
         what = "the page itself" if purpose == FINAL else f"the guest's {purpose}"
-        return f"nested walk of gPA {self._gpa(purpose):#x}, for {what}:"
+        indices = self._together(index)
+        known, address = self._translated(indices)
+        return f"nested walk of gPA {address:#x}, for {what}:" if known & 1 else f"nested walk for {what}:"
 
     def _step(self, index: int, step: Step) -> list[Line]:
         model, machine = self.rows[index]
@@ -287,7 +327,3 @@ _SLOTS: Final = (("P", 1), ("RW", 2), ("US", 2), ("A", 2), ("D", 2), ("PS", 3), 
 _ALIGNED: Final = sum(width + 1 for _, width in _SLOTS) - 1
 """Flags in columns of their own, each as wide as it may become: width in all."""
 
-
-def _same_place(one: int, other: int, shift: int) -> bool:
-    """Whether two addresses agree in bits 47 to `shift`: what a walk's indices tell."""
-    return not (one ^ other) >> shift & (1 << 48 - shift) - 1

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from harness.lockstep.compare import Divergence
-from harness.model.access import ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
+from harness.model.access import ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault
 from harness.model.entries import BITS, FRAME
 from harness.model.registers import REGISTER_BITS
 from harness.model.vmcb import ExitCode
+from harness.model.walk import GUEST, Step, Walk
 from harness.scenario.ops import Probe, RunOp, Scenario
+from harness.wire.image import tag
 
 MAIN_FLAGS: Final = ("P", "RW", "US", "A", "D", "PS", "NX")
 """Bits of an entry that decide a walk, in the order in which they are shown."""
@@ -20,9 +23,9 @@ _MAIN_BITS: Final = {name: BITS[name.lower()] for name in MAIN_FLAGS}
 _ENTRY: Final = re.compile(r"entry at sPA (0x[0-9a-f]+)")
 _FAULT: Final = re.compile(r"#(NPF|PF|GP) (0x[0-9a-f]+)(?: \([^)]*\) at g[PV]A (0x[0-9a-f]+))?$")
 _REGISTER: Final = re.compile(r"(?:vmcb\.|l1\.|l2\.|rd|wr)?(cr0|cr4|efer|r?flags)\b")
-_TAGGED: Final = 0xFF_FFFF_FF00
 
 
+@lru_cache(maxsize=4096)
 def flags(entry: int, level: str) -> tuple[str, ...]:
     """The set bits of an entry by the manual's names, those of MAIN_FLAGS first; bit 7 of a PTE is PAT."""
     names = [name for name in MAIN_FLAGS if entry & _MAIN_BITS[name]]
@@ -50,11 +53,34 @@ def parse_outcome(text: str) -> Outcome | None:
     return NestedPageFault(code, address) if kind == "NPF" else PageFault(code, address)
 
 
-def level_of(divergence: Divergence) -> str:
-    """The level of the entry that a divergence is about, where its walk went through it; else empty."""
-    address = entry_address(divergence.field)
-    steps = divergence.walk.trail if divergence.walk is not None else ()
-    return next((level for _, level, _, at, _ in steps if at == address), "")
+def narrow(walk: Walk, dimension: str = GUEST) -> bool:
+    """Whether the tables of that dimension have entries of four bytes: 32-bit paging without PAE."""
+    first = next((level for which, level, *_ in walk.trail if which == dimension), "")
+    return first == "pde"
+
+
+def cut(quadword: int, address: int) -> int:
+    """The entry of four bytes at `address`, out of its quadword."""
+    return quadword >> (address & 4) * 8 & 0xFFFF_FFFF
+
+
+def step_of(divergence: Divergence) -> Step | None:
+    """The step of its walk that read the entry that a divergence is about; None if none did."""
+    address, walk = entry_address(divergence.field), divergence.walk
+    if walk is None or address is None:
+        return None
+    for step in walk.steps:
+        if step.address == address or (step.address & ~7 == address and narrow(walk, step.dimension)):
+            return step
+    return None
+
+
+def entry_value(divergence: Divergence, number: int | str, step: Step | None) -> int | None:
+    """`expected` or `observed` as an entry of `step`'s table; what is `unchanged` is as the walk read it."""
+    if isinstance(number, str):
+        return step.entry if step is not None else None
+    small = step is not None and divergence.walk is not None and narrow(divergence.walk, step.dimension)
+    return cut(number, step.address) if small and step is not None else number
 
 
 def value(divergence: Divergence, number: int | str) -> str:
@@ -69,7 +95,8 @@ def bit_names(divergence: Divergence, number: int) -> tuple[str, ...]:
     """The set bits of `number`, as a value of the divergence's field, by name; empty where bits have none."""
     field = divergence.field
     if entry_address(field) is not None:
-        return flags(number, level_of(divergence))
+        step = step_of(divergence)
+        return flags(entry_value(divergence, number, step) or 0, step.level if step is not None else "")
     if field == "exitinfo1" and _faulted(divergence):
         return tuple(ErrorCode.describe(number).split("|")) if number else ()
     match = _REGISTER.match(field)
@@ -90,32 +117,38 @@ def _faulted(divergence: Divergence) -> bool:
     return divergence.walk is not None and isinstance(divergence.walk.outcome, PageFault | NestedPageFault)
 
 
-def was_read(divergence: Divergence) -> int | None:
-    """The entry that a divergence is about as the walk read it; None if it read none there."""
-    address = entry_address(divergence.field)
-    steps = divergence.walk.trail if divergence.walk is not None else ()
-    return next((entry for _, _, _, at, entry in steps if at == address), None)
-
-
 def difference(divergence: Divergence) -> str:
-    """How observed differs from expected, in bits by name where they have names: `A is missing`; else empty.
+    """How observed differs from expected, in bits by name where they have names: `A is missing`; else empty."""
+    want, got = divergence.expected, divergence.observed
+    if entry_address(divergence.field) is not None:
+        return _entry_difference(divergence)
+    if isinstance(want, str) or isinstance(got, str) or "exitcode" in divergence.field:
+        return ""
+    return _missing(bit_names(divergence, want), bit_names(divergence, got))
 
-    What is `unchanged` counts as the entry that the walk read.
-    """
-    want, got = (was_read(divergence) if isinstance(v, str) else v for v in (divergence.expected, divergence.observed))
-    if want is None or got is None:
-        return ""
-    if entry_address(divergence.field) is not None and (want ^ got) & FRAME:
+
+def _entry_difference(divergence: Divergence) -> str:
+    step = step_of(divergence)
+    want, got = (entry_value(divergence, v, step) for v in (divergence.expected, divergence.observed))
+    if want is None:
+        return "it must stay as it was"
+    if got is None:
+        return "it must change"
+    if (want ^ got) & FRAME:
         return "its frame is another"
-    if not bit_names(divergence, want | got) or "exitcode" in divergence.field:
-        return ""
-    missing, extra = bit_names(divergence, want & ~got), bit_names(divergence, got & ~want)
+    level = step.level if step is not None else ""
+    return _missing(flags(want, level), flags(got, level))
+
+
+def _missing(want: tuple[str, ...], got: tuple[str, ...]) -> str:
+    missing = [name for name in want if name not in got]
+    extra = [name for name in got if name not in want]
     parts = [f"{_list(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
     parts += [f"{_list(extra)} must not be set"] if extra else []
     return ", ".join(parts)
 
 
-def _list(names: tuple[str, ...]) -> str:
+def _list(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -130,18 +163,12 @@ def probe_of(scenario: Scenario | None, op: int, probe: int) -> tuple[Probe, int
 
 
 def reached_instead(divergence: Divergence, probe: Probe | None) -> int | None:
-    """The sPA that a read or fetch came to, where its value tells; None where it does not.
-
-    A quadword of the data pages holds its own address, as bits 39:8 of what a read returns and as all of
-    what a fetch returns, in units of 8 bytes (harness.wire.image.tag); unless L2 wrote there before.
-    """
-    walk, want, got = divergence.walk, divergence.expected, divergence.observed
-    if probe is None or walk is None or not isinstance(walk.outcome, Reached) or divergence.field != "value":
+    """The sPA that a read or fetch came to, where its value tells: the quadwords of the data pages hold
+    their own address (harness.wire.image.tag). None where it does not."""
+    got = divergence.observed
+    if probe is None or divergence.field != "value" or not isinstance(got, int):
         return None
-    if not isinstance(want, int) or not isinstance(got, int):
-        return None
-    if probe.kind == "read" and probe.size == 8 and not (want ^ got) & ~_TAGGED:
-        want, got = (want & _TAGGED) >> 8, (got & _TAGGED) >> 8
-    elif probe.kind != "fetch":
-        return None
-    return got * 8 if want * 8 == walk.outcome.spa else None
+    if probe.kind == "fetch":
+        return got * 8
+    spa = (got >> 8 & 0xFFFF_FFFF) * 8
+    return spa if probe.kind == "read" and tag(spa) == got else None

@@ -81,7 +81,8 @@ def entry(walk: Walk | None, address: int, expected: int | str, observed: int | 
 
 def went_through(case: Case, walk: Walk, probe: int = 1) -> Divergence:
     """The model's walk faults, the machine's did not."""
-    return divergence(walk, probe=probe, expected=str(walk.outcome), observed="done, result 0x77", after=case.after(walk))
+    return divergence(walk, probe=probe, expected=str(walk.outcome), observed="done, result 0x77",
+                      after=case.after(walk))
 
 
 def only(*divergences: Divergence) -> Finding:

@@ -39,7 +39,7 @@ def named(source: str) -> set[str]:
                 found.add(text)
             case ast.Call(func=ast.Name(id=name), args=args) if name in FAULTS and args:
                 found |= {FAULTS[name] + text for text in strings(args[0])}
-            case ast.Call(func=ast.Name(id=name), args=args) if name in RULE_ARGUMENT and len(args) > RULE_ARGUMENT[name]:
+            case ast.Call(func=ast.Name(id=name), args=args) if len(args) > RULE_ARGUMENT.get(name, 99):
                 found |= set(strings(args[RULE_ARGUMENT[name]]))
             case ast.Assign(targets=[ast.Name(id="rule")], value=value):
                 found |= set(strings(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 
 import pytest
 from hypothesis import given
@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from harness.model.access import Access, NestedPageFault, PageFault
 from harness.model.entries import NX, PS, RW, US, A, D, P
-from harness.model.walk import FINAL, GUEST, NESTED
+from harness.model.walk import GUEST, NESTED
 from harness.report.findings import Finding, findings
 from harness.report.styled import plain
 from harness.report.walks import draw
 from tests.model.tables import FETCH, GVA, READ, USER_READ, WRITE, E, Space
-from tests.report.cases import (
-    GPA, SCENARIO, SPA, Case, divergence, entry, extra_d, missing_a, narrow_walk, only, went_through,
-)
+from tests.report import cases
+from tests.report.cases import GPA, SCENARIO, SPA, Case, divergence, entry, missing_a, narrow_walk, only, went_through
 
 
 def drawn(finding: Finding, width: int = 100) -> list[str]:
@@ -60,7 +59,9 @@ class TestTheModelStops:
             f"> nested {level} for the page itself: the model stops here ({why}), the machine goes on")
 
     @pytest.mark.parametrize("level", ["pml4e", "pdpte", "pde", "pte"])
-    @pytest.mark.parametrize(("access", "bit", "present"), [(USER_READ, US, False), (WRITE, RW, False), (FETCH, NX, True)])
+    @pytest.mark.parametrize(
+        ("access", "bit", "present"), [(USER_READ, US, False), (WRITE, RW, False), (FETCH, NX, True)]
+    )
     def test_guest_rights(self, level: str, access: Access, bit: int, present: bool) -> None:
         case = Case()
         case.space.change(case.guest[level], set=bit if present else 0, clear=0 if present else bit)
@@ -97,9 +98,10 @@ class TestTheModelStops:
         walk = case.walk()
         leaf = case.guest["pte"]
         seen = case.space.get(leaf) | D
+        after = case.after(walk, {leaf: seen})
         finding = only(
-            divergence(walk, expected=str(walk.outcome), observed="done, result 0x1", after=case.after(walk, {leaf: seen})),
-            entry(walk, leaf, case.space.get(leaf), seen, after=case.after(walk, {leaf: seen})),
+            divergence(walk, expected=str(walk.outcome), observed="done, result 0x1", after=after),
+            entry(walk, leaf, case.space.get(leaf), seen, after=after),
         )
         assert f" {case.final['pml4e']:x} " in marked(finding)
         assert f" {leaf:x} " in also(finding)[0]
@@ -213,7 +215,7 @@ class TestEntries:
 
     def test_too_much(self) -> None:
         case = Case()
-        finding = only(extra_d(case, case.guest["pml4e"], case.walk()))
+        finding = only(cases.extra_d(case, case.guest["pml4e"], case.walk()))
         assert "guest pml4e " in marked(finding) and "+D" in marked(finding)
 
     def test_of_another_probe(self) -> None:
@@ -259,8 +261,7 @@ class TestShape:
         case = Case()
         walk = case.walk()
         text = rows(only(missing_a(case, case.final["pte"], walk)))
-        shown = [line for line in text if len(line.split()) > 3 and not line.strip().startswith(("nested walk", "entry"))
-                 and "outcome" not in line and not line.strip().startswith("> ne")]
+        shown = [line for line in text if re.match(r"  [> ] (  |guest )(pml4e|pdpte|pde|pte) ", line)]
         assert len(shown) == len(walk.steps) == 24
         for line, step in zip(shown, walk.steps, strict=True):
             assert f"{step.level} " in line and f" {step.address:x} " in line
@@ -275,7 +276,7 @@ class TestShape:
         finding = only(missing_a(case, case.guest["pml4e"], case.walk()))
         headed = [int(line.split("gPA ")[1].split(",")[0], 16) for line in rows(finding) if "nested walk" in line]
         low = (1 << shift) - 1
-        tables = [case.space.gcr3, *(case.space.get(case.guest[level]) & ~0xFFF & ~NX for level in list(case.guest)[:-1])]
+        tables = [case.space.gcr3, *(case.space.get(at) & ~0xFFF & ~NX for at in list(case.guest.values())[:-1])]
         entries = [table | at & 0xFFF for table, at in zip(tables, case.guest.values(), strict=True)]
         assert headed == [*entries, GPA & ~low | GVA & low & ~0xFFF]
 
@@ -315,7 +316,8 @@ class TestShape:
         assert "  and 12 more like it" in drawn(found)
 
     def test_known_ones_say_so(self) -> None:
-        text = drawn(only(divergence(expected=1, observed=2), divergence(field="cr0", expected=1, observed=2, erratum="e7")))
+        known = divergence(field="cr0", expected=1, observed=2, erratum="e7")
+        text = drawn(only(divergence(expected=1, observed=2), known))
         assert any("cr0 (known: e7)" in line for line in text)
 
     def test_unknown_rule(self) -> None:
@@ -327,9 +329,9 @@ class TestShape:
         quadword = space.get(pde & ~7)
         after = tuple(space.get(s.address) for s in walk.steps)  # as the driver reads them: by quadwords
         finding = only(entry(walk, pde & ~7, quadword | A << 32, quadword, after=after))
-        model, machine = quadword >> 32 | A, quadword >> 32
+        both = [f"{quadword >> 32 | A:x}", f"{quadword >> 32:x}"]
         assert f" {pde:x} " in marked(finding)
-        assert [w for w in marked(finding).split() if w in (f"{model:x}", f"{machine:x}")] == [f"{model:x}", f"{machine:x}"]
+        assert [word for word in marked(finding).split() if word in both] == both
         assert rows(finding)[-1].strip() == "> guest pde: A is missing"
 
     def test_four_bytes_without_divergence(self) -> None:
@@ -339,8 +341,7 @@ class TestShape:
         text = rows(only(divergence(walk, field="value", expected=1, observed=2, after=after)))
         assert not any("12345067" in line for line in text) and not any(line.startswith("  ~") for line in text)
 
-    @pytest.mark.parametrize("purpose", [FINAL])
-    def test_32_bit_addresses(self, purpose: str) -> None:
+    def test_32_bit_addresses(self) -> None:
         """A #PF at the walk's own gVA is found to be of this walk also with tables of 1024 entries."""
         space, walk = narrow_walk()
         gva = 0x5 << 22 | 0x7 << 12 | 0x10
@@ -348,10 +349,6 @@ class TestShape:
         here = only(divergence(walk, observed=str(PageFault(E.P, gva)), after=after))
         there = only(divergence(walk, observed=str(PageFault(E.P, gva ^ 1 << 22)), after=after))
         assert "guest pte " in marked(here) and "outcome" in marked(there)
-
-
-def _break(level: str, bit: int) -> Callable[[Case], None]:
-    return lambda case: case.space.change(case.final[level], set=bit)
 
 
 @given(

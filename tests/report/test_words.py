@@ -42,7 +42,12 @@ def test_flags_lose_no_bit(value: int) -> None:
     assert sum(1 << bit for bit in bits) | value & 0x000F_FFFF_FFFF_F000 == value
 
 
-@given(st.one_of(st.builds(PageFault, U64, U64), st.builds(NestedPageFault, U64, U64), st.builds(GeneralProtection, U64)))
+FAULTS = st.one_of(
+    st.builds(PageFault, U64, U64), st.builds(NestedPageFault, U64, U64), st.builds(GeneralProtection, U64)
+)
+
+
+@given(FAULTS)
 def test_faults_are_read_back(outcome: Outcome) -> None:
     assert words.parse_outcome(str(outcome)) == outcome
 

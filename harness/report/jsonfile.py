@@ -1,0 +1,87 @@
+"""The `--json` object.
+
+    machine      the machine's identity by name; null if it never came up
+    totals       scenarios, vmruns, probes, table_bytes_compared, divergences_new, divergences_known, seconds
+    divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null)
+    lost         each: scenario, reason, argv, log, last_record
+
+`op` and `probe` are indices in the scenario, -1 where there is none. `expected` and `observed` are always
+strings, integers as 0x..., since 64 bits are more than many readers of JSON keep.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from harness.lockstep.compare import Divergence
+from harness.lockstep.driver import Result
+from harness.report import output
+from harness.report.summary import Summary
+
+OPTION: Final = "--json"
+
+
+def check(path: Path) -> None:
+    """Before a run: raises UsageError, saying what to do, if `path` cannot be written."""
+    output.check_writable(path, OPTION)
+
+
+def write(path: Path, summary: Summary) -> None:
+    """After a run: all of the file or nothing. Raises TwinwalkError if that fails after all."""
+    output.write(path, text(summary))
+
+
+def text(summary: Summary) -> str:
+    """The object as text, one divergence a line: a diff of two runs is then one of divergences."""
+    parts = document(summary)
+    body = []
+    for name, value in parts.items():
+        if isinstance(value, list):
+            lines = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            body.append(f' "{name}": [{chr(10) + lines + chr(10) + " " if lines else ""}]')
+        else:
+            body.append(f' "{name}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(body) + "\n}\n"
+
+
+def document(summary: Summary) -> dict[str, Any]:
+    """The object in plain values."""
+    return {
+        "machine": dict(summary.machine) if summary.machine is not None else None,
+        "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
+        "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
+        "lost": [_lost(result) for result in summary.lost],
+    }
+
+
+def _divergence(one: Divergence) -> dict[str, Any]:
+    return {
+        "scenario": one.scenario,
+        "op": one.op,
+        "probe": one.probe,
+        "check": one.check,
+        "field": one.field,
+        "expected": _text(one.expected),
+        "observed": _text(one.observed),
+        "rule": one.rule,
+        "erratum": one.erratum,
+    }
+
+
+def _text(value: int | str) -> str:
+    return value if isinstance(value, str) else f"{value:#x}"
+
+
+def _lost(result: Result) -> dict[str, Any]:
+    lost = result.lost
+    assert lost is not None
+    return {
+        "scenario": result.scenario,
+        "reason": lost.reason,
+        "argv": lost.argv,
+        "log": lost.log,
+        "last_record": lost.last_record,
+    }

@@ -1,0 +1,152 @@
+"""A whole run as one value: what every report is made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Final
+
+from harness.lockstep.compare import Divergence
+from harness.lockstep.driver import Result
+from harness.lockstep.errata import Erratum
+from harness.scenario.ops import Scenario
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a run; `seconds` is its whole time. With --strict every divergence counts as new."""
+
+    scenarios: int
+    vmruns: int
+    probes: int
+    table_bytes_compared: int
+    divergences_new: int
+    divergences_known: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """An erratum that was met: how many divergences it explains, in how many scenarios."""
+
+    erratum: Erratum
+    count: int
+    scenarios: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. `machine` is the machine's identity by name, None if it never came up;
+    `scenarios` has what was to be run, by name, `not_run` the names of those without a result."""
+
+    machine: Mapping[str, Any] | None
+    scenarios: Mapping[str, Scenario]
+    results: tuple[Result, ...]
+    totals: Totals
+    known: tuple[Known, ...]
+    not_run: tuple[str, ...]
+    strict: bool
+
+    @property
+    def lost(self) -> tuple[Result, ...]:
+        """Results of scenarios in which the machine was lost."""
+        return tuple(result for result in self.results if result.lost is not None)
+
+
+def summarize(
+    identity: object | None,
+    scenarios: Iterable[Scenario],
+    results: Sequence[Result],
+    errata: Iterable[Erratum],
+    seconds: float,
+    strict: bool = False,
+) -> Summary:
+    """`identity` is the machine's identity, a dataclass; `errata` those that divergences may name."""
+    by_name = {scenario.name: scenario for scenario in scenarios}
+    everything = [d for result in results for d in result.divergences]
+    new = sum(is_new(d, strict) for d in everything)
+    done = {result.scenario for result in results}
+    return Summary(
+        machine=identity_of(identity),
+        scenarios=by_name,
+        results=tuple(results),
+        totals=Totals(
+            scenarios=len(results),
+            vmruns=sum(result.vmruns for result in results),
+            probes=sum(result.probes for result in results),
+            table_bytes_compared=sum(result.table_bytes for result in results),
+            divergences_new=new,
+            divergences_known=len(everything) - new,
+            seconds=seconds,
+        ),
+        known=_known(everything, {erratum.id: erratum for erratum in errata}),
+        not_run=tuple(name for name in by_name if name not in done),
+        strict=strict,
+    )
+
+
+def is_new(divergence: Divergence, strict: bool = False) -> bool:
+    """Whether no erratum explains it; with `strict` none is taken for an explanation."""
+    return strict or divergence.erratum is None
+
+
+def errata_of(divergence: Divergence) -> tuple[str, ...]:
+    """The ids of the errata that explain a divergence: more than one, joined by `+`, where only all of
+    them together do."""
+    return tuple(divergence.erratum.split("+")) if divergence.erratum else ()
+
+
+def _known(divergences: Iterable[Divergence], errata: Mapping[str, Erratum]) -> tuple[Known, ...]:
+    counts: Counter[str] = Counter()
+    where: dict[str, set[str]] = {}
+    for one in divergences:
+        for name in errata_of(one):
+            counts[name] += 1
+            where.setdefault(name, set()).add(one.scenario)
+    return tuple(
+        Known(errata.get(name) or _unlisted(name), counts[name], len(where[name]))
+        for name in sorted(counts, key=lambda name: (-counts[name], name))
+    )
+
+
+def _unlisted(name: str) -> Erratum:
+    """In place of an erratum that the caller did not hand over."""
+    return Erratum(id=name, title="(not in the list of errata)", machine="", explanation="", reference="")
+
+
+_VERSIONS: Final = ("qemu_version", "kernel_version")
+
+
+def identity_of(identity: object | None) -> Mapping[str, Any] | None:
+    """A machine's identity by name, in plain values; versions as text, `7.2.22`."""
+    if identity is None:
+        return None
+    assert is_dataclass(identity) and not isinstance(identity, type)
+    values = {}
+    for name, value in asdict(identity).items():
+        if name in _VERSIONS and isinstance(value, tuple):
+            value = ".".join(map(str, value))
+        values[name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def describe_machine(machine: Mapping[str, Any] | None) -> str:
+    """A machine's identity in one line; names that this version does not know follow as they are."""
+    if machine is None:
+        return "the machine never came up"
+    rest = dict(machine)
+    parts = [f"{rest.pop('machine', 'machine')}:"]
+    if "qemu" in rest:
+        parts.append(f"QEMU {rest.pop('qemu_version', '?')} ({rest.pop('qemu')}),")
+    if "cpu_model" in rest:
+        parts.append(f"CPU {rest.pop('cpu_model')},")
+    if "maxphyaddr" in rest:
+        parts.append(f"{rest.pop('maxphyaddr')} physical address bits,")
+    if "asids" in rest:
+        parts.append(f"{rest.pop('asids')} ASIDs,")
+    features = rest.pop("features", [])
+    if "svm_features" in rest:
+        parts.append(f"SVM revision {rest.pop('svm_revision', '?')} with features {rest.pop('svm_features'):#x},")
+    parts += [f"{name} {value}," for name, value in rest.items()]
+    return f"{' '.join(parts)} {' '.join(features)}".strip().rstrip(",")

@@ -1,0 +1,237 @@
+"""What a run looks like: progress while it goes on, and a table at its end.
+
+On a terminal there is a progress bar, and colour unless NO_COLOR is set; elsewhere plain lines, the same
+in content, fit for a log.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Final, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from harness.lockstep.driver import Result
+from harness.report.findings import findings, headline, kind
+from harness.report.styled import BAD, DIM, GOOD, HEAD, KNOWN, PLAIN, Line, Span, clamp, harmless, line, plain, wrap
+from harness.report.summary import Known, Summary, describe_machine, is_new
+from harness.report.walks import draw
+from harness.scenario.ops import Scenario
+
+DRAWN: Final = 5
+"""Findings that are drawn in full while a run goes on, one of a sort."""
+NAMED: Final = 40
+"""Further scenarios with new divergences that are named."""
+KINDS: Final = 12
+"""Sorts of findings in the table at the end."""
+_REFRESH: Final = 8  # a second; the checker has better things to do
+_QUIET: Final = 10.0  # seconds between plain lines, while nothing is found
+
+
+class Screen:
+    """Where reports go: `stream`, by default stdout, with what it can do. Prints nothing by itself."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream if stream is not None else sys.stdout
+        self.terminal = self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.colour = self.terminal and not os.environ.get("NO_COLOR")
+        self.width = clamp(shutil.get_terminal_size((100, 24)).columns)
+        self.console = Console(
+            file=self.stream, force_terminal=self.terminal, force_jupyter=False, legacy_windows=False, highlight=False,
+            color_system="standard" if self.colour else None, width=shutil.get_terminal_size((100, 24)).columns,
+        )
+
+    def show(self, lines: Iterable[Line]) -> None:
+        """Print lines, with their styles where they can be shown."""
+        lines = list(lines)
+        if not lines:
+            return
+        if self.terminal:  # by the console also without colour: it keeps a progress bar below
+            text = Text("\n").join(Text.assemble(*((s.text, s.style) for s in one)) for one in lines)
+            self.console.print(text, soft_wrap=True)
+        else:
+            print(plain(lines), file=self.stream, flush=True)
+
+
+class Watch:
+    """Shows a run as it goes: a context manager, whose `result` sees each result."""
+
+    def __init__(self, scenarios: Iterable[Scenario], strict: bool = False, screen: Screen | None = None) -> None:
+        self.screen = screen if screen is not None else Screen()
+        self._scenarios = {scenario.name: scenario for scenario in scenarios}
+        self._strict = strict
+        self._done = self._new = self._known = self._named = 0
+        self._drawn: set[str] = set()
+        self._begun = self._spoken = time.monotonic()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.screen.terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("scenarios"),
+                TextColumn("{task.fields[found]}"), TimeElapsedColumn(), console=self.screen.console,
+                transient=True, refresh_per_second=_REFRESH, redirect_stdout=False, redirect_stderr=False,
+            )
+            self._task = self._progress.add_task("checking", total=len(self._scenarios), found="")
+            self._progress.start()
+        else:
+            self.screen.show([line(f"checking {len(self._scenarios)} scenarios")])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def result(self, result: Result) -> None:
+        """Take note of a result; what is new in it is shown."""
+        new = sum(is_new(d, self._strict) for d in result.divergences)
+        self._done += 1
+        self._new += new
+        self._known += len(result.divergences) - new
+        if new:
+            self.screen.show(self._finding(result))
+        if result.lost is not None:
+            reason = harmless(f"{result.scenario}: the machine was lost: {result.lost.reason}")
+            self.screen.show(wrap(reason, self.screen.width, style=BAD))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done, found=self._found())
+        else:
+            self._line()
+
+    def _finding(self, result: Result) -> list[Line]:
+        """The first new finding: in full where it is of a sort not seen before, else in a line, and after
+        enough of them not at all."""
+        scenario = self._scenarios.get(result.scenario)
+        new = [finding for finding in findings(result.divergences) if finding.is_new(self._strict)]
+        if len(self._drawn) < DRAWN and kind(new[0]) not in self._drawn:
+            self._drawn.add(kind(new[0]))
+            more = [line(f"  and {len(new) - 1} more in this scenario", DIM)] if len(new) > 1 else []
+            return [*draw(new[0], scenario, self.screen.width), *more, line("")]
+        self._named += 1
+        if self._named <= NAMED:
+            return wrap(f"{result.scenario}: {headline(new[0], scenario)}", self.screen.width, rest="    ", style=BAD)
+        if self._named == NAMED + 1:
+            return [line("More scenarios differ. They are counted; -k shows one of them, --json has all.", DIM)]
+        return []
+
+    def _found(self) -> str:
+        return f"{self._new} new, {self._known} known"
+
+    def _line(self) -> None:
+        now, total = time.monotonic(), len(self._scenarios)
+        tenth = total >= 100 and self._done * 10 // total > (self._done - 1) * 10 // total
+        if tenth or now - self._spoken > _QUIET:
+            self._spoken = now
+            self.screen.show([line(f"{self._done} of {total} scenarios, divergences: {self._found()}, "
+                                   f"{now - self._begun:.1f} s")])
+
+
+def show(summary: Summary, screen: Screen | None = None) -> None:
+    """Print the table at the end of a run."""
+    screen = screen if screen is not None else Screen()
+    screen.show(table(summary, screen.width))
+
+
+def table(summary: Summary, width: int) -> list[Line]:
+    """The machine, the totals, the errata that were met, the machines that were lost, the verdict."""
+    lines = wrap(describe_machine(summary.machine), width, "machine  ")
+    lines += [line(""), *_totals(summary)]
+    lines += _kinds(summary, width)
+    if summary.known:
+        lines += [line(""), line(_known_heading(summary), HEAD)]
+        for known in summary.known:
+            lines += _known(known, width)
+    if summary.lost:
+        lines += [line(""), line("Lost machines", HEAD)]
+        for result in summary.lost:
+            lines.append(line(f"  {result.scenario}", BAD))
+            lines += [line(f"    {text}") for text in harmless(str(result.lost)).splitlines()]
+    return [*lines, line(""), _verdict(summary)]
+
+
+def _totals(summary: Summary) -> Iterator[Line]:
+    totals = summary.totals
+    wanted = totals.scenarios + len(summary.not_run)
+    rows = [
+        ("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN),
+        ("VMRUNs checked", f"{totals.vmruns:,}", "", PLAIN),
+        ("probes checked", f"{totals.probes:,}", "", PLAIN),
+        ("table bytes compared", f"{totals.table_bytes_compared:,}", "", PLAIN),
+        ("divergences: new", f"{totals.divergences_new:,}", "", BAD if totals.divergences_new else GOOD),
+        ("divergences: known", f"{totals.divergences_known:,}", "", KNOWN if totals.divergences_known else PLAIN),
+        ("seconds", f"{totals.seconds:,.2f}", "", PLAIN),
+    ]
+    column = max(len(figure) for _, figure, _, _ in rows)
+    for name, figure, note, style in rows:
+        yield Span(f"  {name:22}"), Span(f"{figure:>{column}}", style), Span(f" {note}" if note else "")
+
+
+def _kinds(summary: Summary, width: int) -> list[Line]:
+    """New findings by their sort, the most frequent first, each with a scenario that shows it."""
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for result in summary.results:
+        for finding in findings(result.divergences):
+            if finding.is_new(summary.strict):
+                what = kind(finding)
+                counts[what] += 1
+                example.setdefault(what, result.scenario)
+    if not counts:
+        return []
+    lines = [line(""), line("What differs", HEAD)]
+    for what, count in counts.most_common(KINDS):
+        lines += wrap(f"{what}; first in {example[what]}", width, f"  {count:>6,}  ")
+    if len(counts) > KINDS:
+        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(KINDS))
+        lines.append(line(f"  {rest:>6,}  of other sorts", DIM))
+    return lines
+
+
+def _known_heading(summary: Summary) -> str:
+    return "Known errata (counted as new: --strict)" if summary.strict else "Known errata"
+
+
+def _known(known: Known, width: int) -> list[Line]:
+    erratum = known.erratum
+    where = f"{known.scenarios} scenario{'' if known.scenarios == 1 else 's'}"
+    head = (Span(f"  {known.count:>6,}  "), Span(erratum.id, KNOWN), Span(f"  in {where}{_versions(known)}", DIM))
+    indent = " " * 10
+    lines = [head, *wrap(erratum.title, width, indent)]
+    lines += wrap(" ".join(erratum.explanation.split()), width, indent, style=DIM) if erratum.explanation else []
+    lines += wrap(" ".join(erratum.reference.split()), width, f"{indent}see ", style=DIM) if erratum.reference else []
+    return lines
+
+
+def _versions(known: Known) -> str:
+    """The machine and the versions that an erratum is of: `; qemu-tcg 7.2 to 10.0`."""
+    erratum = known.erratum
+    since, until = (".".join(map(str, v)) if v is not None else "" for v in (erratum.since, erratum.until))
+    span = f" {since} to {until}" if since and until else f" from {since} on" if since else f" up to {until}"
+    return f"; {erratum.machine}{span if since or until else ''}" if erratum.machine else ""
+
+
+def _verdict(summary: Summary) -> Line:
+    totals = summary.totals
+    if totals.divergences_new:
+        failed = sum(any(is_new(d, summary.strict) for d in result.divergences) for result in summary.results)
+        what = "new divergence" if totals.divergences_new == 1 else "new divergences"
+        text, style = f"{totals.divergences_new:,} {what} in {failed:,} of {totals.scenarios:,} scenarios", BAD
+        if summary.lost:
+            text += ", and the machine was lost"
+    elif summary.lost:
+        text, style = "no new divergence, but the machine was lost", BAD
+    elif summary.not_run:
+        text, style = "no new divergence, but not all scenarios were run", BAD
+    elif totals.divergences_known:
+        text, style = "agreed, but for known errata", GOOD
+    else:
+        text, style = "agreed", GOOD
+    return line(text, style)

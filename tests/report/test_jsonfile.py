@@ -1,0 +1,90 @@
+"""The `--json` object: its names, its values, its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import MachineLost, UsageError
+from harness.report import jsonfile
+from harness.report.output import MIN_FREE
+from tests.report.cases import NAME, divergence, result
+from tests.report.test_summary import summary
+
+
+def document(**values: Any) -> Any:
+    return json.loads(jsonfile.text(summary(**values)))
+
+
+def test_names() -> None:
+    one = document()
+    assert list(one) == ["machine", "totals", "divergences", "lost"]
+    assert list(one["totals"]) == ["scenarios", "vmruns", "probes", "table_bytes_compared", "divergences_new",
+                                   "divergences_known", "seconds"]
+    names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]
+    assert [list(d) for d in one["divergences"]] == [names] * 5
+
+
+def test_totals() -> None:
+    assert document()["totals"] == {
+        "scenarios": 2, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192, "divergences_new": 2,
+        "divergences_known": 3, "seconds": 2.5,
+    }
+
+
+def test_machine() -> None:
+    machine = document()["machine"]
+    assert (machine["machine"], machine["qemu_version"], machine["cpu_model"]) == ("tcg", "7.2.22", "max")
+    assert machine["features"] == ["nx", "page1g"]
+    assert document(identity=None)["machine"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0x0"), ((1 << 64) - 1, "0xffffffffffffffff"), ("unchanged", "unchanged"), ("#PF 0x3 (P|W) at gVA 0x1",) * 2],
+)
+def test_values_are_strings(value: int | str, text: str) -> None:
+    """53 bits are all that many readers keep of a number."""
+    one = document(results=[result(divergence(expected=value, observed=value))])["divergences"][0]
+    assert one["expected"] == one["observed"] == text
+
+
+def test_a_divergence() -> None:
+    values: dict[str, Any] = {"op": 3, "probe": -1, "check": "C3", "field": "l1.cr4", "rule": "exit.host", "erratum": "e1"}
+    one = divergence(expected=0x20, observed=0xA0, **values)
+    assert document(results=[result(one)])["divergences"] == [
+        {"scenario": NAME, "expected": "0x20", "observed": "0xa0"} | values
+    ]
+    assert document()["divergences"][0]["erratum"] is None
+
+
+def test_lost() -> None:
+    lost = MachineLost("gone", ["qemu", "-S"], "last \x1b words\udc80", "#1 ENTER, probe 0")
+    assert document(results=[result(lost=lost)])["lost"] == [{
+        "scenario": NAME, "reason": "gone", "argv": ["qemu", "-S"], "log": "last \x1b words\udc80",
+        "last_record": "#1 ENTER, probe 0",
+    }]
+    assert document()["lost"] == []
+
+
+def test_one_divergence_a_line() -> None:
+    """So that a diff of two files is one of divergences."""
+    lines = jsonfile.text(summary()).splitlines()
+    assert sum(line.startswith('  {"scenario": ') for line in lines) == 5
+    assert '"divergences": []' in jsonfile.text(summary(results=[]))
+
+
+def test_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    jsonfile.check(path)
+    jsonfile.write(path, summary())
+    assert json.loads(path.read_text()) == document()
+    assert len(path.read_bytes()) < MIN_FREE
+
+
+def test_check(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--json .*/missing/x.json: there is no folder"):
+        jsonfile.check(tmp_path / "missing" / "x.json")
