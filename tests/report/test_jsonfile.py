@@ -53,7 +53,9 @@ def test_values_are_strings(value: int | str, text: str) -> None:
 
 
 def test_a_divergence() -> None:
-    values: dict[str, Any] = {"op": 3, "probe": -1, "check": "C3", "field": "l1.cr4", "rule": "exit.host", "erratum": "e1"}
+    values: dict[str, Any] = {
+        "op": 3, "probe": -1, "check": "C3", "field": "l1.cr4", "rule": "exit.host", "erratum": "e1",
+    }
     one = divergence(expected=0x20, observed=0xA0, **values)
     assert document(results=[result(one)])["divergences"] == [
         {"scenario": NAME, "expected": "0x20", "observed": "0xa0"} | values
