@@ -133,7 +133,7 @@ def load(vmcb: Vmcb) -> Registers:
     return regs
 
 
-def _format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
+def table_format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
     """The tables that these registers select (sections 5.2 and 5.3); None with paging off."""
     if not cr0 & CR0.PG:
         return None
@@ -155,9 +155,9 @@ def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
     CR0.WP and CR4.SMAP have no part in it, its CR4.SMEP only in whether a fetch is reported as one
     (sections 15.25.3, 15.25.5 and 15.25.7).
     """
-    nested = _format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
+    nested = table_format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
     return Paging(
-        guest=_format(regs.cr0, regs.cr4, regs.efer, cpu),
+        guest=table_format(regs.cr0, regs.cr4, regs.efer, cpu),
         gcr3=regs.cr3,
         wp=bool(regs.cr0 & CR0.WP),
         smep=bool(regs.cr4 & CR4.SMEP),

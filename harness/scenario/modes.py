@@ -1,12 +1,13 @@
-"""The modes that L2 can be in, and where things lie in each."""
+"""The modes that L2 can be in, and where things lie in each; the modes that L1 can be in at VMRUN."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, Cpu
+from harness.model.vmrun import Host
 
 _LONG_EFER: Final = EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
 _CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET | CR0.PE
@@ -76,3 +77,41 @@ MODES: Final = {
     )
 }
 """By the name that scenario files use: the format of L2's tables, or `off` for protected mode without paging."""
+
+
+@dataclass(frozen=True)
+class HostMode:
+    """A mode that L1 executes VMRUN in, and so the format of its nested tables (section 15.25.3).
+
+    L1's registers are those it has in 4-level paging, with bits set and cleared. `wire` is its name for L1.
+    """
+
+    name: str
+    wire: str
+    pages: tuple[str, ...]
+    cr4_set: int = 0
+    cr4_clear: int = 0
+    efer_clear: int = 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its tables translate gPAs of 32 bits only."""
+        return bool(self.efer_clear)
+
+    def registers(self, host: Host) -> Host:
+        """L1's registers at VMRUN, where `host` are those of 4-level paging."""
+        return replace(
+            host, cr4=(host.cr4 | self.cr4_set) & ~self.cr4_clear, efer=host.efer & ~self.efer_clear
+        )
+
+
+HOST_MODES: Final = {
+    mode.name: mode
+    for mode in (
+        HostMode("4-level", "long4", ("4K", "2M", "1G")),
+        HostMode("5-level", "long5", ("4K", "2M", "1G"), cr4_set=CR4.LA57),
+        HostMode("PAE", "pae", ("4K", "2M"), efer_clear=EFER.LME | EFER.LMA),
+        HostMode("32-bit", "legacy", ("4K", "4M"), CR4.PSE, CR4.PAE, EFER.LME | EFER.LMA),
+    )
+}
+"""By the name that scenario files use."""

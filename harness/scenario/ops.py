@@ -105,6 +105,8 @@ class Scenario:
     ops: tuple[Op, ...]
     guest: str = DEFAULT_MODE
     """L2's mode: a name of harness.scenario.modes.MODES."""
+    nested: str = DEFAULT_MODE
+    """L1's mode at VMRUN: a name of harness.scenario.modes.HOST_MODES."""
     guest_page: str = DEFAULT_PAGE_SIZE
     nested_page: str = DEFAULT_PAGE_SIZE
     source: str = ""

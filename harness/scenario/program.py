@@ -17,6 +17,7 @@ from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HO
 from harness.scenario.world import World, build
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
+from harness.wire import layout
 from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
 from harness.wire.program import Step, WireProbe, encode
 
@@ -59,7 +60,7 @@ class Compiler:
 
     def compile(self, scenario: ops.Scenario) -> Program:
         """Raises UsageError, with file and line, for what makes no sense on this CPU or image."""
-        world, prologue = self._world(scenario.guest, scenario.guest_page, scenario.nested_page)
+        world, prologue = self._world(scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page)
         body = _Body(self.image, world)
         for index, op in enumerate(scenario.ops):
             try:
@@ -87,6 +88,7 @@ def where(scenario: ops.Scenario, index: int) -> str:
 def _prologue(world: World) -> list[Step]:
     steps = [Step("RESET", a=world.vmcb_address, b=PAGE)]
     steps += [Step("HOST", HOST_REGISTERS[name], b=value) for name, value in _HOST.items()]
+    steps.append(Step("HOST_MODE", layout.HOST_MODES[world.host_mode.wire]))
     steps += [Step("WATCH", a=page) for page in world.watch]
     steps += [Step("WRITE", 8, address, value) for address, value in world.words.items()]
     for name, value in world.vmcb.items():
