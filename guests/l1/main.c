@@ -124,6 +124,41 @@ static void touch(uint64_t *page)
 	}
 }
 
+static void reset(void)
+{
+	for (uint32_t i = 0; i < touched_count; i++) {
+		uint64_t *page = touched[i];
+
+		if (in_data(page))
+			for (int w = 0; w < PAGE / 8; w++)
+				page[w] = tag(page + w);
+		else
+			fill64(page, 0, PAGE);
+		copy64(mirror(page), page, PAGE);
+		is_touched[page_index(page)] = 0;
+	}
+	touched_count = 0;
+	watched_count = 0;
+}
+
+static void write(uint64_t address, uint64_t value, uint32_t width)
+{
+	volatile void *p = (volatile void *)address;
+
+	switch (width) {
+	case 1: *(volatile uint8_t *)p = value; break;
+	case 2: *(volatile uint16_t *)p = value; break;
+	case 4: *(volatile uint32_t *)p = value; break;
+	default: *(volatile uint64_t *)p = value; break;
+	}
+	if (has_mirror((void *)address)) {
+		uint64_t *word = (uint64_t *)(address & -8ull);
+
+		*mirror(word) = *(volatile uint64_t *)word;
+		touch((uint64_t *)(address & -(uint64_t)PAGE));
+	}
+}
+
 static inline uint64_t read_cr4(void)
 {
 	uint64_t value;
@@ -170,43 +205,10 @@ static void vmrun(uint64_t vmcb)
 	l1_vmrun_legacy(vmcb);
 }
 
-static void reset(void)
-{
-	for (uint32_t i = 0; i < touched_count; i++) {
-		uint64_t *page = touched[i];
-
-		if (in_data(page))
-			for (int w = 0; w < PAGE / 8; w++)
-				page[w] = tag(page + w);
-		else
-			fill64(page, 0, PAGE);
-		copy64(mirror(page), page, PAGE);
-		is_touched[page_index(page)] = 0;
-	}
-	touched_count = 0;
-	watched_count = 0;
-}
-
-static void write(uint64_t address, uint64_t value, uint32_t width)
-{
-	volatile void *p = (volatile void *)address;
-
-	switch (width) {
-	case 1: *(volatile uint8_t *)p = value; break;
-	case 2: *(volatile uint16_t *)p = value; break;
-	case 4: *(volatile uint32_t *)p = value; break;
-	default: *(volatile uint64_t *)p = value; break;
-	}
-	if (has_mirror((void *)address)) {
-		uint64_t *word = (uint64_t *)(address & -8ull);
-
-		*mirror(word) = *(volatile uint64_t *)word;
-		touch((uint64_t *)(address & -(uint64_t)PAGE));
-	}
-}
-
 static void set_host(uint32_t reg, uint64_t value)
 {
+	if (reg == TW_HOST_CR4 && host_mode == TW_HOST_MODE_LONG5)
+		value |= CR4_LA57;
 	switch (reg) {
 	case TW_HOST_CR0: __asm__ volatile("mov %0, %%cr0" : : "r"(value) : "memory"); break;
 	case TW_HOST_CR4: __asm__ volatile("mov %0, %%cr4" : : "r"(value) : "memory"); break;

@@ -41,9 +41,17 @@ def _pae_pdpte(fmt: Format, level: Level) -> Level:
     return level._replace(reserved_table=level.reserved_table & ~0x1E6, accessed=A)
 
 
+def _no_legacy_nested(paging: Paging) -> Paging:
+    """Nested tables in the format of 32-bit paging are not walked: a gPA is taken for the sPA."""
+    if paging.nested is None or paging.nested.name != "32-bit":
+        return paging
+    return paging._replace(nested=None)
+
+
 QUIRKS: Final[dict[str, Callable[[Paging], Paging]]] = {
     "pml4e-bit-8": _both(_pml4e_bit_8),
     "pae-pdpte": _both(_pae_pdpte),
+    "no-legacy-nested": _no_legacy_nested,
 }
 
 

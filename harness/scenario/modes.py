@@ -63,7 +63,7 @@ def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str,
 
 
 _OWN_LONG: Final = 511 << 39 | 496 << 30 | 12 << 21 | 0x40 << 12
-_OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
+OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
 
 MODES: Final = {
     mode.name: mode
@@ -71,8 +71,8 @@ MODES: Final = {
         _mode("4-level", CR4.PAE, _LONG_EFER, 90 << 39 | 316 << 30, _NEGATIVE | _OWN_LONG, ("4K", "2M", "1G")),
         _mode("5-level", CR4.PAE | CR4.LA57, _LONG_EFER, 171 << 48 | 90 << 39 | 316 << 30,
               0xFF << 56 | 511 << 48 | _OWN_LONG, ("4K", "2M", "1G")),
-        _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "2M")),
-        _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "4M")),
+        _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "2M")),
+        _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "4M")),
         _mode("off", 0, EFER.SVME, 0, 0, ("4K",), cr0=0),
     )
 }

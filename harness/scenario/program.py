@@ -87,8 +87,8 @@ def where(scenario: ops.Scenario, index: int) -> str:
 
 def _prologue(world: World) -> list[Step]:
     steps = [Step("RESET", a=world.vmcb_address, b=PAGE)]
-    steps += [Step("HOST", HOST_REGISTERS[name], b=value) for name, value in _HOST.items()]
     steps.append(Step("HOST_MODE", layout.HOST_MODES[world.host_mode.wire]))
+    steps += [Step("HOST", HOST_REGISTERS[name], b=value) for name, value in _HOST.items()]
     steps += [Step("WATCH", a=page) for page in world.watch]
     steps += [Step("WRITE", 8, address, value) for address, value in world.words.items()]
     for name, value in world.vmcb.items():

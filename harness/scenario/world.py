@@ -141,7 +141,8 @@ def build(
         slots = {"code": P, "code3": P | US, "mailbox": P | RW, "mailbox3": RIGHTS} | dict.fromkeys(
             (*names, *SYSTEM), P | RW)
         for number, (name, bits) in enumerate(slots.items()):
-            aliases[name] = mode.own + (number << 12)
+            # an L1 in a 32-bit mode hands L2 an address of 32 bits
+            aliases[name] = (modes.OWN_SHORT if host_mode.narrow else mode.own) + (number << 12)
             own_tables = [gpa[f"own{n}"] for n in range(1, len(names))]
             tables.map(aliases[name], gpa[name.removesuffix("3")], 12, "", bits | KEPT, RIGHTS | KEPT >> 1, own_tables)
     else:
