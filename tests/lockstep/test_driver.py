@@ -173,3 +173,26 @@ def test_the_walk_is_attached_with_the_machines_view(image: Image, cpu: Cpu, com
 
 def test_a_library_is_there() -> None:
     assert Path(LIBRARY).is_dir()
+
+
+def test_a_machine_that_ruins_the_tables_is_no_wrong_use(image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
+    """The model goes on from what the machine wrote, even where that makes the rest of the program
+    meaningless: it is the machine's divergence, not a UsageError of the scenario's author."""
+    program = compiler.compile(one("read a", run("read b"), run("read c")))
+    entry = program.world.entries["nested.b.pte"]
+
+    class Ruins(Plant):
+        def after_run(self, fake: FakeMachine, out: Prediction) -> None:
+            if fake.runs == 1:
+                fake.memory.cast("Q")[entry >> 3] = 0x7F_FFFF_F007
+
+        def predict(self, fake: FakeMachine, step: object, first: int) -> Prediction:
+            words = fake.memory.cast("Q")
+            kept, words[entry >> 3] = words[entry >> 3], program.world.words[entry]
+            out = super().predict(fake, step, first)  # type: ignore[arg-type]
+            words[entry >> 3] = kept | 0x20 if out.next_probe else kept
+            return out
+
+    bad, good = run_on_fake(image, cpu, twin, [program, compiler.compile(one("read a"))], Ruins())
+    assert any(d.check == "C2" and d.field.startswith(f"entry at sPA {entry:#x}") for d in bad.divergences)
+    assert good.divergences == [] and good.lost is None

@@ -1,0 +1,237 @@
+"""A rule of the model is changed, and real guests under QEMU must disagree: with the right check and field.
+
+This shows, rule by rule, that the library and the checks would notice: what is wrong between model and
+machine shows whichever of the two it is in. Where stock QEMU itself is known to be wrong, its own
+divergences (the same without the change) are set aside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from harness.lockstep import twin as twin_module
+from harness.lockstep.compare import Divergence
+from harness.lockstep.driver import Lockstep, Result
+from harness.machine import tcg
+from harness.run import Outcome
+from harness.scenario import files
+from harness.scenario.ops import Scenario
+from harness.scenario.program import Compiler
+from tests.conftest import LIBRARY
+from tests.quality.mutants import plant
+from tests.scenario.texts import one, run
+
+pytestmark = pytest.mark.guest
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in harness.`module`; `scenarios` are files of the library, or a scenario; a
+    divergence of `check` in a field that begins with `field` must come of it."""
+
+    module: str
+    old: str
+    new: str
+    scenarios: tuple[str | Scenario, ...]
+    check: str
+    field: str
+    number: int = 1
+
+
+NO_NXE: Final = 'vmcb = "efer"\nclear = ["nxe"]'
+NO_HOST_NXE: Final = 'host = "efer"\nclear = ["nxe"]'
+ALL: Final = run("read a; write a; fetch a+8")
+
+
+def set_bits(entry: str, *bits: str) -> str:
+    return f'entry = "{entry}"\nset = {list(bits)}'.replace("'", '"')
+
+
+def clear_bits(entry: str, *bits: str) -> str:
+    return f'entry = "{entry}"\nclear = {list(bits)}'.replace("'", '"')
+
+
+MUTANTS: Final[dict[str, Mutant]] = {
+    # permissions
+    "nested U/S ignored": Mutant(
+        "model.walk", 'if not rights & US:\n        raise _nested_fault("user"',
+        'if False:\n        raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
+    "nested R/W ignored": Mutant(
+        "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1", "outcome"),
+    "nested NX ignored": Mutant(
+        "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/nested-no-execute",), "C1", "outcome"),
+    "guest tables are only read": Mutant(
+        "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
+        ("walk/table-read-only",), "C1", "outcome"),
+    "guest tables are supervisor accesses that nested U/S spares": Mutant(
+        "model.walk", "    if not rights & US:\n        raise _nested", "    if purpose == FINAL and not rights & US:\n"
+        "        raise _nested", ("walk/table-supervisor",), "C1", "outcome"),
+    "only the nested leaf's rights count": Mutant(
+        "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/nested-read-only",), "C1", "outcome"),
+    "only the guest leaf's rights count": Mutant(
+        "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/guest-read-only",), "C1", "outcome", 2),
+    "guest U/S ignored": Mutant(
+        "model.walk", "    if user:\n        if not rights & US:", "    if user:\n        if False:",
+        ("walk/guest-supervisor",), "C1", "outcome"),
+    "guest NX ignored": Mutant(
+        "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome", 2),
+    "CR0.WP taken for set": Mutant(
+        "model.walk", "if write and paging.wp and not", "if write and not",
+        (one('vmcb = "cr0"\nclear = ["wp"]', clear_bits("guest.a.pte", "rw"), ALL),), "C1", "outcome"),
+    "SMEP ignored": Mutant(
+        "model.walk", "if fetch and paging.smep:", "if False:",
+        (one('vmcb = "cr4"\nset = ["smep"]', ALL),), "C1", "outcome"),
+    "SMAP ignored": Mutant(
+        "model.walk", "if paging.smap and not fetch and not paging.ac:", "if False:",
+        (one('vmcb = "cr4"\nset = ["smap"]', ALL),), "C1", "outcome"),
+    "SMAP: RFLAGS.AC ignored": Mutant(
+        "model.walk", "if paging.smap and not fetch and not paging.ac:", "if paging.smap and not fetch:",
+        (one('vmcb = "cr4"\nset = ["smap"]', 'vmcb = "rflags"\nset = ["ac"]', ALL),), "C1", "outcome"),
+    "not canonical, and walked": Mutant(
+        "model.walk", "if address_bits > 32 and", "if False and", ("walk/non-canonical",), "C1", "outcome"),
+    # addresses
+    "EXITINFO2 is a page": Mutant(
+        "model.walk", "NestedPageFault(code, gpa)", "NestedPageFault(code, gpa & ~0xFFF)",
+        ("walk/npf-addresses",), "C1", "exitinfo2"),
+    "#PF reports the page": Mutant(
+        "model.walk", "PageFault(code, gva)", "PageFault(code, gva & ~0xFFF)", ("walk/fault-addresses",), "C1",
+        "exitinfo2"),
+    "offset of a nested large page": Mutant(
+        "model.walk", "return frame | gpa & offset", "return frame | gpa & offset ^ offset & 0x1000",
+        ("large/offsets-2m",), "C1", "value"),
+    "offset of a guest large page": Mutant(
+        "model.walk", "return frame | gva & offset", "return frame | gva & offset ^ offset & 0x1000",
+        ("large/offsets-2m",), "C1", ""),
+    # what is reported
+    "EXITINFO1 without U": Mutant(
+        "model.walk", "code |= ErrorCode.U | (", "code |= (", ("walk/nested-not-present",), "C1", "exitinfo1"),
+    "EXITINFO1 bits 32 and 33 swapped": Mutant(
+        "model.walk", "if purpose == FINAL else", "if purpose != FINAL else", ("walk/table-not-present",), "C1",
+        "exitinfo1"),
+    "#PF without W": Mutant(
+        "model.walk", "    if write:\n        code |= ErrorCode.W", "    if False:\n        code |= ErrorCode.W",
+        ("walk/guest-read-only",), "C1", "exitinfo1"),
+    "#PF without U": Mutant(
+        "model.walk", "    if user:\n        code |= ErrorCode.U", "    if False:\n        code |= ErrorCode.U",
+        ("walk/guest-supervisor",), "C1", "exitinfo1"),
+    "#PF without I/D": Mutant(
+        "model.walk", "if fetch and paging.guest_id:", "if False:", ("walk/guest-no-execute",), "C1", "exitinfo1"),
+    "#NPF without I/D": Mutant(
+        "model.walk", "if fetch and paging.nested_id:", "if False:", ("walk/nested-no-execute",), "C1", "exitinfo1"),
+    "permission fault without P": Mutant(
+        "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)',
+        'raise _nested_fault("write", paging, gpa, access, purpose, 0)', ("walk/nested-read-only",), "C1", "exitinfo1"),
+    # accessed and dirty
+    "A of a guest table entry not set": Mutant(
+        "model.walk", "updates.append((address, accessed, TABLE))", "pass", ("ad/first-access",), "C2", "entry", 2),
+    "A of a nested table entry not set": Mutant(
+        "model.walk", "updates.append((address, accessed, TABLE))", "pass", ("ad/first-access",), "C2", "entry"),
+    "D of the guest's leaf not set": Mutant(
+        "model.walk", "updates.append((address, A | D if write else A, PAGE))", "updates.append((address, A, PAGE))",
+        ("ad/first-access",), "C2", "entry"),
+    "D of the nested leaf not set": Mutant(
+        "model.walk", "updates.append((address, A | D if write else A, TABLE))", "updates.append((address, A, TABLE))",
+        ("ad/first-access",), "C2", "entry"),
+    "D set by reads": Mutant(
+        "model.walk", "updates.append((address, A | D if write else A, PAGE))", "updates.append((address, A | D, PAGE))",
+        ("ad/first-access",), "C2", "entry"),
+    "nothing set where a walk faults": Mutant(
+        "model.dirty", "    if not faulted:\n        return list(updates), []",
+        "    if faulted:\n        return [], []\n    if not faulted:\n        return list(updates), []",
+        ("ad/cut-short-guest",), "C2", "entry"),
+    "A cleared by a walk": Mutant(
+        "model.dirty", "new = old | bits <<", "new = old & ~0x20 | (bits & ~0x20) <<", ("ad/first-access",), "C2", "entry"),
+    # formats
+    "PDPE bit 8 reserved": Mutant(
+        "model.entries", 'Level("pdpte", 30, PS if page1g else 0, high |', 'Level("pdpte", 30, PS if page1g else 0, G | high |',
+        (one(set_bits("nested.a.pdpte", "g"), ALL), one(set_bits("guest.a.pdpte", "g"), ALL)), "C1", "outcome"),
+    "2M: low frame bits free": Mutant(
+        "model.entries", 'Level("pde", 21, PS, high, high | _below(21))', 'Level("pde", 21, PS, high, high)',
+        ("large/nested-2m-low-frame", "large/guest-2m-low-frame"), "C1", "outcome"),
+    "1G: low frame bits free": Mutant(
+        "model.entries", "high | _below(30)", "high", ("large/nested-1g-low-frame", "large/guest-1g-low-frame"), "C1",
+        "outcome"),
+    "PAT of a large page reserved": Mutant(
+        "model.entries", "& FRAME & ~PAT_LARGE", "& FRAME",
+        (one(set_bits("nested.a.pde", "pat"), ALL, head='nested_page = "2M"\n'),), "C1", "outcome"),
+    "one address bit too many": Mutant(
+        "model.entries", "(1 << maxphyaddr) - 1", "(2 << maxphyaddr) - 1",
+        (one(set_bits("guest.b.pte", "bit40"), run("read a; read b; fetch b")),), "C1", "outcome"),
+    "NX free without EFER.NXE": Mutant(
+        "model.entries", "(0 if nxe else NX)", "0", (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
+    "L2's EFER.NXE rules the nested dimension": Mutant(
+        "model.vmrun", "nested = _format(host.cr0, host.cr4, host.efer, cpu)",
+        "nested = _format(host.cr0, host.cr4, regs.efer, cpu)",
+        (one(NO_NXE, set_bits("nested.a.pte", "nx"), ALL),), "C1", "outcome"),
+    "L1's EFER.NXE rules the guest dimension": Mutant(
+        "model.vmrun", "guest=_format(regs.cr0, regs.cr4, regs.efer, cpu)",
+        "guest=_format(regs.cr0, regs.cr4, host.efer, cpu)",
+        (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
+    # VMRUN and #VMEXIT
+    "ASID 0 accepted": Mutant(
+        "model.vmrun", 'if not vmcb["asid"]:', "if False:", (one('vmcb = "asid"\nvalue = 0', ALL),), "C3", "outcome"),
+    "VMRUN intercept not needed": Mutant(
+        "model.vmrun", 'if not vmcb["intercept_misc2"] & MISC2_VMRUN:', "if False:",
+        (one('vmcb = "intercept_misc2"\nclear = ["bit0"]', ALL),), "C3", "outcome"),
+    "CR0.NW without CD accepted": Mutant(
+        "model.vmrun", "if cr0 & CR0.NW and not cr0 & CR0.CD:", "if False:",
+        (one('vmcb = "cr0"\nset = ["nw"]', ALL),), "C3", "outcome"),
+    "EFER.SVME not needed": Mutant(
+        "model.vmrun", "if not efer & EFER.SVME:", "if False:", (one('vmcb = "efer"\nclear = ["svme"]', ALL),), "C3",
+        "outcome"),
+    "any ASID but 5 refused": Mutant(
+        "model.vmrun", 'if not vmcb["asid"]:', 'if vmcb["asid"] == 5:', (one(ALL),), "C3", "outcome"),
+    "RAX not saved": Mutant(
+        "model.vmrun", 'if name != "g_pat" or', 'if name != "rax" and name != "g_pat" or name == "g_pat" and',
+        (one(run("read a")),), "C3", "rax"),
+    "CR2 written by an intercepted #PF": Mutant(
+        "lockstep.l2", "if not self.intercepted(events.PF):", "if True:", ("faults/cr2-kept",), "C3", "cr2"),
+    "EXITINTINFO kept from the last exit": Mutant(
+        "lockstep.twin", "leave.event.exitintinfo if leave.event is not None else 0", "1 << 31 | 0x30E",
+        (one(run("read a")),), "C3", "exitintinfo"),
+    "DR6 of L1 restored": Mutant(
+        "lockstep.twin", '"dr6": l2.regs.dr6', '"dr6": 0xFFFF4FF0', (one(run("read a")),), "C3", "l1.dr6"),
+}
+
+
+def _scenarios(wanted: tuple[str | Scenario, ...]) -> list[Scenario]:
+    out: list[Scenario] = []
+    for each in wanted:
+        out += files.read(LIBRARY / f"{each}.toml") if isinstance(each, str) else [each]
+    return out
+
+
+def _run(machine: tcg.TcgMachine, scenarios: list[Scenario]) -> list[Result]:
+    compiler = Compiler(machine.image, machine.cpu)
+    twin = twin_module.Twin(machine.image, machine.cpu, tcg.LIBERTIES)  # a planted one, if there is one
+    return list(Lockstep(machine, machine.channel, twin, strict=True).run(map(compiler.compile, scenarios)))
+
+
+def _key(divergence: Divergence) -> tuple[object, ...]:
+    return divergence.scenario, divergence.op, divergence.probe, divergence.check, divergence.field, divergence.expected
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_rule_is_found(name: str, machine: tcg.TcgMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS[name]
+    scenarios = _scenarios(mutant.scenarios)
+    stock = {_key(d) for r in _run(machine, scenarios) for d in r.divergences}
+    plant(monkeypatch, mutant.module, mutant.old, mutant.new, mutant.number)
+    results = _run(machine, scenarios)
+    for result in results:
+        assert result.lost is None
+        result.divergences = [d for d in result.divergences if _key(d) not in stock]
+    found = [d for r in results for d in r.divergences]
+    assert any(d.check == mutant.check and d.field.startswith(mutant.field) for d in found), (
+        sorted({(d.check, d.field) for d in found}))
+    assert Outcome(results=results).exit_code() == 1
+    monkeypatch.undo()
+    assert {_key(d) for r in _run(machine, scenarios) for d in r.divergences} == stock
+
+
+def test_there_are_enough() -> None:
+    assert len(MUTANTS) >= 25
+    assert {m.check for m in MUTANTS.values()} == {"C1", "C2", "C3"}
