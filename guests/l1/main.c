@@ -417,6 +417,8 @@ static uint64_t features(void)
 	cpuid(0x80000001, &a, &b, &c, &d);
 	have |= d >> 20 & 1 ? TW_FEATURE_NX : 0;
 	have |= d >> 26 & 1 ? TW_FEATURE_PAGE1G : 0;
+	have |= d >> 25 & 1 ? TW_FEATURE_FFXSR : 0;
+	have |= c >> 17 & 1 ? TW_FEATURE_TCE : 0;
 	cpuid(0x8000000a, &a, &b, &c, &d);
 	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
 	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import with_quirks
+from harness.lockstep.quirks import on_paging
 from harness.model import vmrun
 from harness.model.dirty import Liberties
 from harness.model.memory import Memory
@@ -84,6 +84,10 @@ class State:
         """Note that the quadword at `address` is not what it was at first."""
         self._touched[address] = None
 
+    def touched_data(self) -> list[int]:
+        """Quadwords of data pages that were written, though nobody watches their page."""
+        return [a for a in self._touched if a in self.image.data and a & ~0xFFF not in self.watched]
+
     def changed(self, out: Prediction, address: int, old: int) -> None:
         """Note that L2, or a walk of it, changed the quadword at `address` from `old`."""
         out.old.setdefault(address, old)
@@ -99,7 +103,7 @@ class State:
                self.host.efer, self.host.cr4, self.host_mode.name, self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = with_quirks(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), self.quirks)
+            found = on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), self.quirks)
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found

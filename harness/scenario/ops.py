@@ -69,7 +69,8 @@ class Probe:
     size: int = 0
     """Bytes; 0 is the widest that L2's mode has."""
     value: int | str | None = None
-    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared."""
+    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared; an
+    ENTRY of `vmcb.FIELD` is a field of the VMCB."""
 
     def __str__(self) -> str:
         size = str(self.size) if self.size else ""

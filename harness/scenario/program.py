@@ -30,8 +30,8 @@ _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
-VMCB_BITS: Final = {name: REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
-    "intercept_exceptions": {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
+VMCB_BITS: Final = {name: BITS | REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
+    "intercept_exceptions": BITS | {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
 }
 
 
@@ -154,7 +154,7 @@ class _Body:
 
     def _host(self, index: int, op: ops.HostOp) -> None:
         number = _lookup(HOST_REGISTERS, op.register, "register of L1")
-        new = _change(op.change, self.host[op.register], REGISTER_BITS.get(op.register, BITS))
+        new = _change(op.change, self.host[op.register], BITS | REGISTER_BITS.get(op.register, {}))
         self.host[op.register] = new
         self.steps.append(Step("HOST", number, b=new, origin=index))
 
@@ -198,11 +198,17 @@ class _Body:
         return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
 
     def _entry_value(self, text: str) -> int:
-        """`&ENTRY[+BIT][-BIT]`: see `ops.Probe.value`."""
+        """`&ENTRY[+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`: see `ops.Probe.value`."""
         name, *changes = re.split(r"(?=[+-])", text[1:])
-        value = self._entry_now(name)
+        bits = BITS
+        if name.startswith("vmcb."):
+            name = name.removeprefix("vmcb.")
+            value = _lookup(self.vmcb, name, "VMCB field")
+            bits = VMCB_BITS.get(name, BITS)
+        else:
+            value = self._entry_now(name)
         for change in changes:
-            bit = _lookup(BITS, change[1:], "bit")
+            bit = _lookup(bits, change[1:], "bit")
             value = value | bit if change[0] == "+" else value & ~bit
         return value
 

@@ -230,5 +230,5 @@ PROBES = {
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
-            "fsgsbase", "xsave", "cet")
+            "fsgsbase", "xsave", "cet", "ffxsr", "tce")
 """CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""
