@@ -71,7 +71,7 @@ def _first_verdict(target: Target) -> Figure:
 def _walks(twin: Twin, program: Program) -> Figure:
     """The model alone: two-dimensional walks of a page mapped by 4K pages in both dimensions."""
     twin.reset(program.world)
-    paging = vmrun.paging(vmrun.load(twin.vmcb), twin.vmcb, twin.host, twin.cpu)
+    paging = vmrun.paging(vmrun.load(twin.vmcb, twin.host), twin.vmcb, twin.host, twin.cpu)
     words, gva, access = twin.memory.words, program.world.gva["a"], Access()
     start = time.perf_counter()
     for _ in range(_WALKS):

@@ -117,6 +117,9 @@ l1_gdt:
 	.set L1_ES, 0x18
 	.globl L1_ES
 	.quad 0x00cf93000000ffff	/* the same data, so that ES can be told from DS and SS */
+	.set L1_CS32, 0x20
+	.globl L1_CS32
+	.quad 0x00cf9b000000ffff	/* 32-bit code */
 l1_gdt_end:
 	.balign 16
 	.globl l1_gdt_pointer, l1_idt_pointer
@@ -131,9 +134,13 @@ l1_idt_pointer:
 
 	.section .bss
 	.balign 4096
+	.globl l1_pml5, l1_pml4, l1_pae_pdpt, l1_legacy_pd, l1_pd
 l1_pml4:	.skip 4096
 l1_pdpt:	.skip 4096
 l1_pd:		.skip 4 * 4096
+l1_pml5:	.skip 4096		/* these three: the same map in the formats of the other modes */
+l1_pae_pdpt:	.skip 4096
+l1_legacy_pd:	.skip 4096
 l1_idt:		.skip 32 * 16
 		.balign 4096
 l1_stack:	.skip 16384

@@ -14,6 +14,11 @@ enum {
 	VMCB_RSP = 0x5d8,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
+	CR4_PSE = 1 << 4,
+	CR4_PAE = 1 << 5,
+	CR4_LA57 = 1 << 12,
+	EFER_LME = 1 << 8,
+	EFER_LMA = 1 << 10,
 	MSR_EFER = 0xc0000080,
 	MSR_PAT = 0x277,
 	MSR_VM_HSAVE_PA = 0xc0010117,
@@ -27,7 +32,12 @@ extern uint8_t tw_arena[], tw_arena_end[], tw_data[], tw_data_end[], tw_mirror_o
 extern struct tw_regs l1_regs;
 extern struct tw_host l1_host_before, l1_host_after;
 extern uint64_t l1_spin_rip;
+extern uint64_t l1_pml4[], l1_pml5[], l1_pd[], l1_pae_pdpt[];
+extern uint32_t l1_legacy_pd[];
+extern struct { uint64_t cr3, cr4, efer; } l1_legacy;
 void l1_vmrun(uint64_t vmcb);
+void l1_vmrun_legacy(uint64_t vmcb);
+void l1_switch(uint64_t cr3, uint64_t cr4);
 void l1_spin(uint64_t vmcb, uint64_t count);
 
 struct tw_shared tw_shared_page __attribute__((aligned(PAGE)));
@@ -149,8 +159,56 @@ static void write(uint64_t address, uint64_t value, uint32_t width)
 	}
 }
 
+static inline uint64_t read_cr4(void)
+{
+	uint64_t value;
+	__asm__ volatile("mov %%cr4, %0" : "=r"(value));
+	return value;
+}
+
+/* L1's paging at VMRUN, and so the format of its nested tables. */
+static uint32_t host_mode = TW_HOST_MODE_LONG4;
+
+static void set_host_mode(uint32_t mode)
+{
+	if ((mode == TW_HOST_MODE_LONG5) != (host_mode == TW_HOST_MODE_LONG5)) {
+		if (mode == TW_HOST_MODE_LONG5)
+			l1_switch((uint64_t)l1_pml5, read_cr4() | CR4_LA57);
+		else
+			l1_switch((uint64_t)l1_pml4, read_cr4() & ~(uint64_t)CR4_LA57);
+	}
+	host_mode = mode;
+}
+
+static void make_other_tables(void)
+{
+	l1_pml5[0] = (uint64_t)l1_pml4 | 3;
+	for (uint64_t i = 0; i < 4; i++)
+		l1_pae_pdpt[i] = ((uint64_t)l1_pd + i * PAGE) | 1;
+	for (uint64_t i = 0; i < 1024; i++)
+		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
+}
+
+static void vmrun(uint64_t vmcb)
+{
+	if (host_mode == TW_HOST_MODE_LONG4 || host_mode == TW_HOST_MODE_LONG5) {
+		l1_vmrun(vmcb);
+		return;
+	}
+	l1_legacy.efer = rdmsr(MSR_EFER) & ~(uint64_t)(EFER_LME | EFER_LMA);
+	l1_legacy.cr4 = read_cr4();
+	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt;
+	if (host_mode == TW_HOST_MODE_LEGACY) {
+		l1_legacy.cr4 = (l1_legacy.cr4 & ~(uint64_t)CR4_PAE) | CR4_PSE;
+		l1_legacy.cr3 = (uint64_t)l1_legacy_pd;
+	}
+	l1_vmrun_legacy(vmcb);
+}
+
 static void set_host(uint32_t reg, uint64_t value)
 {
+	if (reg == TW_HOST_CR4 && host_mode == TW_HOST_MODE_LONG5)
+		value |= CR4_LA57;
 	switch (reg) {
 	case TW_HOST_CR0: __asm__ volatile("mov %0, %%cr0" : : "r"(value) : "memory"); break;
 	case TW_HOST_CR4: __asm__ volatile("mov %0, %%cr4" : : "r"(value) : "memory"); break;
@@ -264,7 +322,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		fill_vmcb(record, op->a);
 		post(shared->lag);
 
-		l1_vmrun(op->a);
+		vmrun(op->a);
 
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
@@ -316,6 +374,9 @@ static void interpret(void)
 		case TW_OP_HOST:
 			set_host(op->arg, op->b);
 			break;
+		case TW_OP_HOST_MODE:
+			set_host_mode(op->arg);
+			break;
 		case TW_OP_RUN:
 			/* the checker posts an op whole and never across the ring's end */
 			run(op, (const struct tw_probe *)(op + 1), done);
@@ -356,6 +417,8 @@ static uint64_t features(void)
 	cpuid(0x80000001, &a, &b, &c, &d);
 	have |= d >> 20 & 1 ? TW_FEATURE_NX : 0;
 	have |= d >> 26 & 1 ? TW_FEATURE_PAGE1G : 0;
+	have |= d >> 25 & 1 ? TW_FEATURE_FFXSR : 0;
+	have |= c >> 17 & 1 ? TW_FEATURE_TCE : 0;
 	cpuid(0x8000000a, &a, &b, &c, &d);
 	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
 	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;
@@ -367,6 +430,7 @@ void l1_main(void)
 {
 	uint32_t a, b, c, d;
 
+	make_other_tables();
 	wrmsr(MSR_VM_HSAVE_PA, (uint64_t)tw_host_save);
 	cpuid(0x80000008, &a, &b, &c, &d);
 	shared->maxphyaddr = a & 0xff;

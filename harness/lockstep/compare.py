@@ -102,7 +102,7 @@ def _probes(context: Context, prediction: Prediction, record: Record) -> Iterato
             yield _at(context, prediction, index, "C1" if memory else "C3",
                       "value" if memory else context.probes[index].kind, want, got)
     if not same_course(prediction, record):
-        refusal = ExitCode.INVALID in (prediction.exitcode, record.exitcode)
+        refusal = prediction.refused or record.exitcode & 0xFFFF_FFFF == 0xFFFF_FFFF
         yield _at(context, prediction, done, "C3" if refusal else "C1", "outcome",
                   _predicted_outcome(prediction, done), _observed_outcome(record, done))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from harness.errors import MachineLost
+from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
@@ -16,7 +16,7 @@ from harness.lockstep.twin import Twin
 from harness.model.vmcb import ExitCode
 from harness.scenario.program import Program
 from harness.wire.channel import Channel
-from harness.wire.image import PAGE, Image, Region
+from harness.wire.image import PAGE, Image, Region, tag, tags
 from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
 from harness.wire.program import Step, WireProbe
 from harness.wire.records import Record
@@ -97,7 +97,13 @@ class Lockstep:
         twin.reset(program.world)
         for step in program.steps:
             if step.code == "RUN":
-                self._run(program, step, result)
+                try:
+                    self._run(program, step, result)
+                except UsageError as reason:
+                    if not result.divergences:
+                        raise  # the program itself makes no sense
+                    self._give_up(program, step, result, str(reason))
+                    return
             elif step.code == "SYNC":
                 self._sync(program, result)
             else:
@@ -122,13 +128,10 @@ class Lockstep:
             found = self._exit(context, prediction, record)
             if found:
                 found = explain(self._with_machine_view(found), self._errata)
-                if any(one.erratum is None for one in found) and (named := quirks_of(self._errata)):
-                    again = twin.predict_again(prediction, vmcb, step, tuple(named))
-                    left = explain(self._exit(context, again, record), self._errata)
-                    if all(one.erratum for one in left):
-                        id_ = "+".join(named.values())
-                        found = [one if one.erratum else one.explained_by(id_) for one in found]
-                    prediction = again
+                if any(one.erratum is None for one in found):
+                    prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
+                    if blamed:
+                        found = [one if one.erratum else one.explained_by(blamed) for one in found]
                 self._add(result, found)
                 twin.adopt(prediction, record.diffs)
                 self._adopt_vmcb(record)
@@ -144,6 +147,20 @@ class Lockstep:
             first = next_probe + 1
             twin.resume(begun)
 
+    def _give_up(self, program: Program, step: Step, result: Result, reason: str) -> None:
+        """The machine has diverged into a state that the model does not cover: the rest of this program
+        is not checked, and that is said."""
+        context = self._context(program, step.origin, ())
+        self._add(result, [Divergence(context.scenario, context.op, -1, "C1", "course",
+                                      "one that can be followed", reason, "lockstep")])
+        while True:
+            self._channel.release()
+            if self._channel.next_record(self._machine.idle).kind == RECORDS["SYNC"]:
+                break
+        data = self._twin.image.data
+        self._machine.memory[data.start : data.end] = tags(data)
+        self._channel.release()
+
     def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
         start = self._twin.image.arena.start
         return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used))
@@ -156,6 +173,9 @@ class Lockstep:
         self._compare_live(program, context, result, "at the end", at_rest=True)
         data = self._twin.image.data
         self._compare_region(context, result, data.start, data.end, "at the end")
+        words = self._machine.memory.cast("Q")
+        for address in self._twin.touched_data():  # L1 resets only the pages it watches
+            words[address >> 3] = tag(address)
         self._channel.release()
 
     def _compare_live(
@@ -191,6 +211,28 @@ class Lockstep:
         if record.kind != RECORDS[kind]:
             raise self._machine.lost(f"L1 is out of step: it posted {record}, where {kind} was due")
         return record
+
+    def _try_quirks(
+        self, context: Context, prediction: Prediction, record: Record, vmcb: bytes, step: Step
+    ) -> tuple[Prediction, str]:
+        """The prediction as this machine's quirks make it, and the ids of those errata without which it
+        would fail; none if it fails with all of them, and then the prediction is as it was."""
+        quirks = quirks_of(self._errata)
+
+        def agrees(names: Iterable[str]) -> bool:
+            nonlocal prediction
+            prediction = self._twin.predict_again(prediction, vmcb, step, tuple(names))
+            return all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata))
+
+        if not quirks or not agrees(quirks):
+            agrees(())
+            return prediction, ""
+        needed = list(quirks)
+        for name in quirks:
+            if agrees([other for other in needed if other != name]):
+                needed.remove(name)
+        agrees(needed)
+        return prediction, "+".join(quirks[name] for name in needed)
 
     def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
         if record.diffs_found > MAX_DIFFS:

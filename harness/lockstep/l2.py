@@ -5,13 +5,14 @@ from __future__ import annotations
 from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, on_walk
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached
 from harness.model.events import Event
 from harness.model.registers import RFLAGS
-from harness.model.vmcb import ExitCode
-from harness.model.walk import Walk, translate
+from harness.model.vmcb import NP_ENABLE, ExitCode
+from harness.model.walk import GUEST, Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
 
@@ -39,7 +40,7 @@ class L2:
 
     def __init__(self, state: State, out: Prediction, step: Step) -> None:
         self.state, self.out, self.step = state, out, step
-        self.regs = vmrun.load(state.vmcb)
+        self.regs = vmrun.load(state.vmcb, state.host)
         self.paging = state.paging(self.regs)
         self.page = self.step.b & ~0xFFF
         self.mask = (1 << 8 * state.mode.native) - 1
@@ -102,6 +103,11 @@ class L2:
             raise UsageError(f"{kind} of {size} bytes at {address:#x} crosses a page")
         cpl = self.regs.cpl
         self._must_be_fresh(address)
+        if kind == "rmw" and RMW_READS_FIRST in self.state.quirks:
+            walk = self.access(address, _READ[cpl])
+            if not isinstance(walk.outcome, Reached):
+                self.out.walks[index] = walk
+                self.fault(walk)
         walk = self.access(address, _READ[cpl] if kind == "read" else _WRITE[cpl])
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
@@ -134,7 +140,7 @@ class L2:
         walk = self.access(address, _FETCH[self.regs.cpl])
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
-            if not isinstance(walk.outcome, GeneralProtection):
+            if not isinstance(walk.outcome, GeneralProtection) or JUMP_NON_CANONICAL in self.state.quirks:
                 self.regs.rip = address
             self.fault(walk)
         spa = self._own_memory(walk, f"fetch at gVA {address:#x}")
@@ -155,6 +161,17 @@ class L2:
         if self.fresh is not None and page not in self.fresh and page not in self.state.tables:
             raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that "
                              "page or wrcr3; more than one outcome is permitted until then")
+
+    def _invlpg(self, address: int) -> None:
+        """The page at `address` is fresh, all of it if it is a large one (section 5.5.3)."""
+        fmt = self.paging.guest
+        if self.fresh is None or fmt is None:
+            return
+        walk = translate(self.paging, self.state.memory.words, address, _READ[0])
+        read = [step.level for step in walk.steps if step.dimension == GUEST]
+        shift = next((level.shift for level in fmt.levels if read and level.name == read[-1]), 12)
+        first = address >> shift << shift - 12
+        self.fresh.update(range(first, first + (1 << shift - 12)))
 
     def _register(self, kind: str, address: int, value: int) -> int:
         """Reads and writes of L2's own registers."""
@@ -190,8 +207,7 @@ class L2:
                 return value
             return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         if kind == "invlpg":
-            if self.fresh is not None:
-                self.fresh.add(address >> 12)
+            self._invlpg(address)
             return value
         name = stub.MSR_FIELDS[address] if what == "msr" else what
         own = hasattr(regs, name)
@@ -201,6 +217,8 @@ class L2:
             setattr(regs, name, value)
             if name == "cr3":
                 self.fresh = None
+            if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
+                self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
             self.paging = self.state.paging(regs)
             self.enter_again()
         else:
@@ -216,6 +234,8 @@ class L2:
             walk = translate(self.paging, state.memory.words, gva, access)
         except IndexError:
             raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
+        if state.quirks:
+            walk = on_walk(self.paging, walk, state.quirks)
         faulted = not isinstance(walk.outcome, Reached)
         required, permitted = dirty.resolve(walk.updates, faulted, state.liberties)
         for address, old in dirty.write_back(state.memory.words, required).items():

@@ -1,30 +1,40 @@
-"""Known ways in which a machine's walk differs from the manual's, as other table formats.
+"""Known ways in which a machine's MMU differs from the manual's, for errata to name.
 
 The model never has them. When a prediction fails on a machine whose errata name quirks, the VMRUN is
-predicted once more with them: only if everything then agrees are the divergences that erratum's.
-They are reported all the same; what is gained is that the run can go on from what the machine did.
+predicted once more with them: only if everything then agrees are the divergences those errata's. They
+are reported all the same; what is gained is that the run can go on from what the machine did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from harness.model.entries import A, Format, G, Level
-from harness.model.walk import Paging
+from harness.model.access import ErrorCode, NestedPageFault, PageFault, Reached
+from harness.model.dirty import TABLE
+from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
+from harness.model.walk import Paging, Walk
+
+RMW_READS_FIRST: Final = "rmw-reads-first"
+JUMP_NON_CANONICAL: Final = "jump-non-canonical"
+"""Quirks of how L2's instructions are carried out: see harness.lockstep.l2."""
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """A variation of the translation in force, or of what comes of a walk."""
+
+    paging: Callable[[Paging], Paging] = lambda paging: paging
+    walk: Callable[[Paging, Walk], Walk] = lambda paging, walk: walk
 
 
 def _levels(fmt: Format | None, change: Callable[[Format, Level], Level]) -> Format | None:
-    if fmt is None:
-        return None
-    return fmt._replace(levels=tuple(change(fmt, level) for level in fmt.levels))
+    return None if fmt is None else fmt._replace(levels=tuple(change(fmt, level) for level in fmt.levels))
 
 
-def _both(change: Callable[[Format, Level], Level]) -> Callable[[Paging], Paging]:
-    def apply(paging: Paging) -> Paging:
-        return paging._replace(guest=_levels(paging.guest, change), nested=_levels(paging.nested, change))
-
-    return apply
+def _in_both(change: Callable[[Format, Level], Level]) -> Quirk:
+    return Quirk(paging=lambda p: p._replace(guest=_levels(p.guest, change), nested=_levels(p.nested, change)))
 
 
 def _pml4e_bit_8(fmt: Format, level: Level) -> Level:
@@ -41,14 +51,66 @@ def _pae_pdpte(fmt: Format, level: Level) -> Level:
     return level._replace(reserved_table=level.reserved_table & ~0x1E6, accessed=A)
 
 
-QUIRKS: Final[dict[str, Callable[[Paging], Paging]]] = {
-    "pml4e-bit-8": _both(_pml4e_bit_8),
-    "pae-pdpte": _both(_pae_pdpte),
+def _no_legacy_nested(paging: Paging) -> Paging:
+    """Nested tables in the format of 32-bit paging are not walked: a gPA is taken for the sPA."""
+    legacy = paging.nested is not None and paging.nested.name == "32-bit"
+    return paging._replace(nested=None) if legacy else paging
+
+
+def _nested_id_nxe(paging: Paging) -> Paging:
+    """Whether #NPF reports a fetch depends on L1's EFER.NXE alone, not on its CR4.SMEP."""
+    if paging.nested is None:
+        return paging
+    nxe = not paging.nested.levels[-1].reserved_leaf & NX
+    return paging._replace(nested_id=paging.nested_id and nxe)
+
+
+def _reserved_without_p(paging: Paging, walk: Walk) -> Walk:
+    """A reserved-bit fault is reported with P=0."""
+    match walk.outcome:
+        case PageFault(code, address) if code & ErrorCode.RSVD:
+            return walk._replace(outcome=PageFault(code & ~ErrorCode.P, address))
+        case NestedPageFault(code, address) if code & ErrorCode.RSVD:
+            return walk._replace(outcome=NestedPageFault(code & ~ErrorCode.P, address))
+    return walk
+
+
+def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
+    """A PDPTE that maps 1G has its A bit set before its low reserved bits and its rights are looked at."""
+    if isinstance(walk.outcome, Reached):
+        return walk
+    updates = list(walk.updates)
+    known = {address for address, _, _ in updates}
+    for dimension, name, _, address, entry in walk.trail:
+        fmt = paging.nested if dimension == "nested" else paging.guest
+        if name == "pdpte" and entry & P and entry & PS and address not in known and fmt is not None:
+            level = next(level for level in fmt.levels if level.name == name)
+            if not entry & level.reserved_table & (NX | FRAME):
+                updates.append((address, A, TABLE))
+    return walk._replace(updates=updates)
+
+
+QUIRKS: Final[dict[str, Quirk]] = {
+    "pml4e-bit-8": _in_both(_pml4e_bit_8),
+    "pae-pdpte": _in_both(_pae_pdpte),
+    "no-legacy-nested": Quirk(paging=_no_legacy_nested),
+    "nested-id-nxe": Quirk(paging=_nested_id_nxe),
+    "reserved-without-p": Quirk(walk=_reserved_without_p),
+    "1g-accessed-first": Quirk(walk=_1g_accessed_first),
+    RMW_READS_FIRST: Quirk(),
+    JUMP_NON_CANONICAL: Quirk(),
 }
 
 
-def with_quirks(paging: Paging, names: Iterable[str]) -> Paging:
-    """`paging` as a machine with these quirks walks it."""
+def on_paging(paging: Paging, names: Iterable[str]) -> Paging:
+    """`paging` as a machine with these quirks has it."""
     for name in names:
-        paging = QUIRKS[name](paging)
+        paging = QUIRKS[name].paging(paging)
     return paging
+
+
+def on_walk(paging: Paging, walk: Walk, names: Iterable[str]) -> Walk:
+    """`walk` as a machine with these quirks ends it."""
+    for name in names:
+        walk = QUIRKS[name].walk(paging, walk)
+    return walk

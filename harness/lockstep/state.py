@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import with_quirks
+from harness.lockstep.quirks import on_paging
 from harness.model import vmrun
 from harness.model.dirty import Liberties
 from harness.model.memory import Memory
@@ -11,8 +13,8 @@ from harness.model.registers import RFLAGS, Cpu
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging
-from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
-from harness.scenario.modes import MODES, Mode
+from harness.scenario.initial import INITIAL_HOST
+from harness.scenario.modes import HOST_MODES, MODES, Mode
 from harness.scenario.ops import DEFAULT_MODE
 from harness.scenario.world import World
 from harness.wire.image import PAGE, Image, tag, tags
@@ -32,7 +34,9 @@ class State:
         self.liberties = liberties
         self.memory = Memory(image.ram_end)
         self.memory.bytes[image.data.start : image.data.end] = tags(image.data)
-        self.host = Host(0, 0, 0, 0, 0)
+        self.host = replace(INITIAL_HOST)
+        """L1's registers in 4-level paging; at VMRUN they are those of `host_at_vmrun`."""
+        self.host_mode = HOST_MODES[DEFAULT_MODE]
         self.vmcb = Vmcb(self.memory, image.vmcbs.start)
         self.mode: Mode = MODES[DEFAULT_MODE]
         self.stub = image.stubs[self.mode.stub]
@@ -63,7 +67,8 @@ class State:
         start = world.vmcb_address
         self.memory.bytes[start : start + PAGE] = world.vmcb_page
         self.vmcb = Vmcb(self.memory, start)
-        self.host = Host(HOST_CR0, HOST_CR4, HOST_EFER, HOST_PAT, HOST_DR7)
+        self.host_mode = world.host_mode
+        self.host = replace(INITIAL_HOST)
 
     def apply(self, step: Step) -> None:
         """Do one op that is not a RUN."""
@@ -79,18 +84,26 @@ class State:
         """Note that the quadword at `address` is not what it was at first."""
         self._touched[address] = None
 
+    def touched_data(self) -> list[int]:
+        """Quadwords of data pages that were written, though nobody watches their page."""
+        return [a for a in self._touched if a in self.image.data and a & ~0xFFF not in self.watched]
+
     def changed(self, out: Prediction, address: int, old: int) -> None:
         """Note that L2, or a walk of it, changed the quadword at `address` from `old`."""
         out.old.setdefault(address, old)
         self._touched[address] = None
 
+    def host_at_vmrun(self) -> Host:
+        """L1's registers as VMRUN finds them."""
+        return self.host_mode.registers(self.host)
+
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
         key = (*self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
-               self.host.efer, self.host.cr4, self.vmcb["ncr3"], self.vmcb["np_control"])
+               self.host.efer, self.host.cr4, self.host_mode.name, self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = with_quirks(vmrun.paging(regs, self.vmcb, self.host, self.cpu), self.quirks)
+            found = on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), self.quirks)
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found

@@ -44,7 +44,7 @@ class Twin(State):
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along."""
         out = Prediction(first_probe=first, next_probe=first)
         vmcb = self.vmcb
-        out.refused = vmrun.refused(vmcb, self.host, self.cpu)
+        out.refused = vmrun.refused(vmcb, self.host_at_vmrun(), self.cpu)
         if out.refused:
             self._refuse(out)
             return out
@@ -103,7 +103,7 @@ class Twin(State):
 
     def _host(self) -> dict[str, int]:
         """What L1 must find in its own registers behind VMRUN, beside what was in them before it."""
-        host = self.host
+        host = self.host_at_vmrun()
         return {"rax": self.vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat}
 
     def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: tuple[str, ...]) -> Prediction:

@@ -18,6 +18,7 @@ _CR4_BY_FEATURE: Final = {
     "umip": CR4.UMIP, "la57": CR4.LA57, "fsgsbase": CR4.FSGSBASE, "pcid": CR4.PCIDE, "xsave": CR4.OSXSAVE,
     "smep": CR4.SMEP, "smap": CR4.SMAP, "pku": CR4.PKE, "cet": CR4.CET,
 }
+_EFER_BY_FEATURE: Final = {"ffxsr": EFER.FFXSR, "tce": EFER.TCE}
 _EFER_NEVER: Final = ~0x3F_FFFF | 1 << 19 | 1 << 16 | 1 << 9
 _EVENT_VALID: Final = 1 << 31
 _EVENT_TYPES: Final = {0, 2, 3, 4}
@@ -78,7 +79,7 @@ def refused(vmcb: Vmcb, host: Host, cpu: Cpu) -> str:
         return "vmrun.dr6-high"
     if vmcb["dr7"] >> 32:
         return "vmrun.dr7-high"
-    if efer & _EFER_NEVER:
+    if efer & _efer_mbz(cpu):
         return "vmrun.efer-mbz"
     if long and not cr4 & CR4.PAE:
         return "vmrun.long-pae"
@@ -111,6 +112,10 @@ def _cr4_mbz(cpu: Cpu) -> int:
     return ~known
 
 
+def _efer_mbz(cpu: Cpu) -> int:
+    return _EFER_NEVER | sum(bit for feature, bit in _EFER_BY_FEATURE.items() if feature not in cpu.features)
+
+
 def _illegal_event(event: int) -> bool:
     """Section 15.20: a reserved type, or an exception whose vector is none."""
     if not event & _EVENT_VALID:
@@ -119,10 +124,12 @@ def _illegal_event(event: int) -> bool:
     return kind not in _EVENT_TYPES or (kind == 3 and (event & 0xFF == 2 or event & 0xFF > 31))
 
 
-def load(vmcb: Vmcb) -> Registers:
-    """What L2 starts with. EFER.LMA is not taken from the VMCB: it is LME and PG (section 15.5.1).
+def load(vmcb: Vmcb, host: Host) -> Registers:
+    """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken from the VMCB: it is LME and PG (section 15.5.1).
     DR6, DR7 and RFLAGS come with their fixed bits as they always read (section 13.1.1)."""
     regs = Registers(**{name: vmcb[name] for name in LOADED})
+    if not vmcb["np_control"] & NP_ENABLE:
+        regs.g_pat = host.pat
     regs.efer &= ~EFER.LMA
     if regs.efer & EFER.LME and regs.cr0 & CR0.PG:
         regs.efer |= EFER.LMA
@@ -133,7 +140,7 @@ def load(vmcb: Vmcb) -> Registers:
     return regs
 
 
-def _format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
+def table_format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
     """The tables that these registers select (sections 5.2 and 5.3); None with paging off."""
     if not cr0 & CR0.PG:
         return None
@@ -155,9 +162,9 @@ def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
     CR0.WP and CR4.SMAP have no part in it, its CR4.SMEP only in whether a fetch is reported as one
     (sections 15.25.3, 15.25.5 and 15.25.7).
     """
-    nested = _format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
+    nested = table_format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
     return Paging(
-        guest=_format(regs.cr0, regs.cr4, regs.efer, cpu),
+        guest=table_format(regs.cr0, regs.cr4, regs.efer, cpu),
         gcr3=regs.cr3,
         wp=bool(regs.cr0 & CR0.WP),
         smep=bool(regs.cr4 & CR4.SMEP),

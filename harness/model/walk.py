@@ -107,12 +107,13 @@ def walk_nested(
     updates: list[Update],
 ) -> int:
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
-    _, levels, _, entry_shift, index_mask, root_mask = fmt
+    _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
     table = paging.ncr3 & root_mask
+    indexed = gpa if address_bits > 32 else gpa & 0xFFFF_FFFF
     rights = ALL_RIGHTS
     write, fetch, _ = access
     for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
-        address = table + ((gpa >> shift & index_mask) << entry_shift)
+        address = table + ((indexed >> shift & index_mask) << entry_shift)
         entry = ram[address >> 3]
         if entry_shift == 2:
             entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF

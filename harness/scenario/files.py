@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.errors import UsageError
-from harness.scenario.modes import MODES
+from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.ops import (
     DEFAULT_MODE,
     DEFAULT_PAGE_SIZE,
@@ -43,7 +43,7 @@ from harness.scenario.ops import (
 ERRATA_FOLDER: Final = "errata"
 """Files in folders of this name are not scenarios."""
 
-_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest": str, "guest_page": str, "nested_page": str,
+_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str, "nested_page": str,
                "op": list}
 _REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
@@ -140,7 +140,11 @@ class _File:
         guest = data.get("guest", DEFAULT_MODE)
         if guest not in MODES:
             raise self.error(None, "guest", f"guest must be one of {', '.join(MODES)}, not {guest!r}")
-        for key, sizes in (("guest_page", MODES[guest].pages), ("nested_page", ("4K", "2M", "1G", NO_NESTED_PAGING))):
+        nested = data.get("nested", DEFAULT_MODE)
+        if nested not in HOST_MODES:
+            raise self.error(None, "nested", f"nested must be one of {', '.join(HOST_MODES)}, not {nested!r}")
+        nested_pages = (*HOST_MODES[nested].pages, NO_NESTED_PAGING)
+        for key, sizes in (("guest_page", MODES[guest].pages), ("nested_page", nested_pages)):
             if data.get(key, DEFAULT_PAGE_SIZE) not in sizes:
                 raise self.error(None, key, f"{key} must be one of {', '.join(sizes)}, not {data[key]!r}")
         if not data["op"]:
@@ -153,6 +157,7 @@ class _File:
             shows=data["shows"],
             ops=tuple(self.op(index, op) for index, op in enumerate(data["op"])),
             guest=guest,
+            nested=nested,
             guest_page=data.get("guest_page", DEFAULT_PAGE_SIZE),
             nested_page=data.get("nested_page", DEFAULT_PAGE_SIZE),
             source=self.source,

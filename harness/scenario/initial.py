@@ -6,6 +6,7 @@ from typing import Final
 
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import FIELDS, MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
+from harness.model.vmrun import Host
 from harness.scenario.modes import Mode
 from harness.wire.image import PAGE, Image
 
@@ -25,6 +26,8 @@ HOST_CR4: Final = CR4.DE | CR4.PAE | CR4.OSFXSR | CR4.OSXMMEXCPT
 HOST_EFER: Final = EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
 HOST_PAT: Final = 0x0007_0406_0007_0406
 HOST_DR7: Final = 0x400
+INITIAL_HOST: Final = Host(HOST_CR0, HOST_CR4, HOST_EFER, HOST_PAT, HOST_DR7)
+"""L1's registers in 4-level paging, before a scenario changes any."""
 
 
 def vmcb_fields(image: Image, mode: Mode, gva: dict[str, int], gcr3: int, ncr3: int | None) -> dict[str, int]:

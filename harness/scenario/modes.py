@@ -1,12 +1,13 @@
-"""The modes that L2 can be in, and where things lie in each."""
+"""The modes that L2 can be in, and where things lie in each; the modes that L1 can be in at VMRUN."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, Cpu
+from harness.model.vmrun import Host
 
 _LONG_EFER: Final = EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
 _CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET | CR0.PE
@@ -62,7 +63,7 @@ def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str,
 
 
 _OWN_LONG: Final = 511 << 39 | 496 << 30 | 12 << 21 | 0x40 << 12
-_OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
+OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
 
 MODES: Final = {
     mode.name: mode
@@ -70,9 +71,47 @@ MODES: Final = {
         _mode("4-level", CR4.PAE, _LONG_EFER, 90 << 39 | 316 << 30, _NEGATIVE | _OWN_LONG, ("4K", "2M", "1G")),
         _mode("5-level", CR4.PAE | CR4.LA57, _LONG_EFER, 171 << 48 | 90 << 39 | 316 << 30,
               0xFF << 56 | 511 << 48 | _OWN_LONG, ("4K", "2M", "1G")),
-        _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "2M")),
-        _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, _OWN_SHORT, ("4K", "4M")),
+        _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "2M")),
+        _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "4M")),
         _mode("off", 0, EFER.SVME, 0, 0, ("4K",), cr0=0),
     )
 }
 """By the name that scenario files use: the format of L2's tables, or `off` for protected mode without paging."""
+
+
+@dataclass(frozen=True)
+class HostMode:
+    """A mode that L1 executes VMRUN in, and so the format of its nested tables (section 15.25.3).
+
+    L1's registers are those it has in 4-level paging, with bits set and cleared. `wire` is its name for L1.
+    """
+
+    name: str
+    wire: str
+    pages: tuple[str, ...]
+    cr4_set: int = 0
+    cr4_clear: int = 0
+    efer_clear: int = 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its tables translate gPAs of 32 bits only."""
+        return bool(self.efer_clear)
+
+    def registers(self, host: Host) -> Host:
+        """L1's registers at VMRUN, where `host` are those of 4-level paging."""
+        return replace(
+            host, cr4=(host.cr4 | self.cr4_set) & ~self.cr4_clear, efer=host.efer & ~self.efer_clear
+        )
+
+
+HOST_MODES: Final = {
+    mode.name: mode
+    for mode in (
+        HostMode("4-level", "long4", ("4K", "2M", "1G")),
+        HostMode("5-level", "long5", ("4K", "2M", "1G"), cr4_set=CR4.LA57),
+        HostMode("PAE", "pae", ("4K", "2M"), efer_clear=EFER.LME | EFER.LMA),
+        HostMode("32-bit", "legacy", ("4K", "4M"), CR4.PSE, CR4.PAE, EFER.LME | EFER.LMA),
+    )
+}
+"""By the name that scenario files use."""

@@ -69,7 +69,8 @@ class Probe:
     size: int = 0
     """Bytes; 0 is the widest that L2's mode has."""
     value: int | str | None = None
-    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared."""
+    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared; an
+    ENTRY of `vmcb.FIELD` is a field of the VMCB."""
 
     def __str__(self) -> str:
         size = str(self.size) if self.size else ""
@@ -105,6 +106,8 @@ class Scenario:
     ops: tuple[Op, ...]
     guest: str = DEFAULT_MODE
     """L2's mode: a name of harness.scenario.modes.MODES."""
+    nested: str = DEFAULT_MODE
+    """L1's mode at VMRUN: a name of harness.scenario.modes.HOST_MODES."""
     guest_page: str = DEFAULT_PAGE_SIZE
     nested_page: str = DEFAULT_PAGE_SIZE
     source: str = ""

@@ -17,6 +17,7 @@ from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HO
 from harness.scenario.world import World, build
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
+from harness.wire import layout
 from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
 from harness.wire.program import Step, WireProbe, encode
 
@@ -29,8 +30,8 @@ _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
-VMCB_BITS: Final = {name: REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
-    "intercept_exceptions": {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
+VMCB_BITS: Final = {name: BITS | REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
+    "intercept_exceptions": BITS | {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
 }
 
 
@@ -59,7 +60,7 @@ class Compiler:
 
     def compile(self, scenario: ops.Scenario) -> Program:
         """Raises UsageError, with file and line, for what makes no sense on this CPU or image."""
-        world, prologue = self._world(scenario.guest, scenario.guest_page, scenario.nested_page)
+        world, prologue = self._world(scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page)
         body = _Body(self.image, world)
         for index, op in enumerate(scenario.ops):
             try:
@@ -86,6 +87,7 @@ def where(scenario: ops.Scenario, index: int) -> str:
 
 def _prologue(world: World) -> list[Step]:
     steps = [Step("RESET", a=world.vmcb_address, b=PAGE)]
+    steps.append(Step("HOST_MODE", layout.HOST_MODES[world.host_mode.wire]))
     steps += [Step("HOST", HOST_REGISTERS[name], b=value) for name, value in _HOST.items()]
     steps += [Step("WATCH", a=page) for page in world.watch]
     steps += [Step("WRITE", 8, address, value) for address, value in world.words.items()]
@@ -152,7 +154,7 @@ class _Body:
 
     def _host(self, index: int, op: ops.HostOp) -> None:
         number = _lookup(HOST_REGISTERS, op.register, "register of L1")
-        new = _change(op.change, self.host[op.register], REGISTER_BITS.get(op.register, BITS))
+        new = _change(op.change, self.host[op.register], BITS | REGISTER_BITS.get(op.register, {}))
         self.host[op.register] = new
         self.steps.append(Step("HOST", number, b=new, origin=index))
 
@@ -196,11 +198,17 @@ class _Body:
         return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
 
     def _entry_value(self, text: str) -> int:
-        """`&ENTRY[+BIT][-BIT]`: see `ops.Probe.value`."""
+        """`&ENTRY[+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`: see `ops.Probe.value`."""
         name, *changes = re.split(r"(?=[+-])", text[1:])
-        value = self._entry_now(name)
+        bits = BITS
+        if name.startswith("vmcb."):
+            name = name.removeprefix("vmcb.")
+            value = _lookup(self.vmcb, name, "VMCB field")
+            bits = VMCB_BITS.get(name, BITS)
+        else:
+            value = self._entry_now(name)
         for change in changes:
-            bit = _lookup(BITS, change[1:], "bit")
+            bit = _lookup(bits, change[1:], "bit")
             value = value | bit if change[0] == "+" else value & ~bit
         return value
 

@@ -22,11 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from harness.model.entries import PAGE_SHIFTS, US, P, RW, long_mode
+from harness.model.entries import PAGE_SHIFTS, RW, US, P
 from harness.model.registers import Cpu
+from harness.model.vmrun import table_format
 from harness.scenario import modes
-from harness.scenario.initial import SYSTEM, system_words, vmcb_fields, vmcb_page
-from harness.scenario.modes import MODES
+from harness.scenario.initial import INITIAL_HOST, SYSTEM, system_words, vmcb_fields, vmcb_page
+from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.ops import DEFAULT_MODE, NO_NESTED_PAGING
 from harness.scenario.tables import KEPT, RIGHTS, Arena, Tables
 from harness.wire.image import PAGE, Image
@@ -63,6 +64,7 @@ class World:
     system: int = 0
     """sPA of the page with L2's IDT, GDT, TSS and stack."""
     mode: modes.Mode = MODES[DEFAULT_MODE]
+    host_mode: modes.HostMode = HOST_MODES[DEFAULT_MODE]
     entry_widths: dict[str, int] = field(default_factory=dict)
     """Bytes of an entry, by dimension."""
     code: tuple[int, int] = (0, 0)
@@ -79,23 +81,32 @@ class _Places:
     stride: int
 
 
-def _places(mode: modes.Mode, cpu: Cpu) -> _Places:
-    if not mode.long:
+def _places(mode: modes.Mode, host_mode: modes.HostMode, cpu: Cpu) -> _Places:
+    if not mode.long or host_mode.narrow:
         return _Places(data=2 << 30, home=1 << 30, stride=2 << 21)
     return _Places(data=5 << 30, home=1 << 39 if cpu.maxphyaddr >= 40 else 8 << 30, stride=(1 << 30) + (1 << 21))
 
 
 def build(
-    image: Image, cpu: Cpu, guest: str = DEFAULT_MODE, guest_page: str = "4K", nested_page: str = "4K"
+    image: Image,
+    cpu: Cpu,
+    guest: str = DEFAULT_MODE,
+    nested_mode: str = DEFAULT_MODE,
+    guest_page: str = "4K",
+    nested_page: str = "4K",
 ) -> World:
-    """The world with L2 in mode `guest`, a to d mapped by pages of `guest_page` in the guest dimension
+    """The world with L2 in mode `guest` and L1 in mode `nested_mode`, a to d mapped by pages of `guest_page` in the guest dimension
     and of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's tables hold sPAs."""
     mode = MODES[guest]
     arena = Arena(image.arena.start)
-    at = _places(mode, cpu)
+    host_mode = HOST_MODES[nested_mode]
+    at = _places(mode, host_mode, cpu)
     nested = None
     if nested_page != NO_NESTED_PAGING:
-        nested = Tables(arena, long_mode(cpu.maxphyaddr, True, cpu.page1g), arena.page(), lambda address: address)
+        host = host_mode.registers(INITIAL_HOST)
+        nested_fmt = table_format(host.cr0, host.cr4, host.efer, cpu)
+        assert nested_fmt is not None
+        nested = Tables(arena, nested_fmt, arena.page(), lambda address: address)
     gpa: dict[str, int] = {}
     spa: dict[str, int] = {}
     to_spa: dict[int, int] = {}
@@ -112,7 +123,7 @@ def build(
     names = [level.name.removesuffix("e") for level in fmt.levels] if fmt else []
     for number, name in enumerate(names):
         shape = (0x21 << 21) + (0x31 + number << 12)
-        place(name, at.home + (at.stride if mode.long else 0) + number * at.stride + shape, arena.page())
+        place(name, at.home + (number + 1) * at.stride + shape, arena.page())
     system = image.arena.end - PAGE
     own = at.home + (0x10 << 21) + (0x20 << 12)
     for number in range(1, len(names)):
@@ -130,7 +141,8 @@ def build(
         slots = {"code": P, "code3": P | US, "mailbox": P | RW, "mailbox3": RIGHTS} | dict.fromkeys(
             (*names, *SYSTEM), P | RW)
         for number, (name, bits) in enumerate(slots.items()):
-            aliases[name] = mode.own + (number << 12)
+            # an L1 in a 32-bit mode hands L2 an address of 32 bits
+            aliases[name] = (modes.OWN_SHORT if host_mode.narrow else mode.own) + (number << 12)
             own_tables = [gpa[f"own{n}"] for n in range(1, len(names))]
             tables.map(aliases[name], gpa[name.removesuffix("3")], 12, "", bits | KEPT, RIGHTS | KEPT >> 1, own_tables)
     else:
@@ -179,6 +191,7 @@ def build(
         touched=dict.fromkeys(words),
         system=system,
         mode=mode,
+        host_mode=host_mode,
         entry_widths={"guest": tables.width if tables else 8, "nested": nested.width if nested else 8},
         code=(aliases["code"], aliases["code3"]),
         mailbox=(aliases["mailbox"], aliases["mailbox3"]),

@@ -15,6 +15,10 @@ _AT: Final = SHARED.offsets
 _SPINS: Final = 200
 """Looks at the ring before the processor is given away: a record takes microseconds to come."""
 
+_YIELDING: Final = 100e-6
+"""Seconds to go on looking, giving way to others, before sleeping: on a busy machine L1 needs the time."""
+_NAP: Final = 50e-6
+
 MAX_CHUNK: Final = OP_SLOTS // 2
 """Slots that one `post` may take."""
 
@@ -91,11 +95,11 @@ class Channel:
         start = time.monotonic()
         while words[where] == checked:
             waited = time.monotonic() - start
-            if waited < 0.001:
+            if waited < _YIELDING:
                 os.sched_yield()
             else:
                 idle(waited)
-                time.sleep(0.0002)
+                time.sleep(_NAP)
         return self._record(checked)
 
     def last_record(self) -> str:

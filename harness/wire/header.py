@@ -24,6 +24,7 @@ def c_header() -> str:
     for prefix, table in (
         ("TW_OP_", layout.OPS),
         ("TW_HOST_", layout.HOST_REGISTERS),
+        ("TW_HOST_MODE_", layout.HOST_MODES),
         ("TW_RECORD_", layout.RECORDS),
         ("TW_PROBE_", layout.PROBES),
     ):

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 MAGIC = 0x6B6C_6177_6E69_7774
@@ -211,7 +211,10 @@ OPS = {
     "RUN": 5,     # a: VMCB, b: RIP to resume at after a fault, c: L2's mailbox (gVA); arg probes follow
     "SYNC": 6,    # wait until every record was checked
     "SPIN": 7,    # a: VMCB, b: count, c: mailbox: that many VMRUNs with no record, for the benchmark
+    "HOST_MODE": 8,  # arg: L1's paging at VMRUN (HOST_MODES)
 }
+
+HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3}
 
 HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4}
 
@@ -227,5 +230,5 @@ PROBES = {
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
-            "fsgsbase", "xsave", "cet")
+            "fsgsbase", "xsave", "cet", "ffxsr", "tce")
 """CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""
