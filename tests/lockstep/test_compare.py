@@ -242,7 +242,9 @@ class TestMemory:
     def _world(self, compiler: Compiler) -> dict[str, int]:
         return compiler.compile(one("read a")).world.entries
 
-    @pytest.mark.parametrize("entry", ["guest.a.pml4e", "guest.a.pte", "nested.a.pdpte", "nested.a.pte", "nested.pt.pte"])
+    @pytest.mark.parametrize(
+        "entry", ["guest.a.pml4e", "guest.a.pte", "nested.a.pdpte", "nested.a.pte", "nested.pt.pte"]
+    )
     @pytest.mark.parametrize("bit", [0x20, 0x40, 1 << 62], ids=["A", "D", "available"])
     def test_a_bit_of_an_entry(self, entry: str, bit: int, strict: bool, check: Check, compiler: Compiler) -> None:
         address = self._world(compiler)[entry]
@@ -289,7 +291,9 @@ class TestMemory:
         assert (found.check, found.field) == ("C1", f"memory at sPA {spa + 8:#x}")
 
     @pytest.mark.parametrize("watched", [True, False])
-    def test_a_write_elsewhere(self, watched: bool, strict: bool, check: Check, compiler: Compiler, image: Image) -> None:
+    def test_a_write_elsewhere(
+        self, watched: bool, strict: bool, check: Check, compiler: Compiler, image: Image
+    ) -> None:
         world = compiler.compile(one("read a")).world
         other = world.spa["b"] + 8 if watched else next(
             p for p in range(image.data.start, image.data.end, 4096) if p not in world.watch) + 8

@@ -65,7 +65,6 @@ def test_pipelined_programs_are_posted_ahead(image: Image, cpu: Cpu, compiler: C
     results = strict.run(p for _ in range(5) for p in programs())
     next(results)
     assert posted == 2
-    results.close()
 
     fake, posted = FakeMachine(image, cpu), 0
     results = Lockstep(fake, fake.channel, twin, strict=False).run(p for _ in range(5) for p in programs())
@@ -175,7 +174,9 @@ def test_a_library_is_there() -> None:
     assert Path(LIBRARY).is_dir()
 
 
-def test_a_machine_that_ruins_the_tables_is_no_wrong_use(image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
+def test_a_machine_that_ruins_the_tables_is_no_wrong_use(
+    image: Image, cpu: Cpu, compiler: Compiler, twin: Twin
+) -> None:
     """The model goes on from what the machine wrote, even where that makes the rest of the program
     meaningless: it is the machine's divergence, not a UsageError of the scenario's author."""
     program = compiler.compile(one("read a", run("read b"), run("read c")))

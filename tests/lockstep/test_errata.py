@@ -181,18 +181,18 @@ class TestLoad:
     def test_two_of_a_name(self, tmp_path: Path) -> None:
         (tmp_path / "x.toml").write_text(GOOD)
         (tmp_path / "y.toml").write_text(GOOD)
-        with pytest.raises(UsageError, match="y.toml.*two errata 'a'"):
+        with pytest.raises(UsageError, match=r"y\.toml.*two errata 'a'"):
             load(tmp_path)
 
     def test_not_utf8(self, tmp_path: Path) -> None:
         (tmp_path / "x.toml").write_bytes(b"\xff")
-        with pytest.raises(UsageError, match="x.toml"):
+        with pytest.raises(UsageError, match=r"x\.toml"):
             load(tmp_path)
 
     def test_an_unknown_top_level_name_is_no_silence(self, tmp_path: Path) -> None:
         """A file whose table is misspelt would explain nothing, and say nothing."""
         (tmp_path / "x.toml").write_text(GOOD.replace("[[erratum]]", "[[errata]]"))
-        with pytest.raises(UsageError, match="x.toml"):
+        with pytest.raises(UsageError, match=r"x\.toml"):
             load(tmp_path)
 
     def test_the_librarys(self) -> None:

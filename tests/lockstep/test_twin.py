@@ -12,8 +12,8 @@ from harness.model.access import NestedPageFault, PageFault, Reached
 from harness.model.dirty import Liberties, Takes
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
-from harness.scenario.program import Compiler, Program
 from harness.scenario.initial import HOST_EFER
+from harness.scenario.program import Compiler, Program
 from harness.wire.image import Image, tag
 from tests.scenario.texts import one, run
 
@@ -82,7 +82,8 @@ class TestPredictions:
         assert [(o.exitcode, o.next_probe) for o in outs] == [(0x4D, 0), (0x4D, 2)]
 
     def test_registers(self, predict, twin: Twin) -> None:  # type: ignore[no-untyped-def]
-        (out,), world = predict("rdcr2; wrcr2 = 0x1234; rdcr2; rdmsr 0xc0000082; wrmsr 0xc0000082 = 7; rdmsr 0xc0000082; rdrsp")
+        (out,), world = predict(
+            "rdcr2; wrcr2 = 0x1234; rdcr2; rdmsr 0xc0000082; wrmsr 0xc0000082 = 7; rdmsr 0xc0000082; rdrsp")
         assert out.results[0] == world.vmcb["cr2"] and out.results[2] == 0x1234
         assert out.results[3] == world.vmcb["lstar"] and out.results[5] == 7
         assert out.results[6] == world.vmcb["rsp"] and twin.vmcb["cr2"] == 0x1234
@@ -105,7 +106,8 @@ class TestPredictions:
         cpu = Cpu(40, features=frozenset({"nrips"}))
         twin = Twin(image, cpu, Liberties())
         (out,) = predictions(twin, Compiler(image, cpu).compile(one("read a")))
-        assert twin.vmcb["nrip"] == twin.vmcb["rip"] + 3 == image.stubs["long"].labels["end"] + 3 + (twin.vmcb["rip"] & ~0xFFF)
+        rip = twin.vmcb["rip"]
+        assert twin.vmcb["nrip"] == rip + 3 and rip & 0xFFF == image.stubs["long"].labels["end"]
         predictions(twin, Compiler(image, cpu).compile(one('entry = "guest.a.pte"\nclear = ["p"]', "read a")))
         assert twin.vmcb["nrip"] == 0  # 15.7.1: 0 for all but instruction intercepts
         assert out.exitcode == ExitCode.VMMCALL
@@ -173,7 +175,8 @@ class TestRehearsal:
         ],
     )
     def test_expectations(self, probes: str, expect: list[str], good: bool, twin: Twin, compiler: Compiler) -> None:
-        scenario = one('entry = "nested.a.pte"\nclear = ["rw"]', f"{run(probes)}\nexpect = {expect!r}".replace("'", '"'))
+        lines = f"{run(probes)}\nexpect = {expect!r}".replace("'", '"')
+        scenario = one('entry = "nested.a.pte"\nclear = ["rw"]', lines)
         program = compiler.compile(scenario)
         if good:
             rehearse(twin, program)

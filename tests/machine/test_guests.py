@@ -59,7 +59,7 @@ def test_a_source_that_does_not_compile(tree: Path) -> None:
 
 
 def test_no_compiler(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LaunchFailed, match="no compiler 'no-such-cc'.*setup"):
+    with pytest.raises(LaunchFailed, match=r"no compiler 'no-such-cc'.*setup"):
         guests.build_l1("no-such-cc")
     monkeypatch.setenv("CC", "another-cc")
     with pytest.raises(LaunchFailed, match="another-cc"):
@@ -85,7 +85,8 @@ def test_built_by_several_at_once(tmp_path: Path) -> None:
     """As pytest's workers do at the start: all get the same file, whole."""
     code = "from harness.machine import guests; p = guests.build_l1(); print(p, guests.load_image(p).ram_end)"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    running = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    argv = [sys.executable, "-c", code]
+    running = [subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = {process.communicate(timeout=60)[0] for process in running}
     assert [process.returncode for process in running] == [0] * 4
     assert len(said) == 1 and len(list((tmp_path / "twinwalk").iterdir())) == 1

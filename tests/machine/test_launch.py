@@ -52,7 +52,9 @@ class TestBinary:
         path.chmod(0o755)
         assert "does not run" in failure(str(path))
 
-    @pytest.mark.parametrize(("version", "good"), [("4.2.1", False), ("5.1.99", False), ("5.2.0", True), ("10.0.13", True)])
+    @pytest.mark.parametrize(
+        ("version", "good"), [("4.2.1", False), ("5.1.99", False), ("5.2.0", True), ("10.0.13", True)]
+    )
     def test_version(self, version: str, good: bool, tmp_path: Path) -> None:
         path = script(tmp_path / "q", f"echo 'QEMU emulator version {version} (Debian)'")
         if good:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -43,8 +44,9 @@ def own_machine() -> Iterator[tuple[tcg.TcgMachine, int, str]]:
 
 def endless(machine: tcg.TcgMachine, strict: bool = True) -> Iterator[Result]:
     compiler = Compiler(machine.image, machine.cpu)
-    program = compiler.compile(one("read a; write b", 'entry = "nested.a.pte"\nclear = ["p"]', "read a; fetch b"))
-    return Lockstep(machine, machine.channel, Twin(machine.image, machine.cpu, tcg.LIBERTIES), strict).run(repeat(program))
+    program = compiler.compile(one("read a; write b", 'entry = "nested.a.pte"\nclear = ["p"]', "read a; fetch c"))
+    twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+    return Lockstep(machine, machine.channel, twin, strict).run(repeat(program))
 
 
 def last(results: Iterator[Result]) -> MachineLost:
@@ -71,7 +73,7 @@ def test_qemu_killed(strict: bool) -> None:
         killer.join()
         assert "QEMU exited with status -9" in lost.reason
         assert machine.identity.qemu in lost.argv and name in lost.argv
-        assert lost.last_record.startswith("#") and "ENTER" in lost.last_record or "EXIT" in lost.last_record or (
+        assert (lost.last_record.startswith("#") and "ENTER" in lost.last_record) or "EXIT" in lost.last_record or (
             "SYNC" in lost.last_record)
         text = str(lost)
         assert "machine lost" in text and name in text and lost.last_record in text
@@ -93,7 +95,8 @@ def test_qemu_hangs() -> None:
 def test_l1_takes_an_exception(kernel: Path) -> None:
     """A UD2 in L1 itself, where the benchmark's loop is: which exception it was, and where, is told."""
     with kernel.open("rb") as file:
-        (spin,) = ELFFile(file).get_section_by_name(".symtab").get_symbol_by_name("l1_spin")
+        table: Any = ELFFile(file).get_section_by_name(".symtab")
+        (spin,) = table.get_symbol_by_name("l1_spin")
     with own_machine() as (machine, _, _):
         at = spin["st_value"]
         machine.memory[at : at + 2] = b"\x0f\x0b"
@@ -108,7 +111,8 @@ def test_l1_triple_faults() -> None:
     """L1 without PAE in its own CR4 is at an end; QEMU, told not to reboot, exits."""
     with own_machine() as (machine, _, _):
         program = Compiler(machine.image, machine.cpu).compile(one('host = "cr4"\nvalue = 0x600', "read a"))
-        (result,) = Lockstep(machine, machine.channel, Twin(machine.image, machine.cpu, tcg.LIBERTIES), True).run([program])
+        twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+        (result,) = Lockstep(machine, machine.channel, twin, strict=True).run([program])
         assert result.lost is not None and "QEMU exited with status 0" in result.lost.reason
 
 
@@ -124,11 +128,15 @@ class Mine(Exception):
     pass
 
 
+def _raise_if(up: bool) -> None:
+    assert up
+    raise Mine
+
+
 def test_no_qemu_left_after_an_exception() -> None:
     name = unique()
     with pytest.raises(Mine), tcg.start(extra=["-name", name]):
-        assert len(named(name)) == 1
-        raise Mine
+        _raise_if(len(named(name)) == 1)
     assert named(name) == []
 
 

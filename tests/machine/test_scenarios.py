@@ -12,7 +12,7 @@ from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
-from harness.run import Outcome, Target
+from harness.run import Target
 from harness.run import run as run_all
 from harness.scenario import files
 from harness.scenario.ops import Scenario
@@ -34,7 +34,8 @@ def check(
     compiler = Compiler(machine.image, machine.cpu)
     twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
     known = [e for e in errata if e.holds_for("qemu-tcg", machine.identity.qemu_version)]
-    results = list(Lockstep(machine, machine.channel, twin, strict, known).run([compiler.compile(s) for s in scenarios]))
+    programs = [compiler.compile(s) for s in scenarios]
+    results = list(Lockstep(machine, machine.channel, twin, strict, known).run(programs))
     assert [str(r.lost) for r in results if r.lost] == []
     return results
 
@@ -115,7 +116,7 @@ def test_run(errata: list[Erratum]) -> None:
     """The whole way: boot, rehearse, run, explain."""
     seen: list[Result] = []
     outcome = run_all(Target(), SAMPLE[:5], errata, on_result=seen.append)
-    assert isinstance(outcome, Outcome) and outcome.results == seen and len(seen) == 5
+    assert outcome.results == seen and len(seen) == 5
     assert outcome.identity is not None and 0 < outcome.first_verdict <= outcome.seconds
     assert outcome.exit_code() in (0, 1) and not outcome.lost
 

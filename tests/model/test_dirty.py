@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.dirty import PAGE, TABLE, Liberties, Takes, resolve, write_back
 from harness.model.memory import Memory
 from tests.model.tables import (
-    ALL_ACCESSES, FETCH, GVA, LEVELS, NX, READ, RW, TABLE_OFFSET, TOP_DOWN, US, USER_READ, USER_WRITE, WRITE,
-    A, D, P, Space, name,
+    ALL_ACCESSES,
+    FETCH,
+    GVA,
+    LEVELS,
+    NX,
+    READ,
+    RW,
+    TABLE_OFFSET,
+    TOP_DOWN,
+    US,
+    USER_READ,
+    USER_WRITE,
+    WRITE,
+    A,
+    D,
+    P,
+    Space,
+    name,
 )
 
 GPA = 1 << 39 | 7 << 30 | 0x40_0000
@@ -147,7 +165,7 @@ def test_write_protected_page_with_wp_clear() -> None:
 
 
 class TestResolve:
-    updates = [(0x10, A, TABLE), (0x20, A | D, PAGE), (0x30, A, TABLE)]
+    updates: ClassVar = [(0x10, A, TABLE), (0x20, A | D, PAGE), (0x30, A, TABLE)]
 
     def test_success_has_no_liberty(self) -> None:
         assert resolve(self.updates, False, Liberties(Takes.NEVER, Takes.NEVER)) == (self.updates, [])

@@ -62,8 +62,8 @@ def _found(space: Space, dimension: str, kind: str) -> set[int]:
 @pytest.mark.parametrize("nxe", [True, False])
 def test_reserved_bits(kind: str, dimension: str, maxphyaddr: int, nxe: bool) -> None:
     """The dimension's own EFER.NXE decides; the other one's is the opposite here (15.25.7)."""
-    own = {"guest_nxe": nxe, "host_nxe": not nxe} if dimension == "guest" else {"host_nxe": nxe, "guest_nxe": not nxe}
-    space = Space(maxphyaddr=maxphyaddr, **own)
+    guest = dimension == "guest"
+    space = Space(maxphyaddr=maxphyaddr, guest_nxe=nxe == guest, host_nxe=nxe != guest)
     assert _found(space, dimension, kind) == _expected(kind, maxphyaddr, nxe)
 
 

@@ -153,7 +153,7 @@ def test_splitting_a_large_page(case: Case, guest: bool) -> None:
     name = LEVELS[shift][-1]
     leaf = space.get(entries[name])
     assume(not leaf & FRAME & (1 << shift) - 1)  # else it is a fault that the smaller pages would not have
-    assume(not leaf & 1 << 51 and not leaf & PS == 0)
+    assume(not leaf & 1 << 51 and leaf & PS != 0)
     before = case.walk()
     table = space.guest_page() if guest else space.page()
     below = shift - 9

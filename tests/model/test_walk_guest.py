@@ -7,8 +7,25 @@ import pytest
 from harness.model.access import Access, GeneralProtection, PageFault, Reached
 from harness.model.walk import GUEST
 from tests.model.tables import (
-    ALL_ACCESSES, FETCH, GVA, LEVELS, NX, READ, RW, TOP_DOWN, US, USER, USER_FETCH, USER_READ, USER_WRITE, WRITE,
-    A, D, E, P, Space,
+    ALL_ACCESSES,
+    FETCH,
+    GVA,
+    LEVELS,
+    NX,
+    READ,
+    RW,
+    TOP_DOWN,
+    US,
+    USER,
+    USER_FETCH,
+    USER_READ,
+    USER_WRITE,
+    WRITE,
+    A,
+    D,
+    E,
+    P,
+    Space,
 )
 
 FRAME_OF = 0x20_0000
@@ -19,12 +36,10 @@ def _space(shift: int = 12, bits: int = USER) -> tuple[Space, dict[str, int]]:
     return space, space.map_guest(GVA, FRAME_OF if shift < 30 else 0, shift, bits)
 
 
-@pytest.mark.parametrize(("shift", "spa"), [(12, 0x20_0ABC), (21, 0x20_0000 | 0x17_EABC & 0x1F_FABC), (30, 0x1D7E_6ABC)])
+@pytest.mark.parametrize(("shift", "spa"), [(12, 0x20_0ABC), (21, 0x3E_6ABC), (30, 0x1D7E_6ABC)])
 def test_address(shift: int, spa: int) -> None:
     """5.3.3 to 5.3.5: the index of each level is nine bits; the page's offset is the rest."""
     space, entries = _space(shift)
-    if shift == 21:
-        spa = 0x20_0000 | (GVA | 0xABC) & 0x1F_FFFF
     walk = space.walk(GVA | 0xABC)
     assert walk.outcome == Reached(spa, spa)
     assert walk.rule == "reached"
@@ -35,7 +50,7 @@ def test_address(shift: int, spa: int) -> None:
 
 def test_indices_by_hand() -> None:
     """Bits 47:39, 38:30, 29:21, 20:12 of 3C5A9D7E6000h are 120, 362, 235 and 486."""
-    space, entries = _space()
+    _, entries = _space()
     assert [entries[level] >> 3 & 0x1FF for level in TOP_DOWN] == [120, 362, 235, 486]
 
 
@@ -156,7 +171,8 @@ def test_canonical(gva: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "gva", [0x0000_8000_0000_0000, 0xFFFF_7FFF_FFFF_FFFF, 1 << 63, 1 << 48, 0x7FFF_8000_0000_0000, 0x8000_7FFF_FFFF_FFFF]
+    "gva",
+    [0x0000_8000_0000_0000, 0xFFFF_7FFF_FFFF_FFFF, 1 << 63, 1 << 48, 0x7FFF_8000_0000_0000, 0x8000_7FFF_FFFF_FFFF],
 )
 def test_not_canonical(gva: int) -> None:
     """5.3.1: #GP(0), before any entry is read."""

@@ -7,8 +7,25 @@ import pytest
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.walk import FINAL, GUEST, NESTED
 from tests.model.tables import (
-    ALL_ACCESSES, FETCH, FRAME, GVA, LEVELS, NX, READ, RW, TABLE_OFFSET, TOP_DOWN, US, USER_FETCH, USER_READ,
-    USER_WRITE, WRITE, E, P, Space, name,
+    ALL_ACCESSES,
+    FETCH,
+    FRAME,
+    GVA,
+    LEVELS,
+    NX,
+    READ,
+    RW,
+    TABLE_OFFSET,
+    TOP_DOWN,
+    US,
+    USER_FETCH,
+    USER_READ,
+    USER_WRITE,
+    WRITE,
+    E,
+    P,
+    Space,
+    name,
 )
 
 GPA = 1 << 39 | 7 << 30 | 0x40_0000

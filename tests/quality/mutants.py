@@ -25,7 +25,7 @@ def mutated(module: ModuleType, old: str, new: str, number: int = 1) -> ModuleTy
     """`module` made anew with the `number`th `old` of its source as `new`."""
     assert module.__file__ is not None
     parts = Path(module.__file__).read_text(encoding="utf-8").split(old)
-    assert len(parts) > number, f"{module.__name__} has no {old!r} (number {number}): the mutation must follow the model"
+    assert len(parts) > number, f"{module.__name__} has no {old!r} number {number}: mutations must follow the model"
     source = old.join(parts[:number]) + new + old.join(parts[number:])
     mutant = ModuleType(module.__name__)
     mutant.__file__ = module.__file__

@@ -136,17 +136,18 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "updates.append((address, A | D if write else A, TABLE))", "updates.append((address, A, TABLE))",
         ("ad/first-access",), "C2", "entry"),
     "D set by reads": Mutant(
-        "model.walk", "updates.append((address, A | D if write else A, PAGE))", "updates.append((address, A | D, PAGE))",
-        ("ad/first-access",), "C2", "entry"),
+        "model.walk", "updates.append((address, A | D if write else A, PAGE))",
+        "updates.append((address, A | D, PAGE))", ("ad/first-access",), "C2", "entry"),
     "nothing set where a walk faults": Mutant(
         "model.dirty", "    if not faulted:\n        return list(updates), []",
         "    if faulted:\n        return [], []\n    if not faulted:\n        return list(updates), []",
         ("ad/cut-short-guest",), "C2", "entry"),
     "A cleared by a walk": Mutant(
-        "model.dirty", "new = old | bits <<", "new = old & ~0x20 | (bits & ~0x20) <<", ("ad/first-access",), "C2", "entry"),
+        "model.dirty", "new = old | bits <<", "new = old & ~0x20 | (bits & ~0x20) <<", ("ad/first-access",), "C2",
+        "entry"),
     # formats
     "PDPE bit 8 reserved": Mutant(
-        "model.entries", 'Level("pdpte", 30, PS if page1g else 0, high |', 'Level("pdpte", 30, PS if page1g else 0, G | high |',
+        "model.entries", 'Level("pdpte", 30, PS if page1g else 0, ', 'Level("pdpte", 30, PS if page1g else 0, G | ',
         (one(set_bits("nested.a.pdpte", "g"), ALL), one(set_bits("guest.a.pdpte", "g"), ALL)), "C1", "outcome"),
     "2M: low frame bits free": Mutant(
         "model.entries", 'Level("pde", 21, PS, high, high | _below(21))', 'Level("pde", 21, PS, high, high)',
@@ -161,7 +162,8 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.entries", "(1 << maxphyaddr) - 1", "(2 << maxphyaddr) - 1",
         (one(set_bits("guest.b.pte", "bit40"), run("read a; read b; fetch b")),), "C1", "outcome"),
     "NX free without EFER.NXE": Mutant(
-        "model.entries", "(0 if nxe else NX)", "0", (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
+        "model.entries", "(0 if nxe else NX)", "0",
+        (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
     "L2's EFER.NXE rules the nested dimension": Mutant(
         "model.vmrun", "nested = _format(host.cr0, host.cr4, host.efer, cpu)",
         "nested = _format(host.cr0, host.cr4, regs.efer, cpu)",

@@ -38,7 +38,8 @@ def test_all_there_is() -> None:
 class TestEach:
     def test_every_combination(self) -> None:
         source = text('entry = "{dim}.a.{level}"\nclear = ["rw"]', run("write a"),
-                      head='each = { dim = ["guest", "nested"], level = ["pde", "pte"] }\n').replace('"t"', '"{level}"', 1)
+                      head='each = { dim = ["guest", "nested"], level = ["pde", "pte"] }\n')
+        source = source.replace('"t"', '"{level}"', 1)
         found = parse(source, "f.toml", "f")
         assert [s.name for s in found] == ["f[guest,pde]", "f[guest,pte]", "f[nested,pde]", "f[nested,pte]"]
         assert [s.ops[0].entry for s in found if isinstance(s.ops[0], EntryOp)] == [

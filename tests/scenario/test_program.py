@@ -10,8 +10,8 @@ from harness.errors import UsageError
 from harness.model.registers import Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
-from harness.scenario.program import Compiler, Program
 from harness.scenario.initial import HOST_CR4, HOST_EFER
+from harness.scenario.program import Compiler, Program
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import Image
 from harness.wire.layout import MAX_PROBES, OP, OPS
@@ -40,7 +40,8 @@ def test_shape(compiler: Compiler) -> None:
 def test_entry(compiler: Compiler) -> None:
     program = compiler.compile(one(
         'entry = "nested.a.pte"\nclear = ["rw"]\nset = ["nx", "bit62"]', 'entry = "nested.a.pte"\nset = ["rw"]',
-        'entry = "guest.b.pte"\nframe = "c"', 'entry = "nested.b.pte"\nframe = "c"', 'entry = "guest.a.pte"\nvalue = 0'))
+        'entry = "guest.b.pte"\nframe = "c"', 'entry = "nested.b.pte"\nframe = "c"',
+        'entry = "guest.a.pte"\nvalue = 0'))
     world = program.world
     first = world.words[world.entries["nested.a.pte"]]
     writes = [(s.a, s.b, s.arg, s.origin) for s in steps(program, "WRITE")]
@@ -52,7 +53,8 @@ def test_entry(compiler: Compiler) -> None:
 
 
 def test_vmcb_and_host(compiler: Compiler) -> None:
-    program = compiler.compile(one('vmcb = "cr4"\nset = ["smep"]', 'vmcb = "asid"\nvalue = 9', 'vmcb = "cr4"\nclear = ["pge"]',
+    program = compiler.compile(one('vmcb = "cr4"\nset = ["smep"]', 'vmcb = "asid"\nvalue = 9',
+                                   'vmcb = "cr4"\nclear = ["pge"]',
                                    'host = "efer"\nclear = ["nxe"]', 'host = "cr4"\nset = ["smap", "smep"]'))
     writes = {(field(program, s), s.b, s.arg) for s in steps(program, "WRITE")}
     cr4 = program.world.vmcb["cr4"]
@@ -77,7 +79,8 @@ def test_cpl(compiler: Compiler) -> None:
 
 
 def test_probes(compiler: Compiler) -> None:
-    program = compiler.compile(one("read a; write2 b+0x10 = 0xBEEF; fetch 0xFFFF_8000_0000_0000+8; write c; rmw d; rdcr2; "
+    program = compiler.compile(one("read a; write2 b+0x10 = 0xBEEF; fetch 0xFFFF_8000_0000_0000+8; write c; rmw d; "
+                                   "rdcr2; "
                                    "write guest.a.pte = &guest.a.pte-rw+nx; read a+0xFFFF_FFFF_FFFF_FFFF"))
     world = program.world
     (step,) = steps(program, "RUN")
@@ -153,7 +156,8 @@ def test_without_1g_pages(image: Image) -> None:
 
 def test_worlds_are_made_once(compiler: Compiler) -> None:
     assert compiler.compile(one("read a")).world is compiler.compile(one("read b")).world
-    assert compiler.compile(one("read a", head='guest_page = "2M"\n')).world is not compiler.compile(one("read b")).world
+    large = compiler.compile(one("read a", head='guest_page = "2M"\n'))
+    assert large.world is not compiler.compile(one("read b")).world
 
 
 def test_a_scenario_leaves_the_world_alone(compiler: Compiler) -> None:

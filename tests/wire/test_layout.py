@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
@@ -15,7 +16,6 @@ from elftools.elf.elffile import ELFFile
 
 from harness.model.vmcb import FIELDS
 from harness.scenario.ops import MEMORY, SIZED
-from harness.scenario.program import LONG_ONLY
 from harness.wire import layout
 from harness.wire.header import c_header
 from harness.wire.image import Image, tag, tags
@@ -86,7 +86,8 @@ def test_header_compiles_alone(tmp_path: Path) -> None:
     header.write_text(c_header())
     compiler = os.environ.get("CC", "gcc")
     c = tmp_path / "t.c"
-    c.write_text('#include "wire.h"\n#include "wire.h"\n_Static_assert(TW_SIZEOF_RECORD == sizeof(struct tw_record), "");\n'
+    c.write_text('#include "wire.h"\n#include "wire.h"\n'
+                 '_Static_assert(TW_SIZEOF_RECORD == sizeof(struct tw_record), "");\n'
                  '_Static_assert(TW_AT_RECORD_DIFFS == __builtin_offsetof(struct tw_record, diffs), "");\n')
     assembly = tmp_path / "t.S"
     assembly.write_text('#include "wire.h"\n.quad TW_MAGIC, TW_AT_PROBE_RESULT, TW_OP_RUN\n')
@@ -130,27 +131,29 @@ def test_sizes() -> None:
     assert layout.MAX_DIFFS >= 60  # a two-dimensional walk changes 24 entries at most, twice that with L2's own
     # one RUN op, its probes, and the padding in front of it fit the ring together
     assert 2 * (layout.MAX_PROBES + 1) < layout.OP_SLOTS
-    assert layout.CONTROL_BYTES >= max(f.offset + f.width for f in FIELDS.values() if f.offset < 0x400)
-    assert layout.SAVE_BYTES >= max(f.offset + f.width for f in FIELDS.values()) - 0x400
+    assert max(f.offset + f.width for f in FIELDS.values() if f.offset < 0x400) <= layout.CONTROL_BYTES
+    assert max(f.offset + f.width for f in FIELDS.values()) - 0x400 <= layout.SAVE_BYTES
     assert struct.pack("<Q", layout.MAGIC) == b"twinwalk"
 
 
 class TestImage:
     def test_symbols(self, image: Image, kernel: Path) -> None:
         with kernel.open("rb") as file:
-            table = ELFFile(file).get_section_by_name(".symtab")
+            table: Any = ELFFile(file).get_section_by_name(".symtab")
             symbols = {s.name: s["st_value"] for s in table.iter_symbols()}
         assert image.shared == symbols["tw_shared_page"] and image.stubs["long"].page == symbols["l2_long_page"]
         for address in (image.shared, image.op_ring, image.record_ring, image.mailbox, image.msrpm,
-                        *(stub.page for stub in image.stubs.values()), image.iopm, image.arena.start, image.data.start, image.vmcbs.start):
+                        *(stub.page for stub in image.stubs.values()), image.iopm, image.arena.start, image.data.start,
+                        image.vmcbs.start):
             assert address % 4096 == 0
         # regions that the checker or L1 writes do not overlap
         rings = (image.op_ring, image.op_ring + layout.OP_SLOTS * 32)
         records = (image.record_ring, image.record_ring + layout.RECORD_SLOTS * 4096)
         regions = sorted([rings, records, tuple(image.vmcbs), tuple(image.arena), tuple(image.data),
-                          *((r.start + image.mirror_offset, r.end + image.mirror_offset) for r in (image.arena, image.data)),
+                          *((r.start + image.mirror_offset, r.end + image.mirror_offset)
+                            for r in (image.arena, image.data)),
                           (image.shared, image.shared + 4096), (image.mailbox, image.mailbox + 4096)])
-        for one, other in zip(regions, regions[1:], strict=False):
+        for one, other in itertools.pairwise(regions):
             assert one[1] <= other[0], (one, other)
         assert regions[-1][1] <= image.ram_end
 

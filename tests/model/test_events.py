@@ -1,0 +1,140 @@
+"""Events through L2's own IDT (8.9.3, 15.20) and as EXITINTINFO reports them (15.7.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE, Event, deliver
+from harness.model.memory import Memory
+from harness.model.registers import CR0, EFER, RFLAGS
+from harness.model.vmcb import Vmcb
+from harness.model.vmrun import Registers, load
+
+IDT, GDT, TSS, HANDLER = 0x10_0000, 0x11_0000, 0x12_0004, 0xFFFF_8000_1234_5678
+STACK = 0x13_0018
+
+
+class Bus:
+    """Memory as a dictionary; what is loaded and stored is kept in order."""
+
+    def __init__(self) -> None:
+        self.words: dict[int, int] = {}
+        self.loads: list[int] = []
+        self.stores: list[tuple[int, int, int]] = []
+
+    def load(self, gva: int) -> int:
+        self.loads.append(gva)
+        return self.words.get(gva, 0)
+
+    def store(self, gva: int, value: int, free: int) -> None:
+        self.stores.append((gva, value, free))
+
+
+def gate(kind: int = 0xE, ist: int = 0, selector: int = 0x28, present: bool = True) -> tuple[int, int]:
+    low = HANDLER & 0xFFFF | selector << 16 | ist << 32 | kind << 40 | present << 47 | (HANDLER >> 16 & 0xFFFF) << 48
+    return low, HANDLER >> 32
+
+
+def world(vector: int, cpl: int = 0, code_dpl: int = 0, **parts: Any) -> tuple[Registers, Vmcb, Bus]:
+    vmcb = Vmcb(Memory(0x2000), 0)
+    values = {"idtr.base": IDT, "idtr.limit": 0x1FF, "gdtr.base": GDT, "tr.base": TSS, "cs.selector": 0x10 | cpl,
+              "ss.selector": 0x18 | cpl, "rsp": STACK, "rip": 0x4000_1000, "cpl": cpl,
+              "efer": EFER.LME | EFER.SVME, "cr0": CR0.PE | CR0.PG,
+              "rflags": 0x2 | RFLAGS.IF | RFLAGS.TF | RFLAGS.AC | RFLAGS.CF}
+    for name, value in values.items():
+        vmcb[name] = value
+    bus = Bus()
+    bus.words[IDT + 16 * vector], bus.words[IDT + 16 * vector + 8] = gate(**parts)
+    bus.words[GDT + 0x28] = 0x00AF_9B00_0000_FFFF | code_dpl << 45
+    bus.words[TSS + 4], bus.words[TSS + 4 + 8 * 2] = 0x20_0FF8, 0x20_2FF8
+    bus.words[TSS + 0x24 + 8 * 2] = 0x30_0FF0
+    return load(vmcb), vmcb, bus
+
+
+@pytest.mark.parametrize(
+    ("value", "event"),
+    [
+        (0, None),
+        (3 << 8 | 14, None),  # V=0
+        (1 << 31 | 3 << 8 | 13 | 1 << 11 | 0x1234 << 32, Event(13, EXCEPTION, 0x1234)),
+        (1 << 31 | 3 << 8 | 6, Event(6, EXCEPTION, None)),
+        (1 << 31 | 3 << 8 | 6 | 0x77 << 32, Event(6, EXCEPTION, None)),  # EV=0: no error code
+        (1 << 31 | 0x51, Event(0x51, INTERRUPT, None)),
+        (1 << 31 | 2 << 8 | 0x51, Event(2, NMI, None)),  # VECTOR is ignored
+        (1 << 31 | 4 << 8 | 0x80, Event(0x80, SOFTWARE, None)),
+    ],
+)
+def test_eventinj(value: int, event: Event | None) -> None:
+    assert Event.from_eventinj(value) == event
+
+
+def test_exitintinfo() -> None:
+    """15.7.2: in the format of EVENTINJ."""
+    some = (Event(13, EXCEPTION, 0x1234), Event(6), Event(0x51, INTERRUPT), Event(2, NMI), Event(14, EXCEPTION, 0))
+    for event in some:
+        assert event.exitintinfo & EVENT_VALID
+        assert Event.from_eventinj(event.exitintinfo) == event
+
+
+@pytest.mark.parametrize(("vector", "pushed"), [(0, False), (6, False), (8, True), (10, True), (11, True), (12, True),
+                                                (13, True), (14, True), (16, False), (17, True), (21, True)])
+def test_which_exceptions_push_an_error_code(vector: int, pushed: bool) -> None:
+    assert (Event.exception(vector, 5).error is not None) == pushed
+
+
+def test_same_privilege() -> None:
+    """8.9.3: SS, RSP, RFLAGS, CS, RIP and the error code, on a stack aligned to 16."""
+    regs, vmcb, bus = world(14)
+    assert deliver(Event.exception(14, 7), regs, vmcb, bus) == ()
+    top = STACK & ~0xF
+    flags = 0x2 | RFLAGS.IF | RFLAGS.TF | RFLAGS.AC | RFLAGS.CF
+    assert [(at, value) for at, value, _ in bus.stores] == [
+        (top - 8, 0x18), (top - 16, STACK), (top - 24, flags), (top - 32, 0x10), (top - 40, 0x4000_1000), (top - 48, 7)]
+    assert [free for _, _, free in bus.stores] == [0, 0, RFLAGS.RF, 0, 0, 0]
+    assert (regs.rip, regs.rsp, regs.cpl) == (HANDLER, top - 48, 0)
+    assert bus.loads == [IDT + 14 * 16, IDT + 14 * 16 + 8, GDT + 0x28]
+    assert vmcb["cs.selector"] == 0x28 and vmcb["ss.selector"] == 0x18
+
+
+def test_without_an_error_code() -> None:
+    regs, vmcb, bus = world(6)
+    deliver(Event.exception(6), regs, vmcb, bus)
+    assert len(bus.stores) == 5 and regs.rsp == (STACK & ~0xF) - 40
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(0xE, 0), (0xF, RFLAGS.IF)])
+def test_flags(kind: int, kept: int) -> None:
+    """8.9.1: an interrupt gate clears IF, a trap gate does not; TF, NT, VM and RF are cleared."""
+    regs, vmcb, bus = world(6, kind=kind)
+    deliver(Event.exception(6), regs, vmcb, bus)
+    assert regs.rflags == 0x2 | RFLAGS.AC | RFLAGS.CF | kept
+
+
+def test_to_more_privilege() -> None:
+    """8.9.3: RSP from the TSS, a null SS with the new CPL as RPL."""
+    regs, vmcb, bus = world(14, cpl=3)
+    undefined = deliver(Event.exception(14, 6), regs, vmcb, bus)
+    assert bus.loads[-1] == TSS + 4
+    assert bus.stores[0][:2] == ((0x20_0FF8 & ~0xF) - 8, 0x1B) and bus.stores[1][1] == STACK
+    assert regs.cpl == 0 and vmcb["ss.selector"] == 0 and vmcb["cs.selector"] == 0x28
+    assert set(undefined) <= {"ss.attrib", "ss.limit", "ss.base"} and undefined
+
+
+def test_interrupt_stack() -> None:
+    """8.9.4: an IST entry, whatever the privilege."""
+    regs, vmcb, bus = world(2, ist=3)
+    deliver(Event(2, NMI), regs, vmcb, bus)
+    assert bus.loads[-1] == TSS + 0x1C + 8 * 3 and bus.stores[0][0] == 0x30_0FF0 - 8
+
+
+@pytest.mark.parametrize(
+    ("vector", "parts", "reason"),
+    [(32, {}, "beyond L2's IDT"), (6, {"present": False}, "not present"),
+     (6, {"kind": 0xC}, "no interrupt or trap gate")],
+)
+def test_not_covered(vector: int, parts: dict[str, Any], reason: str) -> None:
+    regs, vmcb, bus = world(vector, **parts)
+    with pytest.raises(ValueError, match=reason):
+        deliver(Event(vector), regs, vmcb, bus)

@@ -1,0 +1,219 @@
+"""The command: its exit codes, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.errors import UsageError
+from harness.scenario import files
+from tests.conftest import LIBRARY, ROOT
+from tests.quality.mutants import plant
+from tests.scenario.texts import run, text
+
+GOOD = text(run("read a; write b"))
+FAULTING = text('entry = "nested.a.pte"\nclear = ["us"]', run("read a; read b"))
+
+guest = pytest.mark.guest
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.toml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.fixture
+def faulting(tmp_path: Path) -> Path:
+    path = tmp_path / "faulting.toml"
+    path.write_text(FAULTING)
+    return path
+
+
+class TestExpression:
+    @pytest.mark.parametrize(
+        ("expression", "names"),
+        [
+            ("", ["nested-write", "nested-read", "guest-write"]),
+            ("   ", ["nested-write", "nested-read", "guest-write"]),
+            ("write", ["nested-write", "guest-write"]),
+            ("nested-write", ["nested-write"]),
+            ("not write", ["nested-read"]),
+            ("nested and write", ["nested-write"]),
+            ("nested and not write", ["nested-read"]),
+            ("guest or read", ["nested-read", "guest-write"]),
+            ("nested and write or guest and read", ["nested-write"]),
+            ("guest or nested and read", ["nested-read", "guest-write"]),
+            ("not nested and not read", ["guest-write"]),
+            ("zebra", []),
+        ],
+    )
+    def test_selects(self, expression: str, names: list[str]) -> None:
+        assert [n for n in ("nested-write", "nested-read", "guest-write") if cli._matches(expression, n)] == names
+
+    @pytest.mark.parametrize(
+        "expression", ["and", "or", "not", "a and", "or a", "a b", "a not b", "a and and b", "not not a"]
+    )
+    def test_makes_no_sense(self, expression: str) -> None:
+        with pytest.raises(UsageError, match="-k"):
+            [cli._matches(expression, name) for name in ("a", "b", "ab", "")]
+
+    def test_matches_nothing(self, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["list", str(good), "-k", "zebra"]) == 2
+        assert "zebra" in capsys.readouterr().err
+
+
+class TestList:
+    def test_one(self, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["list", str(good)]) == 0
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) == 1 and out.startswith("good") and "t" in out and "15.25" in out
+
+    def test_the_library(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["list"]) == 0
+        listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        known = {s.name.split()[0] for path in files.find([LIBRARY]) for s in files.read(path)}
+        assert known <= set(listed) and len(known) >= 30
+
+    def test_a_folder(self, tmp_path: Path, good: Path, faulting: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["list", str(tmp_path), "-k", "not good"]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["faulting"]
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize(
+        "argv",
+        [[], ["fly"], ["run", "--nonsense"], ["run", "--machine", "toaster"], ["run", "--lockstep", "--pipelined"],
+         ["run", "--json"]],
+        ids=" ".join,
+    )
+    def test_arguments(self, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2
+        assert "usage: twinwalk" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("source", "line", "reason"),
+        [
+            ("nonsense", 1, "not TOML"),
+            (text('jump = "a"'), 5, "an op has exactly one of"),
+            (text(run("read a"), 'entry = "nested.z.pte"\nset = ["p"]'), 9, "no entry is called 'nested.z.pte'"),
+            (text(run("write a+0xFFE")), 5, "crosses a page"),
+            (text('entry = "nested.a.pte"\nvalue = 0x1007', run("read a")), 9, "no page of tables or data"),
+            (text(f"{run('read a')}\nexpect = [\"#PF 0x4\"]"), 5, "the scenario expects '#PF 0x4'"),
+        ],
+    )
+    @guest
+    def test_a_bad_file(
+        self, source: str, line: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Exit code 2, with file, line and reason."""
+        path = tmp_path / "bad.toml"
+        path.write_text(source)
+        assert cli.main(["run", str(path)]) == 2
+        out = capsys.readouterr()
+        assert out.err.startswith(f"twinwalk: {path}:{line}: ") and reason in out.err
+        assert "Traceback" not in out.err
+
+    def test_no_such_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for command in ("run", "list"):
+            assert cli.main([command, str(tmp_path / "nowhere.toml")]) == 2
+            assert "nowhere.toml: no such file" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("option", ["--json", "--junit"])
+    @pytest.mark.parametrize("place", ["no/such/folder/x", "folder"])
+    def test_an_unwritable_report(
+        self, option: str, place: str, tmp_path: Path, good: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Said before the run, so that no result is lost."""
+        (tmp_path / "folder").mkdir()
+        path = tmp_path / place
+        assert cli.main(["run", str(good), option, str(path), "--qemu", "/no/such/qemu"]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+@guest
+class TestRun:
+    def test_agreement(self, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["run", str(good)]) == 0
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_pipelined(self, good: Path, faulting: Path) -> None:
+        assert cli.main(["run", "--pipelined", str(good), str(faulting)]) == 0
+
+    def test_a_new_divergence(
+        self, faulting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Exit code 1, and both sides are shown."""
+        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        assert cli.main(["run", str(faulting)]) == 1
+        out = capsys.readouterr().out
+        assert "faulting" in out and "0x100000005" in out and "0x100000001" in out
+
+    def test_fail_fast(
+        self, faulting: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        report = tmp_path / "out.json"
+        assert cli.main(["run", "--fail-fast", "--json", str(report), str(faulting), str(good)]) == 1
+        assert json.loads(report.read_text())["totals"]["scenarios"] == 1
+
+    def test_json(self, good: Path, faulting: Path, tmp_path: Path) -> None:
+        report = tmp_path / "out.json"
+        assert cli.main(["run", "--json", str(report), str(good), str(faulting)]) == 0
+        data = json.loads(report.read_text())
+        assert {"machine", "totals", "divergences"} <= data.keys()
+        totals = data["totals"]
+        assert (totals["scenarios"], totals["vmruns"], totals["probes"]) == (2, 3, 4)
+        assert totals["table_bytes_compared"] > 0 and totals["seconds"] > 0
+        assert (totals["divergences_new"], totals["divergences_known"], data["divergences"]) == (0, 0, [])
+        assert data["machine"]["qemu_version"] and data["machine"]["cpu_model"] == "max"
+
+    def test_json_of_a_divergence(self, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        report = tmp_path / "out.json"
+        assert cli.main(["run", "--json", str(report), str(faulting)]) == 1
+        data = json.loads(report.read_text())
+        (found,) = data["divergences"]
+        assert (found["scenario"], found["op"], found["probe"], found["check"]) == ("faulting", 1, 0, "C1")
+        assert found["field"] == "exitinfo1" and found["erratum"] is None
+        assert data["totals"]["divergences_new"] == 1
+
+    def test_junit(self, good: Path, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        report = tmp_path / "out.xml"
+        assert cli.main(["run", "--junit", str(report), str(good), str(faulting)]) == 1
+        cases = {case.get("name"): case for case in ET.parse(report).iter("testcase")}
+        assert cases.keys() == {"good", "faulting"}
+        assert cases["good"].find("failure") is None and cases["faulting"].find("failure") is not None
+
+    def test_a_lost_machine(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Exit code 3, with what there is to know of it."""
+        path = tmp_path / "lost.toml"
+        path.write_text(text('host = "cr4"\nvalue = 0x600', run("read a")))
+        assert cli.main(["run", str(path)]) == 3
+        out = capsys.readouterr()
+        assert "machine lost" in out.out + out.err and "QEMU exited" in out.out + out.err
+
+    def test_strict(self, tmp_path: Path) -> None:
+        """A known erratum of stock QEMU is 0; with --strict it is 1."""
+        path = tmp_path / "known.toml"
+        path.write_text(text('entry = "nested.a.pte"\nset = ["bit51"]', run("read a")))
+        assert cli.main(["run", str(path)]) == 0
+        assert cli.main(["run", "--strict", str(path)]) == 1
+
+    def test_as_a_command(self, good: Path) -> None:
+        """No terminal: plain text, no escape sequences, nothing on stderr."""
+        done = subprocess.run([sys.executable, "-m", "harness.cli", "run", str(good)], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
