@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Final
 
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
+from harness.report import jsonfile, junit, terminal
+from harness.report.summary import summarize
 from harness.run import Outcome, Target, run
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 
 LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: see docs/exit-codes in the README."""
+    """Returns the exit code: 0 agreed, 1 divergence, 2 wrong use, 3 machine lost, 125 cannot be tested."""
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -26,12 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"twinwalk: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="twinwalk", description="Checks nested paging in lockstep with a model.")
+    parser = argparse.ArgumentParser(
+        prog="twinwalk",
+        description="Checks nested paging: a model of the AMD64 MMU in lockstep with real guests.",
+        epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost, "
+               "125 this build cannot be tested",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
     runner = commands.add_parser("run", help="run scenarios in lockstep")
     _selection(runner)
     _target(runner)
@@ -40,78 +54,117 @@ def _parser() -> argparse.ArgumentParser:
     mode = runner.add_mutually_exclusive_group()
     mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=False,
                       help="L1 waits for the checker at every record (the default)")
-    mode.add_argument("--pipelined", action="store_true", help="the checker follows behind")
+    mode.add_argument("--pipelined", action="store_true", help="the checker follows behind L1: faster")
     runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
     runner.set_defaults(command=_run)
+
     lister = commands.add_parser("list", help="list scenarios")
     _selection(lister)
     lister.set_defaults(command=_list)
+
+    doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
+    _target(doctor)
+    doctor.set_defaults(command=_doctor)
+
+    bench = commands.add_parser("bench", help="measure what checking costs on this machine")
+    _target(bench)
+    bench.add_argument("--pairs", type=int, default=100_000, metavar="N",
+                       help="VMRUN/#VMEXIT pairs to check in each mode (default: 100000)")
+    bench.set_defaults(command=_bench)
     return parser
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help="scenario files or folders (default: all)")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE",
+                        help="scenario files or folders (default: the library)")
     parser.add_argument("-k", dest="expression", default="", metavar="EXPR",
-                        help="only scenarios whose name contains EXPR; `and`, `or`, `not` combine")
+                        help="only scenarios whose name contains EXPR; `and`, `or` and `not` combine")
 
 
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=["tcg"], default="tcg", help="where L1 runs")
     parser.add_argument("--qemu", metavar="PATH", help="the QEMU to test")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
-    parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG", help="a further argument for QEMU")
+    parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
+                        help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
 
 
-def _select(options: argparse.Namespace) -> list[Scenario]:
-    found = [s for path in files.find(options.paths or [LIBRARY]) for s in files.read(path)]
-    chosen = [s for s in found if _matches(options.expression, s.name)]
+def _targeted(options: argparse.Namespace) -> Target:
+    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg))
+
+
+def _selected(options: argparse.Namespace) -> list[Scenario]:
+    found = files.load(options.paths or [LIBRARY])
+    chosen = [scenario for scenario in found if _matches(options.expression, scenario.name)]
     if not chosen:
-        raise UsageError(f"-k {options.expression!r} matches none of {len(found)} scenarios")
+        raise UsageError(f"-k {options.expression!r} matches none of {len(found)} scenarios: see `twinwalk list`")
     return chosen
 
 
 def _matches(expression: str, name: str) -> bool:
     """`a and not b or c` over parts of a name; `and` binds closer than `or`."""
-    def term(words: list[str]) -> bool:
-        negate = words[:1] == ["not"]
-        rest = words[1:] if negate else words
-        if len(rest) != 1:
-            raise UsageError(f"-k: cannot make sense of {expression!r}; write e.g. 'nested and not write'")
-        return (rest[0] in name) != negate
-
     if not expression.strip():
         return True
-    groups = [[]]  # type: list[list[list[str]]]
-    words: list[str] = []
-    for word in [*expression.split(), "or"]:
-        if word in ("and", "or"):
-            groups[-1].append(words)
-            words = []
-            if word == "or":
-                groups.append([])
-        else:
-            words.append(word)
-    return any(all(term(t) for t in group) for group in groups[:-1])
+    alternatives = [group.split(" and ") for group in f" {expression} ".split(" or ")]
+    return any(all(_holds(term.split(), expression, name) for term in group) for group in alternatives)
+
+
+def _holds(term: list[str], expression: str, name: str) -> bool:
+    negated = term[:1] == ["not"]
+    rest = term[1:] if negated else term
+    if len(rest) != 1 or rest[0] in ("and", "or", "not"):
+        raise UsageError(f"-k: cannot make sense of {expression!r}; write e.g. 'nested and not write'")
+    return (rest[0] in name) != negated
 
 
 def _run(options: argparse.Namespace) -> int:
-    scenarios = _select(options)
+    if options.json:
+        jsonfile.check(options.json)
+    if options.junit:
+        junit.check(options.junit)
+    scenarios = _selected(options)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
-    target = Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg))
-    outcome = run(target, scenarios, errata, options.pipelined, options.fail_fast, outcome=Outcome())
-    for r in outcome.results:
-        if r.lost: print(r.scenario, r.lost)
-        for d in r.divergences:
-            f=lambda x: hex(x) if isinstance(x,int) else x
-            if not d.erratum: print(r.scenario,d.op,d.probe,d.check,d.field,'want',f(d.expected),'got',f(d.observed),d.rule,d.erratum)
-    print(len(outcome.results), sum(r.vmruns for r in outcome.results), outcome.new(), outcome.seconds, outcome.first_verdict)
-    return outcome.exit_code(options.strict)
+    outcome = Outcome()
+    interrupted = False
+    try:
+        with terminal.Watch(scenarios, options.strict) as watch:
+            run(_targeted(options), scenarios, errata, options.pipelined, options.fail_fast, options.strict,
+                watch.result, outcome)
+    except KeyboardInterrupt:
+        interrupted = True  # what was checked is reported all the same
+    summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict)
+    if options.json:
+        jsonfile.write(options.json, summary)
+    if options.junit:
+        junit.write(options.junit, summary)
+    terminal.show(summary)
+    return INTERRUPTED if interrupted else outcome.exit_code(options.strict)
 
 
 def _list(options: argparse.Namespace) -> int:
-    for scenario in _select(options):
-        print(f"{scenario.name:40} {scenario.title} ({scenario.manual})")
+    chosen = _selected(options)
+    width = min(60, max(len(scenario.name) for scenario in chosen))
+    for scenario in chosen:
+        print(f"{scenario.name:{width}}  {scenario.title} ({scenario.manual})")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from harness.doctor import examine
+
+    works = True
+    for finding in examine(_targeted(options)):
+        print(finding)
+        works = works and (finding.ok or finding.machine not in ("all", options.machine))
+    return 0 if works else 3
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from harness.bench import bench
+
+    for figure in bench(_targeted(options), options.pairs):
+        print(figure, flush=True)
     return 0
 
 

@@ -45,8 +45,6 @@ class Outcome:
     results: list[Result] = field(default_factory=list)
     not_run: int = 0
     seconds: float = 0.0
-    first_verdict: float = 0.0
-    """Seconds from the start of the run to its first result."""
 
     @property
     def lost(self) -> bool:
@@ -70,11 +68,13 @@ def run(
     errata: Sequence[Erratum] = (),
     pipelined: bool = False,
     fail_fast: bool = False,
+    strict: bool = False,
     on_result: Callable[[Result], None] = lambda result: None,
     outcome: Outcome | None = None,
 ) -> Outcome:
     """Run `scenarios` on `target`. `on_result` sees each result as it comes; `outcome`, if given, is
-    filled as the run goes, so that an interrupted one keeps what was checked.
+    filled as the run goes, so that an interrupted one keeps what was checked. `strict` counts known
+    errata as divergences, for `fail_fast`.
 
     Raises UsageError for a scenario that makes no sense, before any is run; LaunchFailed if the
     machine cannot be started at all.
@@ -87,11 +87,9 @@ def run(
         while todo:
             done = len(out.results)
             for result in _boot_and_run(target, todo, errata, pipelined, out):
-                if not out.results:
-                    out.first_verdict = time.monotonic() - start
                 out.results.append(result)
                 on_result(result)
-                if fail_fast and (result.lost or any(d.erratum is None for d in result.divergences)):
+                if fail_fast and (result.lost or any(strict or d.erratum is None for d in result.divergences)):
                     todo = todo[: len(out.results) - done]
                     break
             todo = todo[len(out.results) - done :]

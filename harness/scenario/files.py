@@ -72,13 +72,23 @@ def find(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read(path: Path) -> list[Scenario]:
-    """The scenarios of one file. Raises UsageError with file and line."""
+def load(paths: Sequence[Path]) -> list[Scenario]:
+    """The scenarios of files and folders; those of a folder are named by their path in it."""
+    scenarios = []
+    for path in paths:
+        for file in find([path]):
+            name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+            scenarios += read(file, name)
+    return scenarios
+
+
+def read(path: Path, name: str | None = None) -> list[Scenario]:
+    """The scenarios of one file, called `name`, by default the file's. Raises UsageError with file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as reason:
         raise UsageError(f"{path}: cannot be read: {reason}") from None
-    return parse(text, str(path), path.stem)
+    return parse(text, str(path), name or path.stem)
 
 
 def parse(text: str, source: str, stem: str) -> list[Scenario]:
