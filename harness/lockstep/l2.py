@@ -9,6 +9,7 @@ from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, on_walk
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached
+from harness.model.entries import P
 from harness.model.events import Event
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode
@@ -49,7 +50,7 @@ class L2:
         """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
 
     def enter(self) -> None:
-        """L2's own accesses: fetch of its code, read of its mailbox. A fault of the first is the
+        """L2's own accesses: fetch of its code, use of its mailbox. A fault of the first is the
         scenario's business; one of the others would make L2 itself fault at places nobody names."""
         regs = self.regs
         key = (self.paging, regs.rip, self.step.c)
@@ -58,15 +59,15 @@ class L2:
         walk = self.access(regs.rip, _FETCH[regs.cpl])
         if not isinstance(walk.outcome, Reached):
             self.fault(walk)
-        walk = self.access(self.step.c, _READ[regs.cpl])
+        walk = self.access(self.step.c, _WRITE[regs.cpl])
         if not isinstance(walk.outcome, Reached):
-            raise UsageError(f"L2 cannot reach its own mailbox any more: {walk.outcome}")
+            raise UsageError(f"L2 cannot use its own mailbox any more: {walk.outcome}")
         self.state.support = key
 
     def enter_again(self) -> None:
         """After a change of translation L2's own pages must still be there for it."""
         self.state.support = None
-        for address, access in ((self.page, _FETCH), (self.step.c, _READ)):
+        for address, access in ((self.page, _FETCH), (self.step.c, _WRITE)):
             walk = self.access(address, access[self.regs.cpl])
             if not isinstance(walk.outcome, Reached):
                 raise UsageError(f"this leaves L2 without its own pages: {walk.outcome}")
@@ -168,8 +169,9 @@ class L2:
         if self.fresh is None or fmt is None:
             return
         walk = translate(self.paging, self.state.memory.words, address, _READ[0])
-        read = [step.level for step in walk.steps if step.dimension == GUEST]
-        shift = next((level.shift for level in fmt.levels if read and level.name == read[-1]), 12)
+        read = [step for step in walk.steps if step.dimension == GUEST]
+        shift = next((level.shift for level in fmt.levels if read and level.name == read[-1].level
+                      and read[-1].entry & P and read[-1].entry & level.leaf), 12)
         first = address >> shift << shift - 12
         self.fresh.update(range(first, first + (1 << shift - 12)))
 

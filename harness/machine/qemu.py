@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _LOG_TAIL: Final = 20
 _QMP_TIMEOUT: Final = 10.0
 _END_TIMEOUT: Final = 5.0
+_GONE: Final = (QMPError, OSError, EOFError, TimeoutError)
+"""What a monitor raises whose QEMU has gone."""
 
 
 def find(binary: str | None) -> str:
@@ -108,7 +111,7 @@ class Qemu:
         self._monitor.settimeout(_QMP_TIMEOUT)
         try:
             self._monitor.connect()
-        except (QMPError, OSError, EOFError, TimeoutError) as reason:
+        except _GONE as reason:
             self._reap(_END_TIMEOUT)
             raise LaunchFailed(
                 f"QEMU did not start: {self.log_tail() or reason}\nit was started as: {' '.join(self.argv)}"
@@ -119,7 +122,7 @@ class Qemu:
         assert self._monitor is not None
         try:
             return self._monitor.cmd(name, **arguments)
-        except (QMPError, OSError, EOFError, TimeoutError) as reason:
+        except _GONE as reason:
             raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
 
     def exit_status(self) -> int | None:
@@ -142,11 +145,10 @@ class Qemu:
         """End QEMU. Safe to call twice."""
         if self._monitor is not None:
             monitor, self._monitor = self._monitor, None
-            try:
+            with suppress(*_GONE):
                 monitor.cmd("quit")
+            with suppress(*_GONE):
                 monitor.close()
-            except (QMPError, OSError, EOFError, TimeoutError):
-                pass  # it is gone already, or will be killed now
         if self._process is not None:
             self._reap(_END_TIMEOUT)
             self._process = None

@@ -90,7 +90,8 @@ class TcgMachine:
         """See harness.lockstep.driver.Machine."""
         status = self._process.exit_status()
         if status is not None:
-            raise self.lost(f"QEMU exited with status {status}")
+            how = f"exited with status {status}" if status else "ended: L1 reset the machine, by a triple fault perhaps"
+            raise self.lost(f"QEMU {how}")
         if panic := self.channel.panic():
             raise self.lost(panic)
         if waited > _HANG_TIMEOUT:
