@@ -55,7 +55,8 @@ def build_l1(compiler: str | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             Path(scratch, "wire.h").write_text(header)
             output = Path(scratch, "l1.elf")
-            argv = [command, *_FLAGS, "-I", scratch, "-I", str(folder), f"-Wl,-T,{script}", *map(str, sources), "-o", str(output)]
+            argv = [command, *_FLAGS, "-I", scratch, "-I", str(folder), f"-Wl,-T,{script}", *map(str, sources)]
+            argv += ["-o", str(output)]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise LaunchFailed(f"the guest does not build: {' '.join(argv)}\n{done.stderr}")

@@ -125,8 +125,9 @@ def _illegal_event(event: int) -> bool:
 
 
 def load(vmcb: Vmcb, host: Host) -> Registers:
-    """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken from the VMCB: it is LME and PG (section 15.5.1).
-    DR6, DR7 and RFLAGS come with their fixed bits as they always read (section 13.1.1)."""
+    """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken
+    from the VMCB: it is LME and PG (section 15.5.1). DR6, DR7 and RFLAGS come with their fixed bits as
+    they always read (section 13.1.1)."""
     regs = Registers(**{name: vmcb[name] for name in LOADED})
     if not vmcb["np_control"] & NP_ENABLE:
         regs.g_pat = host.pat
@@ -152,7 +153,7 @@ def table_format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
 
 def _reports_fetch(cr4: int, efer: int) -> bool:
     """Whether a page-fault error code says that the access was a fetch (section 8.4.2)."""
-    return bool(efer & EFER.NXE and cr4 & CR4.PAE or cr4 & CR4.SMEP)
+    return bool((efer & EFER.NXE and cr4 & CR4.PAE) or cr4 & CR4.SMEP)
 
 
 def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:

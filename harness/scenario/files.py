@@ -43,8 +43,10 @@ from harness.scenario.ops import (
 ERRATA_FOLDER: Final = "errata"
 """Files in folders of this name are not scenarios."""
 
-_TOP: Final = {"title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str, "nested_page": str,
-               "op": list}
+_TOP: Final = {
+    "title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str,
+    "nested_page": str, "op": list,
+}
 _REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
 _KINDS: Final[dict[str, dict[str, Any]]] = {

@@ -15,9 +15,9 @@ from harness.model.vmcb import FIELDS
 from harness.scenario import ops
 from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
 from harness.scenario.world import World, build
+from harness.wire import layout
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
-from harness.wire import layout
 from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
 from harness.wire.program import Step, WireProbe, encode
 

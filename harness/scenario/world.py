@@ -95,8 +95,9 @@ def build(
     guest_page: str = "4K",
     nested_page: str = "4K",
 ) -> World:
-    """The world with L2 in mode `guest` and L1 in mode `nested_mode`, a to d mapped by pages of `guest_page` in the guest dimension
-    and of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's tables hold sPAs."""
+    """The world with L2 in mode `guest` and L1 in mode `nested_mode`, a to d mapped by pages of `guest_page`
+    in the guest dimension and of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's
+    tables hold sPAs."""
     mode = MODES[guest]
     arena = Arena(image.arena.start)
     host_mode = HOST_MODES[nested_mode]
