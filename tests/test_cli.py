@@ -79,9 +79,11 @@ class TestList:
 
     def test_the_library(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["list"]) == 0
-        listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-        known = {s.name.split()[0] for path in files.find([LIBRARY]) for s in files.read(path)}
-        assert known <= set(listed) and len(known) >= 30
+        lines = capsys.readouterr().out.splitlines()
+        known = [s.name for path in files.find([LIBRARY]) for s in files.read(path)]
+        assert len(lines) >= len(known) >= 30
+        listed = "\n".join(lines)
+        assert [name for name in known if name not in listed] == []
 
     def test_a_folder(self, tmp_path: Path, good: Path, faulting: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["list", str(tmp_path), "-k", "not good"]) == 0
@@ -202,7 +204,7 @@ class TestRun:
         path.write_text(text('host = "cr4"\nvalue = 0x600', run("read a")))
         assert cli.main(["run", str(path)]) == 3
         out = capsys.readouterr()
-        assert "machine lost" in out.out + out.err and "QEMU exited" in out.out + out.err
+        assert "lost" in out.out + out.err and "triple fault" in out.out + out.err
 
     def test_strict(self, tmp_path: Path) -> None:
         """A known erratum of stock QEMU is 0; with --strict it is 1."""

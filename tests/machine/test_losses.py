@@ -113,7 +113,7 @@ def test_l1_triple_faults() -> None:
         program = Compiler(machine.image, machine.cpu).compile(one('host = "cr4"\nvalue = 0x600', "read a"))
         twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
         (result,) = Lockstep(machine, machine.channel, twin, strict=True).run([program])
-        assert result.lost is not None and "QEMU exited with status 0" in result.lost.reason
+        assert result.lost is not None and "triple fault" in result.lost.reason
 
 
 def test_qemu_quits_by_itself() -> None:
@@ -121,7 +121,7 @@ def test_qemu_quits_by_itself() -> None:
         results = endless(machine)
         assert next(results).lost is None
         machine._process.command("quit")
-        assert "QEMU exited with status 0" in last(results).reason
+        assert "QEMU" in last(results).reason
 
 
 class Mine(Exception):

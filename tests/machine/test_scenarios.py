@@ -70,7 +70,7 @@ def _new(results: Sequence[Result]) -> list[Divergence]:
 
 @pytest.fixture(scope="module")
 def strict_verdicts(machines: object, errata: list[Erratum]) -> dict[str, tuple[object, ...]]:
-    return {r.scenario: verdict(r) for r in check(machines.get(), SAMPLE, errata)}  # type: ignore[attr-defined]
+    return {r.scenario: verdict(r) for r in check(machines.get(), FEW, errata)}  # type: ignore[attr-defined]
 
 
 def test_the_sample_agrees(machine: tcg.TcgMachine, errata: list[Erratum]) -> None:
@@ -84,7 +84,7 @@ def test_pipelined_gives_the_same_verdicts(
     machine: tcg.TcgMachine, errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]
 ) -> None:
     """Design, lockstep contract 2. (Live memory is compared in strict mode alone; what a record shows is the same.)"""
-    for result in check(machine, SAMPLE, errata, strict=False):
+    for result in check(machine, FEW, errata, strict=False):
         assert verdict(result) == strict_verdicts[result.scenario]
 
 
@@ -117,7 +117,7 @@ def test_run(errata: list[Erratum]) -> None:
     seen: list[Result] = []
     outcome = run_all(Target(), SAMPLE[:5], errata, on_result=seen.append)
     assert outcome.results == seen and len(seen) == 5
-    assert outcome.identity is not None and 0 < outcome.first_verdict <= outcome.seconds
+    assert outcome.identity is not None and outcome.seconds > 0
     assert outcome.exit_code() in (0, 1) and not outcome.lost
 
 
