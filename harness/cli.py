@@ -126,20 +126,24 @@ def _run(options: argparse.Namespace) -> int:
     scenarios = _selected(options)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
-    interrupted = False
+    interrupted: BaseException | None = None
     try:
         with terminal.Watch(scenarios, options.strict) as watch:
             run(_targeted(options), scenarios, errata, options.pipelined, options.fail_fast, options.strict,
                 watch.result, outcome)
-    except KeyboardInterrupt:
-        interrupted = True  # what was checked is reported all the same
+    except (KeyboardInterrupt, TwinwalkError) as reason:
+        if not outcome.results:
+            raise
+        interrupted = reason  # what was checked is reported all the same
     summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict)
     if options.json:
         jsonfile.write(options.json, summary)
     if options.junit:
         junit.write(options.junit, summary)
     terminal.show(summary)
-    return INTERRUPTED if interrupted else outcome.exit_code(options.strict)
+    if interrupted is not None:
+        raise interrupted
+    return outcome.exit_code(options.strict)
 
 
 def _list(options: argparse.Namespace) -> int:

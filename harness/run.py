@@ -1,4 +1,4 @@
-"""Running scenarios on a machine: boot, rehearse, run, explain; what every face of twinwalk does.
+"""Running scenarios on a machine: boot, rehearse, run; what every face of twinwalk does.
 
 A machine that is lost costs one reboot: the scenario it was lost in says so, and the rest goes on.
 """
@@ -76,8 +76,8 @@ def run(
     filled as the run goes, so that an interrupted one keeps what was checked. `strict` counts known
     errata as divergences, for `fail_fast`.
 
-    Raises UsageError for a scenario that makes no sense, before any is run; LaunchFailed if the
-    machine cannot be started at all.
+    Raises UsageError for a scenario that makes no sense, before it is run; LaunchFailed if the machine
+    cannot be started at all.
     """
     out = outcome if outcome is not None else Outcome()
     start = time.monotonic()
@@ -103,6 +103,15 @@ def run(
     return out
 
 
+def _rehearsed(compiler: Compiler, twin: Twin, scenarios: Sequence[Scenario]) -> Iterator[Program]:
+    """Programs, each tried on the model just before the machine gets it. Lockstep asks for the next one
+    only between programs, so both may use one twin."""
+    for scenario in scenarios:
+        program = compiler.compile(scenario)
+        rehearse(twin, program)
+        yield program
+
+
 def _boot_and_run(
     target: Target, scenarios: Sequence[Scenario], errata: Sequence[Erratum], pipelined: bool, out: Outcome
 ) -> Iterator[Result]:
@@ -112,11 +121,8 @@ def _boot_and_run(
             out.identity = machine.identity
             known = [e for e in errata if e.holds_for("qemu-tcg", machine.identity.qemu_version)]
             compiler = Compiler(machine.image, machine.cpu)
-            programs: list[Program] = [compiler.compile(s) for s in scenarios]
             twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
-            if not out.results:
-                for program in programs:
-                    rehearse(twin, program)
+            programs = _rehearsed(compiler, twin, scenarios)
             yield from Lockstep(machine, machine.channel, twin, not pipelined, known).run(programs)
     except LaunchFailed as failed:
         if not out.results:

@@ -20,6 +20,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -114,9 +115,14 @@ class _File:
     stem: str
     lines: list[str]
 
+    @cached_property
+    def headers(self) -> list[int]:
+        """Where each op begins, as an index into `lines`."""
+        return [n for n, line in enumerate(self.lines) if _OP_HEADER.match(line)]
+
     def line(self, op: int | None, key: str) -> int:
         """The line of `key` in the op of that index, or of the op, or of the top-level key."""
-        headers = [n for n, line in enumerate(self.lines) if _OP_HEADER.match(line)]
+        headers = self.headers
         if op is None:
             start, end = 0, headers[0] if headers else len(self.lines)
         elif op < len(headers):

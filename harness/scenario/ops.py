@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from harness.wire.layout import PROBES
@@ -124,6 +125,7 @@ _PROBE: Final = re.compile(
 )
 
 
+@lru_cache(maxsize=10_000)
 def parse_probe(text: str) -> Probe:
     """Read `kind[size] [target[+offset]] [= value]`, e.g. `write4 a+0x10 = 0x1234`.
 
