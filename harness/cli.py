@@ -11,7 +11,9 @@ from typing import Final
 
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
+from harness.lockstep.driver import Result
 from harness.report import jsonfile, junit, terminal
+from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, Target, run
 from harness.scenario import files
@@ -42,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="twinwalk",
         description="Checks nested paging: a model of the AMD64 MMU in lockstep with real guests.",
         epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost, "
-               "125 this build cannot be tested",
+               "125 this build cannot be tested. `./twinwalk setup` and `./twinwalk test` belong to the checkout.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -126,11 +128,16 @@ def _run(options: argparse.Namespace) -> int:
     scenarios = _selected(options)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
+    journal = Journal(options.json)
     interrupted: BaseException | None = None
     try:
-        with terminal.Watch(scenarios, options.strict) as watch:
+        with terminal.Watch(scenarios, options.strict) as watch, journal:
+            def take(result: Result) -> None:
+                journal.result(result)
+                watch.result(result)
+
             run(_targeted(options), scenarios, errata, options.pipelined, options.fail_fast, options.strict,
-                watch.result, outcome)
+                take, outcome)
     except (KeyboardInterrupt, TwinwalkError) as reason:
         if not outcome.results:
             raise
@@ -138,6 +145,7 @@ def _run(options: argparse.Namespace) -> int:
     summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict)
     if options.json:
         jsonfile.write(options.json, summary)
+        journal.done()
     if options.junit:
         junit.write(options.junit, summary)
     terminal.show(summary)

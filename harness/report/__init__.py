@@ -8,5 +8,6 @@
     terminal  progress while it runs, and the table at its end
     jsonfile  the `--json` object
     junit     the `--junit` file
+    journal   each result as it comes, for a run that is killed
     output    result files: checked before a run, written whole or not at all
 """

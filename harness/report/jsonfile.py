@@ -57,6 +57,18 @@ def document(summary: Summary) -> dict[str, Any]:
     }
 
 
+def entry(result: Result) -> dict[str, Any]:
+    """One result in plain values, as the journal has it."""
+    return {
+        "scenario": result.scenario,
+        "vmruns": result.vmruns,
+        "probes": result.probes,
+        "table_bytes_compared": result.table_bytes,
+        "divergences": [_divergence(one) for one in result.divergences],
+        "lost": _lost(result) if result.lost is not None else None,
+    }
+
+
 def _divergence(one: Divergence) -> dict[str, Any]:
     return {
         "scenario": one.scenario,
