@@ -20,7 +20,7 @@ from harness.model.dirty import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.model.vmrun import Host
-from harness.scenario.modes import MODES
+from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.program import Program
 from harness.wire import layout
 from harness.wire.channel import Channel
@@ -31,6 +31,7 @@ from harness.wire.records import Record
 
 _AT: Final = RECORD.offsets
 _OPS: Final = {number: name for name, number in layout.OPS.items()}
+_HOST_MODES: Final = {layout.HOST_MODES[mode.wire]: mode for mode in HOST_MODES.values()}
 _PROBES: Final = {number: name for name, number in layout.PROBES.items()}
 _ENTRY_REGS: Final = {name: int(name.encode().hex(), 16) for name in REGS.names}
 
@@ -123,6 +124,8 @@ class FakeMachine:
                 case "WATCH":
                     self._mirror[a] = bytes(self.memory[a : a + PAGE])
                     self.twin.watched |= {a}
+                case "HOST_MODE":
+                    self.twin.host_mode = _HOST_MODES[arg]
                 case "WRITE" | "HOST":
                     self.twin.apply(Step(name, arg, a, b, c))
                     page = a & ~(PAGE - 1)

@@ -146,7 +146,7 @@ class TestRehearsal:
     @pytest.mark.parametrize(
         ("ops", "reason"),
         [
-            (('entry = "nested.mailbox.pte"\nclear = ["p"]', "read a"), "L2 cannot reach its own mailbox"),
+            (('entry = "nested.mailbox.pte"\nclear = ["p"]', "read a"), "L2 cannot use its own mailbox"),
             (("fetch a+1",), "no code that returns"),
             (("write a", "fetch a"), "no code that returns"),
             (("read a+0xFFC",), "crosses a page"),

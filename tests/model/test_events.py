@@ -10,7 +10,7 @@ from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWAR
 from harness.model.memory import Memory
 from harness.model.registers import CR0, EFER, RFLAGS
 from harness.model.vmcb import Vmcb
-from harness.model.vmrun import Registers, load
+from harness.model.vmrun import Host, Registers, load
 
 IDT, GDT, TSS, HANDLER = 0x10_0000, 0x11_0000, 0x12_0004, 0xFFFF_8000_1234_5678
 STACK = 0x13_0018
@@ -50,7 +50,7 @@ def world(vector: int, cpl: int = 0, code_dpl: int = 0, **parts: Any) -> tuple[R
     bus.words[GDT + 0x28] = 0x00AF_9B00_0000_FFFF | code_dpl << 45
     bus.words[TSS + 4], bus.words[TSS + 4 + 8 * 2] = 0x20_0FF8, 0x20_2FF8
     bus.words[TSS + 0x24 + 8 * 2] = 0x30_0FF0
-    return load(vmcb), vmcb, bus
+    return load(vmcb, Host(CR0.PE | CR0.PG, 0, EFER.SVME, 0, 0)), vmcb, bus
 
 
 @pytest.mark.parametrize(

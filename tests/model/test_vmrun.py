@@ -16,7 +16,7 @@ from harness.model.vmrun import LOADED, Host, load, paging, refused, save
 HOST = Host(cr0=CR0.PG | CR0.PE, cr4=CR4.PAE, efer=EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME, pat=0, dr7=0x400)
 PAT = 0x0007_0406_0007_0406
 M40 = 1 << 40
-EVERYTHING = frozenset(["umip", "la57", "fsgsbase", "pcid", "xsave", "smep", "smap", "pku", "cet"])
+EVERYTHING = frozenset(["umip", "la57", "fsgsbase", "pcid", "xsave", "smep", "smap", "pku", "cet", "ffxsr", "tce"])
 
 LEGAL = {
     "intercept_misc2": 1, "asid": 1, "np_control": NP_ENABLE, "ncr3": 0x1000, "cr3": 0x2000, "g_pat": PAT,
@@ -123,12 +123,25 @@ def test_the_limit_is_the_cpus(maxphyaddr: int) -> None:
         assert refused(vmcb(**{name: limit}), HOST, cpu)
 
 
+@pytest.mark.parametrize(("feature", "bit"), [("ffxsr", 14), ("tce", 15)])
+def test_efer_bits_of_missing_features_are_reserved(feature: str, bit: int) -> None:
+    efer = EFER.LME | EFER.SVME | 1 << bit
+    assert verdict(Cpu(40, features=EVERYTHING), efer=efer) == ""
+    assert verdict(Cpu(40, features=EVERYTHING - {feature}), efer=efer) == "vmrun.efer-mbz"
+
+
 def test_cr3_is_not_checked_outside_long_mode() -> None:
     """Bits 63:32 of CR3 are not used there; the check of 15.5.1 is on the reserved bits of the mode."""
     assert verdict(cr3=1 << 45, efer=EFER.SVME) == ""
 
 
 class TestLoad:
+    def test_gpat_is_l1s_without_nested_paging(self) -> None:
+        """15.25.4: gPAT is loaded with nested paging only."""
+        host = Host(HOST.cr0, HOST.cr4, HOST.efer, 0x0706, HOST.dr7)
+        assert load(vmcb(g_pat=PAT), host).g_pat == PAT
+        assert load(vmcb(g_pat=PAT, np_control=0), host).g_pat == 0x0706
+
     def test_names(self) -> None:
         """Those that L2 can change by itself and that VMRUN loads (15.5.1)."""
         assert set(LOADED) == {"cr0", "cr2", "cr3", "cr4", "efer", "dr6", "dr7", "rflags", "rip", "rsp", "rax", "cpl",
@@ -138,7 +151,7 @@ class TestLoad:
         block = vmcb()
         for number, name in enumerate(("cr2", "cr3", "rip", "rsp", "rax", "g_pat")):
             block[name] = 0x1111_0000 + number
-        regs = load(block)
+        regs = load(block, HOST)
         assert [regs.cr2, regs.cr3, regs.rip, regs.rsp, regs.rax, regs.g_pat] == [0x1111_0000 + n for n in range(6)]
 
     @pytest.mark.parametrize("lma", [0, EFER.LMA])
@@ -146,12 +159,12 @@ class TestLoad:
     @pytest.mark.parametrize("pg", [0, CR0.PG])
     def test_lma_is_lme_and_pg(self, lma: int, lme: int, pg: int) -> None:
         """15.5.1: EFER.LMA of the VMCB is not consulted."""
-        regs = load(vmcb(efer=EFER.SVME | lma | lme, cr0=CR0.PE | pg))
+        regs = load(vmcb(efer=EFER.SVME | lma | lme, cr0=CR0.PE | pg), HOST)
         assert bool(regs.efer & EFER.LMA) == bool(lme and pg)
 
     def test_fixed_bits(self) -> None:
         """13.1.1, 3.1.1, 3.1.6: DR6, DR7, CR0.ET and RFLAGS bit 1 read with their fixed bits."""
-        regs = load(vmcb(dr6=0, dr7=0, rflags=0))
+        regs = load(vmcb(dr6=0, dr7=0, rflags=0), HOST)
         assert (regs.dr6, regs.dr7, regs.rflags) == (0xFFFF_0FF0, 0x400, RFLAGS.ONE)
         assert regs.cr0 & CR0.ET
 
@@ -159,7 +172,7 @@ class TestLoad:
 class TestSave:
     def test_writes_all_back(self) -> None:
         block = vmcb()
-        regs = load(block)
+        regs = load(block, HOST)
         for number, name in enumerate(LOADED):
             setattr(regs, name, 3 if name == "cpl" else 0x2222_0000 + number)
         save(block, regs)
@@ -168,7 +181,7 @@ class TestSave:
     def test_gpat_only_with_nested_paging(self) -> None:
         """15.25.4."""
         block = vmcb(np_control=0, g_pat=0x55)
-        regs = load(block)
+        regs = load(block, HOST)
         regs.g_pat = 0x66
         save(block, regs)
         assert block["g_pat"] == 0x55
@@ -180,7 +193,7 @@ class TestSave:
             if name != "fetched_bytes":
                 block[name] = 0x5A
         before = {name: block[name] for name in FIELDS.keys() - set(LOADED) - {"fetched_bytes"}}
-        save(block, load(block))
+        save(block, load(block, HOST))
         assert {name: block[name] for name in before} == before
 
 
@@ -189,7 +202,7 @@ class TestPaging:
 
     def _paging(self, host: Host = HOST, cpu: Cpu | None = None, **changes: int) -> Any:
         block = vmcb(**changes)
-        return paging(load(block), block, host, cpu or Cpu(40))
+        return paging(load(block, host), block, host, cpu or Cpu(40))
 
     def test_plain(self) -> None:
         out = self._paging(cr3=0x12_3018)

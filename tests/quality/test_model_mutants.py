@@ -65,7 +65,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/nested-no-execute",), "C1", "outcome"),
     "guest tables are only read": Mutant(
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
-        ("walk/table-read-only",), "C1", "outcome"),
+        (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
     "guest tables are supervisor accesses that nested U/S spares": Mutant(
         "model.walk", "    if not rights & US:\n        raise _nested", "    if purpose == FINAL and not rights & US:\n"
         "        raise _nested", ("walk/table-supervisor",), "C1", "outcome"),
@@ -165,12 +165,12 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.entries", "(0 if nxe else NX)", "0",
         (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
     "L2's EFER.NXE rules the nested dimension": Mutant(
-        "model.vmrun", "nested = _format(host.cr0, host.cr4, host.efer, cpu)",
-        "nested = _format(host.cr0, host.cr4, regs.efer, cpu)",
+        "model.vmrun", "nested = table_format(host.cr0, host.cr4, host.efer, cpu)",
+        "nested = table_format(host.cr0, host.cr4, regs.efer, cpu)",
         (one(NO_NXE, set_bits("nested.a.pte", "nx"), ALL),), "C1", "outcome"),
     "L1's EFER.NXE rules the guest dimension": Mutant(
-        "model.vmrun", "guest=_format(regs.cr0, regs.cr4, regs.efer, cpu)",
-        "guest=_format(regs.cr0, regs.cr4, host.efer, cpu)",
+        "model.vmrun", "guest=table_format(regs.cr0, regs.cr4, regs.efer, cpu)",
+        "guest=table_format(regs.cr0, regs.cr4, host.efer, cpu)",
         (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
     # VMRUN and #VMEXIT
     "ASID 0 accepted": Mutant(
