@@ -4,6 +4,7 @@
  * lives on, because everything it needs is put back here.
  */
 #include "wire.h"
+#include "vmsave.inc"
 
 	/* Read L1's own state into \to; clobbers rax, rcx, rdx. RAX, RSP and RFLAGS are the caller's. */
 	.macro READ_HOST to
@@ -87,6 +88,7 @@ l1_vmrun_instruction:
 	popq l1_host_after + TW_AT_HOST_RFLAGS(%rip)
 	cld
 	mov vmcb_address(%rip), %rax
+	SPOIL %rax
 	vmsave %rax
 	mov %rbx, l1_regs + TW_AT_REGS_RBX(%rip)
 	mov %rcx, l1_regs + TW_AT_REGS_RCX(%rip)

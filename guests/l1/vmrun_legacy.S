@@ -6,6 +6,7 @@
  * l1_switch(cr3, cr4): the way from 4-level to 5-level paging and back, which leads through paging off.
  */
 #include "wire.h"
+#include "vmsave.inc"
 
 	.macro STORE value, to
 	mov \value, %eax
@@ -123,6 +124,7 @@ l1_vmrun_legacy:
 	movl $0, l1_host_after + TW_AT_HOST_RFLAGS + 4
 	cld
 	mov vmcb_address, %eax
+	SPOIL %eax
 	vmsave %eax
 	STORE %ebx, l1_regs + TW_AT_REGS_RBX
 	STORE %ecx, l1_regs + TW_AT_REGS_RCX

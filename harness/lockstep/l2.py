@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.errors import UsageError
 from harness.lockstep import stub
-from harness.lockstep.prediction import Prediction
+from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, on_walk
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
@@ -12,7 +12,7 @@ from harness.model.access import Access, GeneralProtection, NestedPageFault, Pag
 from harness.model.entries import P
 from harness.model.events import Event
 from harness.model.registers import RFLAGS
-from harness.model.vmcb import NP_ENABLE, ExitCode
+from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode
 from harness.model.walk import GUEST, Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
@@ -45,7 +45,7 @@ class L2:
         self.paging = state.paging(self.regs)
         self.page = self.step.b & ~0xFFF
         self.mask = (1 << 8 * state.mode.native) - 1
-        self.undefined: tuple[str, ...] = ()
+        self.undefined: dict[str, int] = {}
         self.fresh: set[int] | None = None
         """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
 
@@ -190,7 +190,8 @@ class L2:
             name = stub.NULL_LOADS[kind]
             vmcb[f"{name}.selector"] = value
             # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
-            self.undefined += (f"{name}.attrib", f"{name}.limit", f"{name}.base")
+            vmcb[f"{name}.attrib"] = 0
+            self.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
             return value
         what = kind[2:]
         if what == "cr8":
@@ -274,9 +275,10 @@ class L2:
     def deliver(self, event: Event, walk: Walk | None = None) -> None:
         """Through L2's own IDT; its handlers do nothing but leave by HLT."""
         try:
-            self.undefined += events.deliver(event, self.regs, self.state.vmcb, _Bus(self, event))
+            undefined = events.deliver(event, self.regs, self.state.vmcb, _Bus(self, event))
         except ValueError as reason:
             raise UsageError(f"delivery of vector {event.vector}: {reason}") from None
+        self.undefined |= dict.fromkeys(undefined, WHOLE)
         landed = self.access(self.regs.rip, _FETCH[self.regs.cpl])
         if not isinstance(landed.outcome, Reached):
             self.fault(landed)

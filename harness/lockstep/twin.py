@@ -82,12 +82,12 @@ class Twin(State):
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = code, leave.info1, leave.info2
         vmcb["exitintinfo"] = leave.event.exitintinfo if leave.event is not None else 0
         vmcb["interrupt_shadow"] = 0
-        undefined = ["fetched_count", "fetched_bytes", *l2.undefined]
+        undefined = ["fetched_count", "fetched_bytes"]
         if code in stub.INSTRUCTION_BYTES:
             undefined += ["exitinfo1", "exitinfo2"]  # 15.6: not defined where no value is named for the exit
         elif code == ExitCode.EXCEPTION + events.GP:
             undefined.append("exitinfo2")
-        out.free = dict.fromkeys(undefined, WHOLE)
+        out.free = dict.fromkeys(undefined, WHOLE) | l2.undefined
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID

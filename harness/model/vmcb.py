@@ -130,6 +130,9 @@ class ExitCode:
         return f"VMEXIT {code:#x}"
 
 
+SEGMENT_P: Final = 1 << 7
+"""P in a segment's attributes."""
+
 NP_ENABLE: Final = 1 << 0
 """np_control bit 0."""
 
