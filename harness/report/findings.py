@@ -37,8 +37,8 @@ class Finding:
 
     @property
     def first(self) -> Divergence:
-        """The divergence that says most: an outcome comes before what follows from it."""
-        return self.divergences[0]
+        """The divergence that says most: one that no erratum explains; an outcome before what follows from it."""
+        return next((d for d in self.divergences if d.erratum is None), self.divergences[0])
 
     @cached_property
     def walk(self) -> Walk | None:

@@ -64,7 +64,7 @@ def _attributes(**values: object) -> dict[str, str]:
 
 def class_name(name: str, scenario: Scenario | None) -> str:
     """Folder and family of a scenario, in dots: `walk.nested-write` for scenarios/walk/nested-write.toml."""
-    family = name.partition("[")[0]
+    family = name.partition("[")[0].replace("/", ".")
     if scenario is None or not scenario.source:
         return family
     path = Path(scenario.source).with_suffix("")

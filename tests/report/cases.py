@@ -12,7 +12,7 @@ from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
 from harness.model.access import Access, Reached
 from harness.model.dirty import Liberties, Takes, resolve, write_back
-from harness.model.entries import A, D, legacy
+from harness.model.entries import A, D, legacy, pae
 from harness.model.walk import Walk, translate
 from harness.report.findings import Finding, findings
 from harness.scenario.ops import Change, EntryOp, RunOp, Scenario, parse_probe
@@ -113,6 +113,18 @@ def erratum(id: str = "e1", **values: Any) -> Erratum:
 
 def result(*divergences: Divergence, scenario: str = NAME, **values: Any) -> Result:
     return Result(scenario, 3, 12, 4096, [replace(d, scenario=scenario) for d in divergences], **values)
+
+
+def pae_walk(gva: int) -> tuple[Space, Walk]:
+    """A walk of PAE's tables for `gva`, whose root does not begin at a page."""
+    space = Space(identity=True)
+    root, directory, table = space.guest_page() + 0x60, space.guest_page(), space.guest_page()
+    space.set(root + 8 * (gva >> 30), directory | 1)
+    space.set(directory + 8 * (gva >> 21 & 0x1FF), table | 7)
+    space.set(table + 8 * (gva >> 12 & 0x1FF), SPA | 7)
+    space.map_nested(SPA, SPA)
+    paging = space.paging()._replace(guest=pae(48, True), gcr3=root)
+    return space, translate(paging, space.memory.words, gva, READ)
 
 
 def narrow_walk(change: Callable[[Space, int, int], None] = lambda space, pde, pte: None) -> tuple[Space, Walk]:

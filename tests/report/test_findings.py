@@ -38,6 +38,13 @@ def test_new_or_known() -> None:
     assert only(known).is_new(strict=True)
 
 
+def test_the_first_is_new_if_any_is() -> None:
+    """What is known already is not what a new finding is about."""
+    known, new = divergence(erratum="e1"), divergence(check="C3", field="l1.cr4", expected=0x20, observed=0)
+    assert only(known, new).first == new and only(known).first == known
+    assert "CR4" in headline(only(known, new), SCENARIO)
+
+
 class TestObserved:
     """What the machine made of a probe, put together from the fields that differ."""
 
@@ -163,4 +170,5 @@ def test_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "op 1 (scenarios/walk/nested-write.toml:9), the VMMCALL behind the last probe")
     assert place(only(divergence(probe=-1)), SCENARIO) == "op 1 (scenarios/walk/nested-write.toml:9)"
     assert place(only(divergence()), None) == "op 1, probe 1"
+    assert place(only(divergence(op=0, probe=0)), None) == "op 0, probe 0"
     assert place(only(divergence(op=-1, probe=-1)), SCENARIO) == "the end of the scenario"

@@ -122,7 +122,7 @@ def test_class_name(name: str, source: str, expected: str) -> None:
 
 
 def test_class_name_without_scenario() -> None:
-    assert junit.class_name("a[x]", None) == "a"
+    assert junit.class_name("walk/a[x/y]", None) == "walk.a"
 
 
 @given(st.text(st.characters()), st.binary())

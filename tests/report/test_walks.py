@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.model.access import Access, NestedPageFault, PageFault
+from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.entries import NX, PS, RW, US, A, D, P
 from harness.model.walk import GUEST, NESTED
 from harness.report.findings import Finding, findings
@@ -16,7 +16,7 @@ from harness.report.styled import plain
 from harness.report.walks import draw
 from tests.model.tables import FETCH, GVA, READ, USER_READ, WRITE, E, Space
 from tests.report import cases
-from tests.report.cases import GPA, SCENARIO, SPA, Case, divergence, entry, missing_a, narrow_walk, only, went_through
+from tests.report.cases import GPA, SCENARIO, SPA, Case, divergence, entry, missing_a, only, went_through
 
 
 def drawn(finding: Finding, width: int = 100) -> list[str]:
@@ -151,6 +151,25 @@ class TestTheMachineStops:
         """L2's own code, say: then the walk at hand says nothing of where."""
         assert "outcome" in marked(self.stops(Case(), PageFault(E.P | E.W, GVA ^ 1 << 21)))
 
+    @pytest.mark.parametrize("gva", [0xC000_0000 | 5 << 21 | 7 << 12, 0x4000_0000])
+    def test_in_pae_mode(self, gva: int) -> None:
+        """Its root has four entries, and may begin at any 32 bytes: not all of its address is an index."""
+        space, walk = cases.pae_walk(gva)
+        after = tuple(space.get(s.address) for s in walk.steps)
+        assert isinstance(walk.outcome, Reached)
+        here = only(divergence(walk, observed=str(PageFault(E.P, gva | 0x10)), after=after))
+        there = only(divergence(walk, observed=str(PageFault(E.P, gva ^ 1 << 31)), after=after))
+        assert "guest pte " in marked(here) and "outcome" in marked(there)
+
+    def test_not_present(self) -> None:
+        """P=0 in the code: it stopped where the entry is not present, if there is one."""
+        case = Case()
+        walk = case.walk()
+        at = case.guest["pde"]
+        after = case.after(walk, {at: case.space.get(at) & ~P})
+        finding = only(divergence(walk, expected=str(walk.outcome), observed=str(PageFault(0, GVA)), after=after))
+        assert "guest pde " in marked(finding)
+
     def test_before_the_model(self) -> None:
         """Both stop; the one that stops first is where they part."""
         case = Case()
@@ -178,6 +197,12 @@ class TestTheReport:
         finding = only(divergence(walk, field=field, expected=values[0], observed=values[1], after=case.after(walk)))
         assert "outcome" in marked(finding)
         assert str(walk.outcome).split()[1] in marked(finding)
+
+    def test_codes_section_of_the_guest(self) -> None:
+        case = Case()
+        case.space.change(case.guest["pte"], clear=P)
+        finding = only(divergence(case.walk(), field="exitinfo1", expected=1, observed=2))
+        assert any(text.endswith("the error code's bits: AMD APM vol. 2, 8.4.2") for text in drawn(finding))
 
     def test_codes_section(self) -> None:
         case = Case()
@@ -280,6 +305,22 @@ class TestShape:
         entries = [table | at & 0xFFF for table, at in zip(tables, case.guest.values(), strict=True)]
         assert headed == [*entries, GPA & ~low | GVA & low & ~0xFFF]
 
+    @pytest.mark.parametrize("shift", [21, 30])
+    def test_gpas_through_large_nested_pages(self, shift: int) -> None:
+        """The low bits come from where the guest's entry was found."""
+        case = Case(Space(identity=True, identity_shift=shift))
+        walk = case.walk()
+        tables = [s.address for s in walk.steps if s.dimension == GUEST]
+        headed = [int(line.split("gPA ")[1].split(",")[0], 16) for line in rows(only(divergence(
+            walk, field="value", expected=1, observed=2, after=case.after(walk)))) if "nested walk" in line]
+        assert headed[:4] == tables
+
+    def test_outcomes_at_the_bottom(self) -> None:
+        case = Case()
+        walk = case.walk()
+        agreed = [line for line in rows(only(missing_a(case, case.guest["pte"], walk))) if "outcome" in line]
+        assert [line.split() for line in agreed] == [["outcome", "sPA", f"{SPA:#x}", "the", "same"]]
+
     def test_without_nested_paging(self) -> None:
         case = Case(Space(nested=False))
         text = rows(only(missing_a(case, case.guest["pte"], case.walk())))
@@ -310,6 +351,8 @@ class TestShape:
         text = drawn(only(divergence(walk, check="C3", field="cr2", expected=1, observed=2, after=case.after(walk))))
         assert not any("machine" in line.split() for line in text)
         assert any(line.startswith("  exit by rule nested.write") for line in text)
+        guest = divergence(check="C3", field="cr2", expected=1, observed=2, rule="guest.present")
+        assert any(line.startswith("  exit by rule guest.present") for line in drawn(only(guest)))
 
     def test_many_divergences_are_counted(self) -> None:
         found = only(*(entry(None, 0x1000 + 8 * n, 7, 0x27) for n in range(20)))
@@ -324,7 +367,7 @@ class TestShape:
         assert "  rule from.the.future" in drawn(only(divergence(rule="from.the.future")))
 
     def test_entries_of_four_bytes(self) -> None:
-        space, walk = narrow_walk()
+        space, walk = cases.narrow_walk()
         pde = next(s.address for s in walk.steps if s.dimension == GUEST)
         quadword = space.get(pde & ~7)
         after = tuple(space.get(s.address) for s in walk.steps)  # as the driver reads them: by quadwords
@@ -336,14 +379,14 @@ class TestShape:
 
     def test_four_bytes_without_divergence(self) -> None:
         """The other half of a quadword is another entry."""
-        space, walk = narrow_walk(lambda space, pde, pte: space.memory.write(pte - 4, 0x1234_5067, 4))
+        space, walk = cases.narrow_walk(lambda space, pde, pte: space.memory.write(pte - 4, 0x1234_5067, 4))
         after = tuple(space.get(s.address) for s in walk.steps)
         text = rows(only(divergence(walk, field="value", expected=1, observed=2, after=after)))
         assert not any("12345067" in line for line in text) and not any(line.startswith("  ~") for line in text)
 
     def test_32_bit_addresses(self) -> None:
         """A #PF at the walk's own gVA is found to be of this walk also with tables of 1024 entries."""
-        space, walk = narrow_walk()
+        space, walk = cases.narrow_walk()
         gva = 0x5 << 22 | 0x7 << 12 | 0x10
         after = tuple(space.get(s.address) for s in walk.steps)
         here = only(divergence(walk, observed=str(PageFault(E.P, gva)), after=after))
