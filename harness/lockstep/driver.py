@@ -65,8 +65,6 @@ class Lockstep:
     ) -> None:
         self._machine = machine
         self._errata = errata
-        self._needed: dict[_Sort, list[str]] = {}
-        """Quirks that explained divergences of a sort, to be tried first where they come again."""
         self._channel = channel
         self._twin = twin
         self._strict = strict
@@ -131,8 +129,7 @@ class Lockstep:
             if found:
                 found = explain(self._with_machine_view(found), self._errata)
                 if any(one.erratum is None for one in found):
-                    sort = _sort(context, found)
-                    prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step, sort)
+                    prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
                     if blamed:
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
                 self._add(result, found)
@@ -173,19 +170,16 @@ class Lockstep:
         nobody watched included."""
         self._next("SYNC")
         context = self._context(program, -1, ())
-        self._compare_live(program, context, result, "at the end", at_rest=True)
-        data = self._twin.image.data
-        self._compare_region(context, result, data.start, data.end, "at the end")
+        for region in (self._twin.image.arena, self._twin.image.data):
+            self._compare_region(context, result, *region, "at the end")
         words = self._machine.memory.cast("Q")
         for address in self._twin.touched_data():  # L1 resets only the pages it watches
             words[address >> 3] = tag(address)
         self._channel.release()
 
-    def _compare_live(
-        self, program: Program, context: Context, result: Result, when: str, at_rest: bool = False
-    ) -> None:
-        """Every byte of every table, as it is in the guest's memory now: where L1 is `at_rest`."""
-        if self._strict or at_rest:
+    def _compare_live(self, program: Program, context: Context, result: Result, when: str) -> None:
+        """Every byte of every table, as it is in the guest's memory now: L1 must be waiting."""
+        if self._strict:
             self._compare_region(context, result, *context.tables, when)
             self._compare_region(context, result, program.world.system, program.world.system + PAGE, when)
 
@@ -216,7 +210,7 @@ class Lockstep:
         return record
 
     def _try_quirks(
-        self, context: Context, prediction: Prediction, record: Record, vmcb: bytes, step: Step, sort: _Sort
+        self, context: Context, prediction: Prediction, record: Record, vmcb: bytes, step: Step
     ) -> tuple[Prediction, str]:
         """The prediction as this machine's quirks make it, and the ids of those errata without which it
         would fail; none if it fails with all of them, and then the prediction is as it was."""
@@ -227,19 +221,17 @@ class Lockstep:
             prediction = self._twin.predict_again(prediction, vmcb, step, tuple(names))
             return all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata))
 
-        if not quirks:
+        for name in quirks:  # one is nearly always enough, and looked for in a fixed order
+            if agrees([name]):
+                return prediction, quirks[name]
+        if not agrees(quirks):
+            agrees(())
             return prediction, ""
-        needed = self._needed.get(sort, [])
-        if not needed or not agrees(needed):
-            if not agrees(quirks):
-                agrees(())
-                return prediction, ""
-            needed = list(quirks)
-            for name in quirks:
-                if agrees([other for other in needed if other != name]):
-                    needed.remove(name)
-            self._needed[sort] = needed
-            agrees(needed)
+        needed = list(quirks)
+        for name in quirks:
+            if agrees([other for other in needed if other != name]):
+                needed.remove(name)
+        agrees(needed)
         return prediction, "+".join(quirks[name] for name in needed)
 
     def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
@@ -281,21 +273,6 @@ class Lockstep:
             if room > 0:
                 result.divergences.append(one)
                 room -= 1
-
-
-_Sort = frozenset[tuple[str, str, str, str, int]]
-
-
-def _sort(context: Context, found: Iterable[Divergence]) -> _Sort:
-    """What is alike in divergences of one cause: check, field, rule, kind of probe, and which bits differ."""
-    sort = set()
-    for one in found:
-        field = one.field.partition(" at ")[0]
-        kind = context.probes[one.probe].kind if 0 <= one.probe < len(context.probes) else ""
-        expected, observed = one.expected, one.observed
-        bits = expected ^ observed if isinstance(expected, int) and isinstance(observed, int) else 0
-        sort.add((one.check, field, one.rule, kind, bits))
-    return frozenset(sort)
 
 
 def _same(one: memoryview, other: memoryview) -> bool:

@@ -27,7 +27,7 @@ OLDEST: Final = (5, 2)
 _PR_SET_PDEATHSIG: Final = 1
 _LOG_TAIL: Final = 20
 _QMP_TIMEOUT: Final = 10.0
-_END_TIMEOUT: Final = 5.0
+_END_TIMEOUT: Final = 1.0
 _GONE: Final = (QMPError, OSError, EOFError, TimeoutError)
 """What a monitor raises whose QEMU has gone."""
 
@@ -146,6 +146,7 @@ class Qemu:
         if self._monitor is not None:
             monitor, self._monitor = self._monitor, None
             with suppress(*_GONE):
+                monitor.settimeout(_END_TIMEOUT)
                 monitor.cmd("quit")
             with suppress(*_GONE):
                 monitor.close()
