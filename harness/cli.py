@@ -25,7 +25,7 @@ INTERRUPTED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 agreed, 1 divergence, 2 wrong use, 3 machine lost, 125 cannot be tested."""
+    """Returns the exit code: 0 agreed, 1 divergence, 2 wrong use, 3 machine lost, 130 Ctrl-C."""
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="twinwalk",
         description="Checks nested paging: a model of the AMD64 MMU in lockstep with real guests.",
-        epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost, "
-               "125 this build cannot be tested. `./twinwalk setup` and `./twinwalk test` belong to the checkout.",
+        epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost "
+               "or could not be started. `./twinwalk setup` and `./twinwalk test` belong to the checkout.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -21,12 +21,6 @@ class LaunchFailed(TwinwalkError):
     """A machine could not be started: exit code 3."""
 
 
-class CannotTest(TwinwalkError):
-    """This build cannot be tested at all: exit code 125, what `git bisect run` takes for skip."""
-
-    exit_code = 125
-
-
 @dataclass
 class MachineLost(TwinwalkError):
     """A machine died or hung while it was in use: exit code 3, never a pass, never a divergence."""

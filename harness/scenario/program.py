@@ -217,7 +217,8 @@ def _change(change: ops.Change, old: int, bits: dict[str, int]) -> int:
     try:
         return change.apply(old, bits)
     except KeyError as name:
-        raise ValueError(f"no bit is called {name}; there are {', '.join(bits)}") from None
+        known = ", ".join(bit for bit in bits if not bit.startswith("bit"))
+        raise ValueError(f"no bit is called {name}; there are {known}, and bit0 to bit63") from None
 
 
 def _lookup(table: Mapping[str, T], name: str, what: str) -> T:
