@@ -55,10 +55,22 @@ class Screen:
         if not lines:
             return
         if self.terminal:  # by the console also without colour: it keeps a progress bar below
-            text = Text("\n").join(Text.assemble(*((s.text, s.style) for s in one)) for one in lines)
+            text = Text("\n").join(Text.assemble(*((self._printable(s.text), s.style) for s in one)) for one in lines)
             self.console.print(text, soft_wrap=True)
-        else:
-            print(plain(lines), file=self.stream, flush=True)
+            return
+        try:
+            print(self._printable(plain(lines)), file=self.stream, flush=True)
+        except BrokenPipeError:  # the reader, `head` say, has seen enough; the run and its files go on
+            self._nobody_listens()
+
+    def _printable(self, text: str) -> str:
+        """`text` with what the stream's encoding lacks as escapes: no character may end a run."""
+        encoding = self.stream.encoding or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _nobody_listens(self) -> None:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 class Watch:

@@ -122,9 +122,16 @@ def test_special_files_are_written_to(tmp_path: Path) -> None:
     finally:
         os.close(reader)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     check_writable(Path("/dev/null"), "--json")
     write(Path("/dev/null"), "text")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_special_files_need_no_room_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may create files in /dev, and its disk is as full as it is."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    check_writable(Path("/dev/null"), "--json")
 
 
 def test_nothing_else_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import time
 from dataclasses import replace
@@ -80,6 +81,26 @@ class TestScreen:
     def test_long_lines_are_not_cut(self, tty: Terminal) -> None:
         Screen(tty).show([line("x" * 300)])
         assert "x" * 300 in tty.getvalue()
+
+    def test_a_reader_that_has_seen_enough(self) -> None:
+        """`twinwalk run | head`: the run goes on to its end, and to its result files."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w", encoding="utf-8") as pipe:
+            screen = Screen(pipe)
+            screen.show([line("one")])
+            screen.show([line("two")])
+
+    @pytest.mark.parametrize("tty", [False, True])
+    def test_any_encoding_will_do(self, tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        out = io.BytesIO()
+        stream = io.TextIOWrapper(out, encoding="ascii")
+        monkeypatch.setattr(stream, "isatty", lambda: tty)
+        screen = Screen(stream)
+        screen.show([line("gr\u00fc\u00df")])
+        stream.flush()
+        assert screen.terminal is tty and b"gr\\xfc\\xdf" in out.getvalue()
 
     def test_nothing(self, log: io.StringIO, tty: Terminal) -> None:
         Screen(log).show([])

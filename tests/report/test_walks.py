@@ -184,6 +184,20 @@ class TestTheMachineStops:
         assert "guest pte " in marked(finding) and "R/W is 0" in rows(finding)[-1]
 
 
+    def test_in_the_same_place_by_another_name(self) -> None:
+        """The same fault with another code, where L2 was found at another probe: nothing parts the walks."""
+        case = Case()
+        case.space.change(case.guest["pde"], clear=P)
+        assert "outcome" in marked(self.stops(case, PageFault(E.W, GVA)))
+
+    def test_refusals_are_about_the_walk(self) -> None:
+        """An outcome is, also where it is a matter of C3."""
+        case = Case()
+        walk = case.walk()
+        one = divergence(walk, check="C3", observed="VMEXIT_INVALID", after=case.after(walk))
+        assert "outcome" in marked(only(one))
+
+
 class TestTheReport:
     """Both stop at the same place, and report it differently: the outcome is marked."""
 
