@@ -72,7 +72,8 @@ class Finding:
 
 
 def findings(divergences: Iterable[Divergence]) -> list[Finding]:
-    """Divergences of one scenario, those of one probe together, in the order of their first ones."""
+    """Divergences of one scenario, those of one probe together, in the order of their first ones. In each,
+    what became of the probe comes before what is in its tables, and that before registers."""
     groups: dict[tuple[int, int], list[Divergence]] = {}
     entries: dict[int, dict[int, Divergence]] = {}
     for one in divergences:
@@ -81,9 +82,13 @@ def findings(divergences: Iterable[Divergence]) -> list[Finding]:
         if address is not None:
             entries.setdefault(one.op, {}).setdefault(address, one)
     return [
-        Finding(group[0].scenario, op, probe, tuple(group), entries.get(op, {}))
+        Finding(group[0].scenario, op, probe, tuple(sorted(group, key=_weight)), entries.get(op, {}))
         for (op, probe), group in groups.items()
     ]
+
+
+def _weight(one: Divergence) -> tuple[bool, str]:
+    return one.field != "outcome", one.check
 
 
 def place(finding: Finding, scenario: Scenario | None) -> str:
@@ -124,6 +129,8 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
         return _memory(one, who)
     if one.field == "value":
         return _value(one, who, probe)
+    if one.check == "C1" and any(d.field == "rip" for d in finding.divergences):
+        return f"L2 faults at another instruction than {who}{_why(one)}."
     if one.check == "C1":
         return f"{who} faults as it must, but {one.field.upper()} is wrong{_why(one)}."
     return _state(one, who, probe)

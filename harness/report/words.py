@@ -8,7 +8,7 @@ from typing import Final
 
 from harness.lockstep.compare import Divergence
 from harness.model.access import ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault
-from harness.model.entries import BITS, FRAME
+from harness.model.entries import BITS, FRAME, P
 from harness.model.registers import REGISTER_BITS
 from harness.model.vmcb import ExitCode
 from harness.model.walk import GUEST, Step, Walk
@@ -96,6 +96,8 @@ def bit_names(divergence: Divergence, number: int) -> tuple[str, ...]:
     field = divergence.field
     if entry_address(field) is not None:
         step = step_of(divergence)
+        if step is None and not number & P:
+            return ()  # not an entry in use; or two of four bytes, of which this cannot be told
         return flags(entry_value(divergence, number, step) or 0, step.level if step is not None else "")
     if field == "exitinfo1" and _faulted(divergence):
         return tuple(ErrorCode.describe(number).split("|")) if number else ()
@@ -135,7 +137,7 @@ def _entry_difference(divergence: Divergence) -> str:
     if got is None:
         return "it must change"
     if (want ^ got) & FRAME:
-        return "its frame is another"
+        return "its frame is another" if step is not None else "it has another value"
     level = step.level if step is not None else ""
     return _missing(flags(want, level), flags(got, level))
 

@@ -31,6 +31,25 @@ def test_one_finding_for_each_probe() -> None:
     assert found[3].entries == {}
 
 
+def test_what_became_of_a_probe_comes_first() -> None:
+    walk = Case().walk()
+    register = divergence(walk, check="C3", field="cr0", expected=1, observed=0)
+    table = entry(walk, 0x9000, 7, 0x27)
+    fault = divergence(walk, field="exitinfo1", expected=1, observed=2)
+    refused = divergence(walk, check="C3", field="outcome", expected="VMEXIT_INVALID", observed="done")
+    assert only(register, table, refused, fault).divergences == (refused, fault, table, register)
+
+
+def test_another_access_faults() -> None:
+    """It is not the probe that faulted where RIP is another too."""
+    case = Case()
+    case.space.change(case.final["pte"], clear=RW)
+    walk = case.walk(WRITE)
+    fields = (divergence(walk, field="exitinfo2", expected=1, observed=2),
+              divergence(walk, check="C3", field="rip", expected=1, observed=2))
+    assert headline(only(*fields), SCENARIO) == "L2 faults at another instruction than `write a+0x8`."
+
+
 def test_new_or_known() -> None:
     new, known = divergence(), divergence(erratum="e1")
     assert only(new).is_new() and only(new, known).is_new()

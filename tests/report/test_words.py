@@ -123,6 +123,14 @@ def test_unchanged_entry() -> None:
     assert words.difference(entry(walk, case.guest["pte"], read.entry, read.entry ^ 1 << 20)) == "its frame is another"
     assert words.difference(entry(walk, 0x8000, "unchanged", 7)) == "it must stay as it was"
     assert words.difference(entry(None, 0x8000, 7, "unchanged")) == "it must change"
+    assert words.difference(entry(None, 0x8000, 7, 7 | 1 << 38)) == "it has another value"
+
+
+def test_entries_that_no_walk_read() -> None:
+    """By name if they are in use; but two entries of four bytes are not one of eight."""
+    one = entry(None, 0x8000, 0x27, 0x67 << 32)
+    assert words.value(one, one.expected) == "0x27 (P|RW|US|A)"
+    assert words.value(one, one.observed) == "0x6700000000"
 
 
 def test_entries_of_four_bytes() -> None:
