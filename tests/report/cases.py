@@ -15,6 +15,8 @@ from harness.model.dirty import Liberties, Takes, resolve, write_back
 from harness.model.entries import A, D, legacy, pae
 from harness.model.walk import Walk, translate
 from harness.report.findings import Finding, findings
+from harness.report.styled import plain
+from harness.report.walks import draw
 from harness.scenario.ops import Change, EntryOp, RunOp, Scenario, parse_probe
 from tests.model.tables import GVA, READ, Space
 
@@ -140,3 +142,26 @@ def narrow_walk(change: Callable[[Space, int, int], None] = lambda space, pde, p
     change(space, pde, pte)
     paging = space.paging()._replace(guest=legacy(48, True), gcr3=directory)
     return space, translate(paging, space.memory.words, gva, READ)
+
+
+def drawn(finding: Finding, width: int = 100) -> list[str]:
+    return plain(draw(finding, SCENARIO, width)).splitlines()
+
+
+def rows(finding: Finding) -> list[str]:
+    """The lines of the walks: from their heading on."""
+    lines = drawn(finding)
+    return lines[next(n for n, text in enumerate(lines) if text.split()[:2] == ["entry", "sPA"]) :]
+
+
+def marked(finding: Finding) -> str:
+    """The line that the first difference is marked in: exactly one."""
+    found = [text for text in rows(finding) if text.startswith("  > ")]
+    table = [text for text in found if text.split()[1] in ("guest", "pml4e", "pdpte", "pde", "pte", "outcome")
+             and ":" not in text]
+    assert len(table) == 1, found
+    return table[0]
+
+
+def also(finding: Finding) -> list[str]:
+    return [text for text in rows(finding) if text.startswith("  ! ")]
