@@ -143,12 +143,15 @@ def _run(options: argparse.Namespace) -> int:
             raise
         interrupted = reason  # what was checked is reported all the same
     summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict)
+    terminal.show(summary)
+    if options.junit:
+        try:
+            junit.write(options.junit, summary)
+        except TwinwalkError as reason:
+            interrupted = interrupted or reason
     if options.json:
         jsonfile.write(options.json, summary)
         journal.done()
-    if options.junit:
-        junit.write(options.junit, summary)
-    terminal.show(summary)
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code(options.strict)

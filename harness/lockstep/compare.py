@@ -185,9 +185,9 @@ def _memory(
 
 
 def _blame(prediction: Prediction, address: int) -> tuple[int]:
-    """The probe whose walk read the entry at `address`; else the one that ended the run."""
+    """The probe whose walk read an entry of the quadword at `address`; else the one that ended the run."""
     for index, walk in prediction.walks.items():
-        if any(step[3] == address for step in walk.trail):
+        if any(step[3] & ~7 == address for step in walk.trail):
             return (index,)
     return (prediction.next_probe if prediction.next_probe in prediction.walks else -1,)
 

@@ -127,7 +127,7 @@ class Lockstep:
             result.table_bytes += program.world.arena_used
             found = self._exit(context, prediction, record)
             if found:
-                found = explain(self._with_machine_view(found), self._errata)
+                found = explain(self._with_machine_view(prediction, record, found), self._errata)
                 if any(one.erratum is None for one in found):
                     prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
                     if blamed:
@@ -250,15 +250,21 @@ class Lockstep:
         return [Divergence(context.scenario, context.op, -1, "C2", "entries changed by one VMRUN",
                            f"at most {MAX_DIFFS}", record.diffs_found, "ad")]
 
-    def _with_machine_view(self, found: list[Divergence]) -> list[Divergence]:
-        """Add to each divergence with a walk what the machine made of the walk's entries."""
-        words = self._machine.memory.cast("Q")
-        out = []
-        for one in found:
-            if one.walk is not None:
-                one = replace(one, after=tuple(words[step[3] >> 3] for step in one.walk.trail))
-            out.append(one)
-        return out
+    def _with_machine_view(
+        self, prediction: Prediction, record: Record, found: list[Divergence]
+    ) -> list[Divergence]:
+        """Add to each divergence with a walk what the machine made of the walk's entries, by the quadword:
+        by what the record shows, since live memory may be further on."""
+        words, observed = self._twin.memory.words, record.diffs
+
+        def after(address: int) -> int:
+            address &= ~7
+            return observed.get(address, prediction.old.get(address, words[address >> 3]))
+
+        return [
+            one if one.walk is None else replace(one, after=tuple(after(step[3]) for step in one.walk.trail))
+            for one in found
+        ]
 
     def _adopt_vmcb(self, record: Record) -> None:
         start = self._twin.vmcb.address

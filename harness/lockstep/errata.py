@@ -116,11 +116,11 @@ def _follows(divergence: Divergence, cause: Divergence) -> bool:
     if cause.walk is None or not divergence.field.startswith("entry at sPA "):
         return False
     address = int(divergence.field.split()[3], 16)
-    read = [entry for _, _, _, at, entry in cause.walk.trail if at == address]
+    read = [entry for _, _, _, at, entry in cause.walk.trail if at & ~7 == address]
     if not read:
         return False
     values = [read[0] if isinstance(v, str) else v for v in (before, after)]
-    return not (values[0] ^ values[1]) & ~(A | D)
+    return not (values[0] ^ values[1]) & ~((A | D) << 32 | A | D)  # two entries of 32-bit paging are one quadword
 
 
 def load(folder: Path) -> list[Erratum]:

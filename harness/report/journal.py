@@ -21,7 +21,9 @@ class Journal:
     `path` it does nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path.with_name(path.name + ".journal") if path is not None and not path.is_char_device() else None
+        if path is not None and path.exists() and not path.is_file():
+            path = None  # a pipe or a device: there is nothing beside it
+        self._path = path.with_name(path.name + ".journal") if path is not None else None
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
