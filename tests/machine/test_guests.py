@@ -76,7 +76,8 @@ def test_no_place_for_it(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_not_l1(tmp_path: Path) -> None:
     source, target = tmp_path / "x.c", tmp_path / "x"
     source.write_text("int main(void) { return 0; }\n")
-    subprocess.run([os.environ.get("CC", "gcc"), str(source), "-o", str(target)], check=True)
+    flags = ["-ffreestanding", "-nostdlib", "-static", "-no-pie", "-Wl,-e,main"]  # no libc is there
+    subprocess.run([os.environ.get("CC", "gcc"), *flags, str(source), "-o", str(target)], check=True)
     with pytest.raises(LaunchFailed, match="is not the probe hypervisor"):
         guests.load_image(target)
 

@@ -92,8 +92,8 @@ def test_header_compiles_alone(tmp_path: Path) -> None:
     assembly = tmp_path / "t.S"
     assembly.write_text('#include "wire.h"\n.quad TW_MAGIC, TW_AT_PROBE_RESULT, TW_OP_RUN\n')
     for source in (c, assembly):
-        done = subprocess.run([compiler, "-Wall", "-Wextra", "-Werror", "-c", str(source), "-o", str(tmp_path / "t.o")],
-                              capture_output=True, text=True, check=False)
+        argv = [compiler, "-ffreestanding", "-Wall", "-Wextra", "-Werror", "-c", str(source)]  # no libc is there
+        done = subprocess.run([*argv, "-o", str(tmp_path / "t.o")], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
