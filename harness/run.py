@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from harness.errors import LaunchFailed, MachineLost
+from harness.errors import LaunchFailed, MachineLost, UsageError
 from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.rehearse import rehearse
@@ -123,7 +123,10 @@ def _boot_and_run(
             compiler = Compiler(machine.image, machine.cpu)
             twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
             programs = _rehearsed(compiler, twin, scenarios)
-            yield from Lockstep(machine, machine.channel, twin, not pipelined, known).run(programs)
+            for result in Lockstep(machine, machine.channel, twin, not pipelined, known).run(programs):
+                if result.senseless:
+                    raise UsageError(result.senseless)
+                yield result
     except LaunchFailed as failed:
         if not out.results:
             raise

@@ -57,6 +57,12 @@ static uint64_t *touched[MAX_PAGES];
 static uint32_t touched_count;
 static uint8_t is_touched[MAX_PAGES];
 
+/* What quadwords held before they were changed, since the mark: a rewind puts them back, last first. */
+enum { UNDO = 1 << 14 };
+static struct { uint64_t *at, value; } undo[UNDO];
+static uint32_t undo_count;
+static uint8_t marked_vmcb[PAGE] __attribute__((aligned(PAGE)));
+
 static inline uint64_t rdmsr(uint32_t msr)
 {
 	uint32_t low, high;
@@ -124,8 +130,33 @@ static void touch(uint64_t *page)
 	}
 }
 
+static void remember(uint64_t *at, uint64_t value)
+{
+	if (undo_count < UNDO) {	/* a machine that changes more is found out at the next SYNC */
+		undo[undo_count].at = at;
+		undo[undo_count++].value = value;
+	}
+}
+
+static void mark(uint64_t vmcb)
+{
+	undo_count = 0;
+	copy64(marked_vmcb, (void *)vmcb, PAGE);
+}
+
+static void rewind(uint64_t vmcb)
+{
+	while (undo_count) {
+		uint64_t *at = undo[--undo_count].at;
+
+		*at = *mirror(at) = undo[undo_count].value;
+	}
+	copy64((void *)vmcb, marked_vmcb, PAGE);
+}
+
 static void reset(void)
 {
+	undo_count = 0;
 	for (uint32_t i = 0; i < touched_count; i++) {
 		uint64_t *page = touched[i];
 
@@ -144,16 +175,17 @@ static void reset(void)
 static void write(uint64_t address, uint64_t value, uint32_t width)
 {
 	volatile void *p = (volatile void *)address;
+	uint64_t *word = (uint64_t *)(address & -8ull);
 
+	if (has_mirror(word))
+		remember(word, *word);
 	switch (width) {
 	case 1: *(volatile uint8_t *)p = value; break;
 	case 2: *(volatile uint16_t *)p = value; break;
 	case 4: *(volatile uint32_t *)p = value; break;
 	default: *(volatile uint64_t *)p = value; break;
 	}
-	if (has_mirror((void *)address)) {
-		uint64_t *word = (uint64_t *)(address & -8ull);
-
+	if (has_mirror(word)) {
 		*mirror(word) = *(volatile uint64_t *)word;
 		touch((uint64_t *)(address & -(uint64_t)PAGE));
 	}
@@ -269,6 +301,7 @@ static void find_changes(struct tw_record *record)
 					record->diffs[found].value = now;
 				}
 				found++;
+				remember((uint64_t *)&page[v], old[v]);
 				old[v] = now;
 				touch(watched[i]);
 			}
@@ -373,6 +406,12 @@ static void interpret(void)
 			break;
 		case TW_OP_HOST:
 			set_host(op->arg, op->b);
+			break;
+		case TW_OP_MARK:
+			mark(op->a);
+			break;
+		case TW_OP_REWIND:
+			rewind(op->a);
 			break;
 		case TW_OP_HOST_MODE:
 			set_host_mode(op->arg);

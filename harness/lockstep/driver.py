@@ -14,7 +14,7 @@ from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.model.vmcb import ExitCode
-from harness.scenario.program import Program
+from harness.scenario.program import Program, where
 from harness.wire.channel import Channel
 from harness.wire.image import PAGE, Image, Region, tag, tags
 from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
@@ -53,6 +53,8 @@ class Result:
     table_bytes: int = 0
     divergences: list[Divergence] = field(default_factory=list)
     lost: MachineLost | None = None
+    senseless: str = ""
+    """Why the model cannot say what must come of it: the scenario makes no sense, and nothing is decided."""
 
 
 class Lockstep:
@@ -73,26 +75,26 @@ class Lockstep:
     def run(self, programs: Iterable[Program]) -> Iterator[Result]:
         """A result for each program, in order, as soon as it is there. When the machine is lost, the
         last result says so, and nothing follows."""
-        todo, waiting = iter(programs), deque[Program]()
+        todo, waiting = iter(programs), deque[tuple[Program, int]]()
         pending: Program | None = next(todo, None)
         while pending is not None or waiting:
             while pending is not None and self._channel.has_room(len(pending.encoded) // 32):
-                self._channel.post(pending.encoded)
-                waiting.append(pending)
+                waiting.append((pending, self._channel.post(pending.encoded)))
                 pending = next(todo, None)
                 if self._strict:
                     break
-            program = waiting.popleft()
+            program, end = waiting.popleft()
             result = Result(program.scenario.name)
             try:
-                self._check(program, result)
+                self._check(program, end, result)
             except MachineLost as lost:
                 result.lost = lost
                 yield result
                 return
             yield result
 
-    def _check(self, program: Program, result: Result) -> None:
+    def _check(self, program: Program, end: int, result: Result) -> None:
+        """One program; `end` is the number of the slot behind it."""
         twin = self._twin
         twin.reset(program.world)
         for step in program.steps:
@@ -100,12 +102,12 @@ class Lockstep:
                 try:
                     self._run(program, step, result)
                 except UsageError as reason:
-                    if not result.divergences:
-                        raise  # the program itself makes no sense
-                    self._give_up(program, step, result, str(reason))
+                    self._give_up(program, end, step, result, str(reason))
                     return
             elif step.code == "SYNC":
                 self._sync(program, result)
+            elif step.code == "REWIND":
+                self._rewind(program, step, result)
             else:
                 twin.apply(step)
 
@@ -147,23 +149,35 @@ class Lockstep:
             first = next_probe + 1
             twin.resume(begun)
 
-    def _give_up(self, program: Program, step: Step, result: Result, reason: str) -> None:
-        """The machine has diverged into a state that the model does not cover: the rest of this program
-        is not checked, and that is said."""
+    def _give_up(self, program: Program, end: int, step: Step, result: Result, reason: str) -> None:
+        """The program makes no sense, or the machine has diverged into a state that the model does not
+        cover: the rest of the program is not checked, and that is said."""
         context = self._context(program, step.origin, ())
-        self._add(result, [Divergence(context.scenario, context.op, -1, "C1", "course",
-                                      "one that can be followed", reason, "lockstep")])
-        while True:
+        if result.divergences:
+            self._add(result, [Divergence(context.scenario, context.op, -1, "C1", "course",
+                                          "one that can be followed", reason, "lockstep")])
+        else:
+            result.senseless = f"{where(program.scenario, step.origin)}: {reason}"
+        synced = program.steps[-1].code == "SYNC"
+        self._channel.skip_to(end - synced, self._machine.idle)
+        self._twin.reset(program.world)
+        if synced:
+            self._next("SYNC")
+            data = self._twin.image.data
+            self._machine.memory[data.start : data.end] = tags(data)
             self._channel.release()
-            if self._channel.next_record(self._machine.idle).kind == RECORDS["SYNC"]:
-                break
-        data = self._twin.image.data
-        self._machine.memory[data.start : data.end] = tags(data)
-        self._channel.release()
 
     def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
         start = self._twin.image.arena.start
         return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used))
+
+    def _rewind(self, program: Program, step: Step, result: Result) -> None:
+        """All is again as at the batch's start, as far as L1 watches."""
+        words = self._twin.memory.words
+        far = [at for at in self._twin.touched_data() if words[at >> 3] != tag(at)]
+        self._twin.reset(program.world)
+        if far and not result.divergences:
+            result.senseless = f"{where(program.scenario, 0)}: it writes to sPA {far[0]:#x}, which no batch puts back"
 
     def _sync(self, program: Program, result: Result) -> None:
         """The end of a scenario: L1 stands still, and all of its memory is compared, the pages that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from harness.lockstep.prediction import Prediction
@@ -47,23 +48,29 @@ class State:
         """L2's own pages were walked under this translation, and no table was written since."""
         self.quirks: tuple[str, ...] = ()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
+        self._world: World | None = None
         self._touched: dict[int, None] = {}
         self._paging: dict[tuple[object, ...], Paging] = {}
 
     def reset(self, world: World) -> None:
         """The state that each scenario starts in, whatever was before it."""
-        words = self.memory.words
-        for address in self._touched:
-            words[address >> 3] = tag(address) if address in self.image.data else 0
+        words, first = self.memory.words, world.words
+        stale: Iterable[int] = self._touched
+        if self._world is not world:
+            stale = (*stale, *self._world.words) if self._world else stale
+        for address in stale:
+            value = first.get(address)
+            words[address >> 3] = (tag(address) if address in self.image.data else 0) if value is None else value
         self._touched.clear()
+        if self._world is not world:
+            for address, value in first.items():
+                words[address >> 3] = value
+            self._world = world
         self.support = None
         self.watched = frozenset(world.watch)
         self.mode = world.mode
         self.stub = self.image.stubs[world.mode.stub]
         self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
-        for address, value in world.words.items():
-            words[address >> 3] = value
-        self._touched.update(world.touched)
         start = world.vmcb_address
         self.memory.bytes[start : start + PAGE] = world.vmcb_page
         self.vmcb = Vmcb(self.memory, start)

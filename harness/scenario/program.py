@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, TypeVar
@@ -37,7 +37,8 @@ VMCB_BITS: Final = {name: BITS | REGISTER_BITS[name] for name in ("cr0", "cr4", 
 
 @dataclass(frozen=True)
 class Program:
-    """`steps` follow on the reset to `world`; `prologue` is that reset as L1 does it, encoded."""
+    """`steps` follow on the reset to `world`; `prologue` is that reset as L1 does it, encoded: empty where
+    the program before it ended in a rewind. The last step is a SYNC, or a REWIND with more to follow."""
 
     scenario: ops.Scenario
     world: World
@@ -60,23 +61,47 @@ class Compiler:
 
     def compile(self, scenario: ops.Scenario) -> Program:
         """Raises UsageError, with file and line, for what makes no sense on this CPU or image."""
-        world, prologue = self._world(scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page)
+        world, prologue = self._world(scenario)
+        return _program(scenario, world, prologue, (*self._body(scenario, world).steps, Step("SYNC")))
+
+    def batch(self, scenarios: Sequence[ops.Scenario]) -> Iterator[Program]:
+        """`scenarios`, all of one world, as programs that share one reset and one SYNC: each puts back
+        exactly what it changed. As `compile` otherwise."""
+        for number, scenario in enumerate(scenarios):
+            world, prologue = self._world(scenario)
+            body = self._body(scenario, world)
+            body.rewind()
+            last = number == len(scenarios) - 1
+            mark = b"" if number else prologue + encode([Step("MARK", a=world.vmcb_address)])
+            yield _program(scenario, world, mark, (*body.steps, Step("SYNC")) if last else tuple(body.steps))
+
+    def _body(self, scenario: ops.Scenario, world: World) -> _Body:
         body = _Body(self.image, world)
         for index, op in enumerate(scenario.ops):
             try:
                 body.add(index, op)
             except ValueError as reason:
                 raise UsageError(f"{where(scenario, index)}: {reason}") from None
-        program = Program(scenario, world, prologue, (*body.steps, Step("SYNC")))
-        if len(program.encoded) // 32 > MAX_CHUNK:
-            raise UsageError(f"{scenario.source}: the program is too long: over {MAX_CHUNK} slots")
-        return program
+        return body
 
-    def _world(self, *key: str) -> tuple[World, bytes]:
+    def _world(self, scenario: ops.Scenario) -> tuple[World, bytes]:
+        key = world_key(scenario)
         if key not in self._worlds:
             world = build(self.image, self.cpu, *key)
             self._worlds[key] = world, encode(_prologue(world))
         return self._worlds[key]
+
+
+def world_key(scenario: ops.Scenario) -> tuple[str, str, str, str]:
+    """What a scenario's world depends on."""
+    return scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page
+
+
+def _program(scenario: ops.Scenario, world: World, prologue: bytes, steps: tuple[Step, ...]) -> Program:
+    program = Program(scenario, world, prologue, steps)
+    if len(program.encoded) // 32 > MAX_CHUNK:
+        raise UsageError(f"{scenario.source}: the program is too long: over {MAX_CHUNK} slots")
+    return program
 
 
 def where(scenario: ops.Scenario, index: int) -> str:
@@ -125,6 +150,13 @@ class _Body:
                 self._host(index, op)
             case ops.RunOp():
                 self._run(index, op)
+
+    def rewind(self) -> None:
+        """The end of one program of a batch: all is as it was before it."""
+        for register, value in self.host.items():
+            if value != _HOST[register]:
+                self.steps.append(Step("HOST", HOST_REGISTERS[register], b=_HOST[register]))
+        self.steps.append(Step("REWIND", a=self.world.vmcb_address))
 
     def _entry(self, index: int, op: ops.EntryOp) -> None:
         address = _lookup(self.world.entries, op.entry, "entry")

@@ -59,8 +59,6 @@ class World:
     """Where L2 finds the entries of its own tables for a to d, by name."""
     vmcb_page: bytes = b""
     """The VMCB's whole page."""
-    touched: dict[int, None] = field(default_factory=dict)
-    """The sPAs of `words`."""
     system: int = 0
     """sPA of the page with L2's IDT, GDT, TSS and stack."""
     mode: modes.Mode = MODES[DEFAULT_MODE]
@@ -189,7 +187,6 @@ def build(
             if at & ~0xFFF == spa[table]
         },
         vmcb_page=vmcb_page(vmcb),
-        touched=dict.fromkeys(words),
         system=system,
         mode=mode,
         host_mode=host_mode,

@@ -66,8 +66,9 @@ class Channel:
         room = OP_SLOTS - (self._posted - self._words[self._op_done])
         return self._padding(slots) + slots <= room
 
-    def post(self, ops: bytes) -> None:
-        """Hand ops to L1; only after `has_room`. They are never split by the ring's end."""
+    def post(self, ops: bytes) -> int:
+        """Hand ops to L1; only after `has_room`. They are never split by the ring's end. Returns the number
+        of the slot behind them, counted from the machine's start."""
         slots = len(ops) // OP.size
         assert slots <= MAX_CHUNK
         padding = self._padding(slots)
@@ -75,6 +76,7 @@ class Channel:
             self._put(bytes(padding * OP.size))
         self._put(ops)
         self._words[self._op_posted] = self._posted
+        return self._posted
 
     def _padding(self, slots: int) -> int:
         at = self._posted % OP_SLOTS
@@ -101,6 +103,22 @@ class Channel:
                 idle(waited)
                 time.sleep(_NAP)
         return self._record(checked)
+
+    def skip_to(self, slot: int, idle: Callable[[float], None]) -> None:
+        """Release, unseen, all records of ops before the one in `slot`. `idle` as for `next_record`."""
+        start = time.monotonic()
+        while True:
+            done = self._words[self._op_done] >= slot
+            if self._words[self._record_posted] != self._checked:
+                if self._record(self._checked).op >= slot:
+                    return
+                self.release()
+                start = time.monotonic()
+            elif done:
+                return
+            else:
+                idle(time.monotonic() - start)
+                time.sleep(_NAP)
 
     def last_record(self) -> str:
         """The last record that was posted, in words."""

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 MAGIC = 0x6B6C_6177_6E69_7774
@@ -212,6 +212,8 @@ OPS = {
     "SYNC": 6,    # wait until every record was checked
     "SPIN": 7,    # a: VMCB, b: count, c: mailbox: that many VMRUNs with no record, for the benchmark
     "HOST_MODE": 8,  # arg: L1's paging at VMRUN (HOST_MODES)
+    "MARK": 9,    # a: VMCB; what REWIND goes back to
+    "REWIND": 10,  # a: VMCB; all that was written, and all watched pages, are as at the mark
 }
 
 HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3}

@@ -83,6 +83,7 @@ class FakeMachine:
         self.runs = 0
         self.posted = 0
         self._mirror: dict[int, bytes] = {}
+        self._marked: dict[int, bytes] = {}
         self._l1 = self._interpret()
 
     def idle(self, waited: float) -> None:
@@ -124,6 +125,13 @@ class FakeMachine:
                 case "WATCH":
                     self._mirror[a] = bytes(self.memory[a : a + PAGE])
                     self.twin.watched |= {a}
+                case "MARK":
+                    self._marked = dict(self._mirror) | {a: bytes(self.memory[a : a + PAGE])}
+                case "REWIND":
+                    for page, content in self._marked.items():
+                        self.memory[page : page + PAGE] = content
+                    self._mirror = {page: self._marked[page] for page in self._mirror}
+                    self.twin.support = None
                 case "HOST_MODE":
                     self.twin.host_mode = _HOST_MODES[arg]
                 case "WRITE" | "HOST":

@@ -72,6 +72,39 @@ def test_pipelined_programs_are_posted_ahead(image: Image, cpu: Cpu, compiler: C
     assert posted == 5
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_a_batch_is_no_different(strict: bool, image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
+    """One reset for several programs: each has the verdict that it has alone."""
+    scenarios = [one(*MIXED[:5], name="first"), one("write a; read b", name="next"), one(*MIXED, name="mixed"),
+                 one('host = "efer"\nclear = ["nxe"]', "fetch a", name="host"),
+                 one("fetch a; write a", run("read a", 3), name="last")]
+    for order in (scenarios, scenarios[::-1], [*scenarios[1:], scenarios[1]]):
+        alone = run_on_fake(image, cpu, twin, map(compiler.compile, order), strict=strict)
+        batch = run_on_fake(image, cpu, twin, compiler.batch(order), strict=strict)
+        assert alone == batch
+        assert all(r.divergences == [] and r.lost is None and not r.senseless for r in batch)
+
+
+def test_a_batch_puts_back_what_the_machine_did(image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
+    """A wrong bit in one program is that program's alone."""
+    class SetsOnce(Plant):
+        def after_run(self, fake: FakeMachine, out: Prediction) -> None:
+            if fake.runs == 2:
+                fake.memory.cast("Q")[twin.image.arena.start >> 3] |= 1 << 9
+
+    programs = compiler.batch([one("read a; read b", name=name) for name in "wxyz"])
+    results = run_on_fake(image, cpu, twin, programs, SetsOnce())
+    assert [len(r.divergences) for r in results] == [0, 1, 0, 0]
+
+
+def test_a_batch_does_not_write_out_of_sight(image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
+    """L1 puts back what it watches: a write elsewhere is a mistake of the scenario's."""
+    head = 'guest_page = "2M"\nnested_page = "2M"\n'
+    scenarios = [one("write a+0x40000", head=head, name="far"), one("write a", head=head, name="near")]
+    far, near = run_on_fake(image, cpu, twin, compiler.batch(scenarios))
+    assert "no batch puts back" in far.senseless and not near.senseless
+
+
 class Silent(Plant):
     """Hangs in the second VMRUN."""
 

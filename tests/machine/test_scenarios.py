@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import groupby
 
 import pytest
 
@@ -16,7 +17,7 @@ from harness.run import Target
 from harness.run import run as run_all
 from harness.scenario import files
 from harness.scenario.ops import Scenario
-from harness.scenario.program import Compiler
+from harness.scenario.program import Compiler, world_key
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
@@ -96,6 +97,37 @@ def test_any_order(
     shuffled = random.Random(seed).sample(FEW, len(FEW))
     for result in check(machine, shuffled, errata, strict=bool(seed & 1)):
         assert verdict(result) == strict_verdicts[result.scenario]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_in_batches(
+    strict: bool, machine: tcg.TcgMachine, errata: list[Erratum], strict_verdicts: dict[str, tuple[object, ...]]
+) -> None:
+    """A batch has one reset for many scenarios: each puts back what it changed, so that it makes no difference."""
+    compiler = Compiler(machine.image, machine.cpu)
+    twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+    known = [e for e in errata if e.holds_for("qemu-tcg", machine.identity.qemu_version)]
+    shuffled = sorted(random.Random(4).sample(FEW, len(FEW)), key=world_key)
+    batches = [list(batch) for _, batch in groupby(shuffled, key=world_key)]
+    assert max(map(len, batches)) > 10
+    programs = (program for batch in batches for program in compiler.batch(batch))
+    for result in Lockstep(machine, machine.channel, twin, strict, known).run(programs):
+        assert verdict(result) == strict_verdicts[result.scenario] and not result.senseless
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_one_that_makes_no_sense(strict: bool, machine: tcg.TcgMachine) -> None:
+    """L2 reads what is no page of its own, and nobody can say what it finds there: the others do not mind."""
+    compiler = Compiler(machine.image, machine.cpu)
+    twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+    good = ("write a; read b", run("read a", 3))
+    senseless = one('entry = "nested.a.pte"\nvalue = 0x1007', run("read a; write b"), run("read b"), name="senseless")
+    batch = [one(*good), senseless, one(*good), senseless, senseless, one(*good), senseless]
+    lockstep = Lockstep(machine, machine.channel, twin, strict)
+    results = [*lockstep.run(compiler.batch(batch)), *lockstep.run(map(compiler.compile, batch))]
+    for result, scenario in zip(results, batch * 2, strict=True):
+        assert (result.divergences, result.lost, bool(result.senseless)) == ([], None, scenario is senseless)
+    assert "senseless.toml:9: read at gVA" in results[1].senseless
 
 
 def test_alone_and_again(

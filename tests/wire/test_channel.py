@@ -201,6 +201,33 @@ def test_a_record_that_comes_late(peer: Peer, channel: Channel) -> None:
     assert channel.next_record(idle).op == 77
 
 
+def test_skipping_to_a_slot(peer: Peer, channel: Channel) -> None:
+    """Records of earlier ops go unseen, also such that come while it waits; those behind are left."""
+    channel.post(bytes(8 * 32))
+    for op in (1, 2, 2):
+        peer.post(op=op)
+    waits = 0
+
+    def idle(waited: float) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 1:
+            peer.post(op=4)
+        else:
+            peer.take()
+
+    channel.skip_to(5, idle)
+    assert peer.field("record_checked") == 4
+    channel.skip_to(8, give_up)
+    for op in (6, 8):
+        peer.post(op=op)
+    channel.skip_to(8, give_up)
+    assert channel.next_record(give_up).op == 8
+    channel.release()
+    with pytest.raises(Waited):
+        channel.skip_to(9, give_up)
+
+
 def test_last_record(peer: Peer, channel: Channel) -> None:
     assert channel.last_record() == "none"
     peer.post(first_probe=3)
