@@ -109,7 +109,7 @@ class TestWrongUse:
             ("nonsense", 1, "not TOML"),
             (text('jump = "a"'), 5, "an op has exactly one of"),
             (text(run("read a"), 'entry = "nested.z.pte"\nset = ["p"]'), 9, "no entry is called 'nested.z.pte'"),
-            (text(run("write a+0xFFE")), 5, "crosses a page"),
+            (text(run("fetch a+0xFFE")), 5, "no code that returns"),
             (text('entry = "nested.a.pte"\nvalue = 0x1007', run("read a")), 9, "no page of tables or data"),
             (text(f"{run('read a')}\nexpect = [\"#PF 0x4\"]"), 5, "the scenario expects '#PF 0x4'"),
         ],
@@ -156,7 +156,7 @@ class TestRun:
         self, faulting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Exit code 1, and both sides are shown."""
-        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         assert cli.main(["run", str(faulting)]) == 1
         out = capsys.readouterr().out
         assert "faulting" in out and "0x100000005" in out and "0x100000001" in out
@@ -164,7 +164,7 @@ class TestRun:
     def test_fail_fast(
         self, faulting: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.json"
         assert cli.main(["run", "--fail-fast", "--json", str(report), str(faulting), str(good)]) == 1
         assert json.loads(report.read_text())["totals"]["scenarios"] == 1
@@ -181,7 +181,7 @@ class TestRun:
         assert data["machine"]["qemu_version"] and data["machine"]["cpu_model"] == "max"
 
     def test_json_of_a_divergence(self, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.json"
         assert cli.main(["run", "--json", str(report), str(faulting)]) == 1
         data = json.loads(report.read_text())
@@ -191,7 +191,7 @@ class TestRun:
         assert data["totals"]["divergences_new"] == 1
 
     def test_junit(self, good: Path, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        plant(monkeypatch, "model.walk", "code |= ErrorCode.U | (", "code |= (")
+        plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.xml"
         assert cli.main(["run", "--junit", str(report), str(good), str(faulting)]) == 1
         cases = {case.get("name"): case for case in ET.parse(report).iter("testcase")}

@@ -10,5 +10,10 @@
 #define rDI %rdi
 #define rBP %rbp
 #define rSP %rsp
+#define WIDTH 8
+#define PUSH pushq
+#define POP popq
+#define PUSHF pushfq
+#define POPF popfq
 #define LIMIT movzwq
 #include "l2.inc"

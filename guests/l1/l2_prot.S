@@ -9,6 +9,11 @@
 #define rDI %edi
 #define rBP %ebp
 #define rSP %esp
+#define WIDTH 4
+#define PUSH pushl
+#define POP popl
+#define PUSHF pushfl
+#define POPF popfl
 #define LIMIT movzwl
 	.code32
 #include "l2.inc"

@@ -19,6 +19,7 @@ enum {
 	CR4_LA57 = 1 << 12,
 	EFER_LME = 1 << 8,
 	EFER_LMA = 1 << 10,
+	CR4_PKE = 1 << 22,
 	MSR_EFER = 0xc0000080,
 	MSR_PAT = 0x277,
 	MSR_VM_HSAVE_PA = 0xc0010117,
@@ -237,6 +238,18 @@ static void vmrun(uint64_t vmcb)
 	l1_vmrun_legacy(vmcb);
 }
 
+/* PKRU is out of reach while CR4.PKE is 0, as it is for L1. */
+static void set_pkru(uint32_t value)
+{
+	uint64_t cr4 = read_cr4();
+
+	if (!(shared->features & TW_FEATURE_PKU))
+		return;
+	__asm__ volatile("mov %0, %%cr4" : : "r"(cr4 | CR4_PKE));
+	__asm__ volatile("wrpkru" : : "a"(value), "c"(0), "d"(0));
+	__asm__ volatile("mov %0, %%cr4" : : "r"(cr4));
+}
+
 static void set_host(uint32_t reg, uint64_t value)
 {
 	if (reg == TW_HOST_CR4 && host_mode == TW_HOST_MODE_LONG5)
@@ -247,6 +260,7 @@ static void set_host(uint32_t reg, uint64_t value)
 	case TW_HOST_DR7: __asm__ volatile("mov %0, %%dr7" : : "r"(value)); break;
 	case TW_HOST_EFER: wrmsr(MSR_EFER, value); break;
 	case TW_HOST_PAT: wrmsr(MSR_PAT, value); break;
+	case TW_HOST_PKRU: set_pkru(value); break;
 	}
 }
 
@@ -334,7 +348,8 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	for (uint32_t i = 0; i < count; i++)
 		tw_mailbox[i] = probes[i];
 	tw_mailbox[count] = (struct tw_probe){ .kind = TW_PROBE_END };
-	*(uint64_t *)((uint8_t *)tw_mailbox + TW_MAILBOX_CODE) = op->b & -(uint64_t)PAGE;
+	if (op->b & -(uint64_t)PAGE)	/* in real mode RIP is an offset: the program has written it */
+		*(uint64_t *)((uint8_t *)tw_mailbox + TW_MAILBOX_CODE) = op->b & -(uint64_t)PAGE;
 	copy64(begun.segments, save, sizeof(begun.segments));
 	begun.cpl = save[VMCB_CPL - VMCB_SAVE];
 	begun.rflags = *(uint64_t *)(save + VMCB_RFLAGS - VMCB_SAVE);
@@ -462,6 +477,7 @@ static uint64_t features(void)
 	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
 	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;
 	have |= d >> 17 & 1 ? TW_FEATURE_GMET : 0;
+	have |= d >> 19 & 1 ? TW_FEATURE_SSS : 0;
 	return have;
 }
 

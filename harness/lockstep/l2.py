@@ -5,13 +5,13 @@ from __future__ import annotations
 from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, on_walk
+from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, on_access, on_walk
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
-from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached
+from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.entries import P
 from harness.model.events import Event
-from harness.model.registers import RFLAGS
+from harness.model.registers import CR4, RFLAGS
 from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode
 from harness.model.walk import GUEST, Walk, translate
 from harness.wire.image import tag
@@ -20,6 +20,12 @@ from harness.wire.program import Step, WireProbe
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
 _READ = {cpl: Access(user=cpl == 3) for cpl in range(4)}
 _WRITE = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
+_POP = {cpl: access._replace(stack=True) for cpl, access in _READ.items()}
+_PUSH = {cpl: access._replace(stack=True) for cpl, access in _WRITE.items()}
+_IMPLICIT_READ = Access(implicit=True)
+_IMPLICIT_WRITE = Access(write=True, implicit=True)
+_LAR_SEES = 0x00F0_FF00
+"""What LAR returns of a descriptor's upper half (volume 3, LAR)."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -36,6 +42,17 @@ class Leave(Exception):
         self.walk, self.rule, self.event = walk, rule, event
 
 
+def joined(walks: list[Walk]) -> Walk:
+    """The walks of one access that touches two pages, as one: with the first one's outcome, or the fault."""
+    if len(walks) == 1:
+        return walks[0]
+    decided = next((walk for walk in walks if not isinstance(walk.outcome, Reached)), walks[0])
+    return decided._replace(
+        trail=[step for walk in walks for step in walk.trail],
+        updates=[update for walk in walks for update in walk.updates],
+    )
+
+
 class L2:
     """One run of L2 by VMRUN. `do` and the rest end in `Leave` where L2 leaves."""
 
@@ -44,6 +61,7 @@ class L2:
         self.regs = vmrun.load(state.vmcb, state.host)
         self.paging = state.paging(self.regs)
         self.page = self.step.b & ~0xFFF
+        self.base = 0 if state.mode.long else state.vmcb["cs.base"]
         self.mask = (1 << 8 * state.mode.native) - 1
         self.undefined: dict[str, int] = {}
         self.fresh: set[int] | None = None
@@ -56,7 +74,7 @@ class L2:
         key = (self.paging, regs.rip, self.step.c)
         if self.state.support == key:
             return  # the same walks would set the same bits again
-        walk = self.access(regs.rip, _FETCH[regs.cpl])
+        walk = self.access(regs.rip + self.base & _MASK64, _FETCH[regs.cpl])
         if not isinstance(walk.outcome, Reached):
             self.fault(walk)
         walk = self.access(self.step.c, _WRITE[regs.cpl])
@@ -67,7 +85,7 @@ class L2:
     def enter_again(self) -> None:
         """After a change of translation L2's own pages must still be there for it."""
         self.state.support = None
-        for address, access in ((self.page, _FETCH), (self.step.c, _WRITE)):
+        for address, access in ((self.page + self.base, _FETCH), (self.step.c, _WRITE)):
             walk = self.access(address, access[self.regs.cpl])
             if not isinstance(walk.outcome, Reached):
                 raise UsageError(f"this leaves L2 without its own pages: {walk.outcome}")
@@ -83,8 +101,10 @@ class L2:
         """Do one probe; returns its result."""
         kind, size, address, value = probe
         self.at(stub.label(kind, size), value)
-        if kind in ("read", "write", "rmw"):
+        if kind in ("read", "write", "rmw", "push", "pop"):
             result = self._data(kind, size, address, value, index)
+        elif kind == "lar":
+            result = self._lar(value, index)
         elif kind == "fetch":
             result = self._fetch(address, index)
         else:
@@ -100,27 +120,67 @@ class L2:
     # --- probes -----------------------------------------------------------------------------------
 
     def _data(self, kind: str, size: int, address: int, value: int, index: int) -> int:
-        if address & 0xFFF > 0x1000 - size:
-            raise UsageError(f"{kind} of {size} bytes at {address:#x} crosses a page")
-        cpl = self.regs.cpl
-        self._must_be_fresh(address)
+        cpl, begun = self.regs.cpl, self.regs.rsp
+        reads = kind in ("read", "pop")
+        if kind in ("push", "pop"):
+            self.regs.rsp = address + (size if kind == "push" else 0) & self.mask
+            access = _POP[cpl] if reads else _PUSH[cpl]
+        else:
+            access = _READ[cpl] if reads else _WRITE[cpl]
         if kind == "rmw" and RMW_READS_FIRST in self.state.quirks:
-            walk = self.access(address, _READ[cpl])
+            self._reach(_READ[cpl], address, size, index)
+        parts = self._reach(access, address, size, index)
+        self.regs.rsp = begun
+        old = sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
+        if not reads:
+            new = old + value if kind == "rmw" else value
+            for spa, at, width in parts:
+                mask = (1 << 8 * width) - 1
+                self._store(spa, new >> 8 * at & mask, mask)
+        if kind in ("write", "push"):
+            return value
+        # 32-bit results are zero-extended
+        return old if size >= 4 else value & ~((1 << 8 * size) - 1) & _MASK64 | old
+
+    def _reach(self, access: Access, address: int, size: int, index: int) -> list[tuple[int, int, int]]:
+        """Translate an access of `size` bytes: for each page that it touches the sPA, where in the operand
+        that begins, and how many bytes. Of two pages the lower is translated first; a fault of the higher
+        has that page's first address."""
+        first = min(size, 0x1000 - (address & 0xFFF))
+        parts = [(address, 0, first)]
+        if first < size:
+            parts.append((address + first & self.mask, first, size - first))
+        reached: list[tuple[int, int, int]] = []
+        walks: list[Walk] = []
+        for gva, at, width in parts:
+            self._must_be_fresh(gva)
+            walk = self.walk(gva, access)
+            walks.append(walk)
+            self.out.walks[index] = joined(walks)
             if not isinstance(walk.outcome, Reached):
-                self.out.walks[index] = walk
+                for done in walks[:-1]:
+                    self._note(done, other_faulted=True)
+                self._note(walk)
                 self.fault(walk)
-        walk = self.access(address, _READ[cpl] if kind == "read" else _WRITE[cpl])
+            reached.append((self._own_memory(walk, f"an access of gVA {gva:#x}"), at, width))
+        for walk in walks:
+            self._note(walk)
+        return reached
+
+    def _lar(self, selector: int, index: int) -> int:
+        """LAR (volume 3): reads a descriptor of the GDT, whatever the CPL; its access rights if they may be seen."""
+        vmcb, cpl = self.state.vmcb, self.regs.cpl
+        offset = selector & 0xFFF8
+        if not offset or offset + 7 > vmcb["gdtr.limit"]:
+            return 0
+        walk = self.access(vmcb["gdtr.base"] + offset & _MASK64, _IMPLICIT_READ)
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
             self.fault(walk)
-        spa = self._own_memory(walk, f"{kind} at gVA {address:#x}")
-        old = self.state.memory.read(spa, size)
-        mask = (1 << 8 * size) - 1
-        if kind != "read":
-            self._store(spa, (value if kind == "write" else old + value) & mask, mask)
-        if kind == "write":
-            return value
-        return old if size >= 4 else value & ~mask & _MASK64 | old  # 32-bit results are zero-extended
+        descriptor = self.state.memory.words[self._own_memory(walk, "LAR") >> 3]
+        conforming = descriptor >> 42 & 3 == 3
+        seen = descriptor >> 44 & 1 and (conforming or descriptor >> 45 & 3 >= max(cpl, selector & 3))
+        return descriptor >> 32 & _LAR_SEES if seen else 0
 
     def _store(self, spa: int, new: int, mask: int) -> None:
         """Write the bits of `mask` at `spa`, over one quadword or two."""
@@ -180,6 +240,8 @@ class L2:
         regs, vmcb = self.regs, self.state.vmcb
         if regs.cpl and kind not in stub.UNPRIVILEGED:
             self.exception(Event.exception(events.GP))
+        if kind in ("rdpkru", "wrpkru"):
+            return self._pkru(kind, value)
         if kind in stub.DESCRIPTOR_READS:
             return vmcb[stub.DESCRIPTOR_READS[kind]] & self.mask
         if kind in stub.LOADED_LIMITS:
@@ -217,35 +279,59 @@ class L2:
         if kind.startswith("rd"):
             return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
         if own:
+            keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
             setattr(regs, name, value)
             if name == "cr3":
                 self.fresh = None
             if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
                 self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
-            self.paging = self.state.paging(regs)
+            before, self.paging = self.paging, self.state.paging(regs)
+            if keys_on and PKE_NOT_FLUSHED in self.state.quirks:
+                self.paging = self.paging._replace(pkru=before.pkru)
             self.enter_again()
         else:
             vmcb[name] = value
         return value
 
+    def _pkru(self, kind: str, value: int) -> int:
+        """RDPKRU and WRPKRU (section 5.6.7): PKRU is one for L1 and L2."""
+        if not self.regs.cr4 & CR4.PKE:
+            self.exception(Event.exception(events.UD))
+        host = self.state.host
+        if kind == "wrpkru":
+            host.pkru = value & 0xFFFF_FFFF
+            self.paging = self.state.paging(self.regs)
+            return value
+        return host.pkru
+
     # --- memory and faults ------------------------------------------------------------------------
 
     def access(self, gva: int, access: Access) -> Walk:
         """Translate, and write accessed and dirty bits back."""
-        state, out = self.state, self.out
+        walk = self.walk(gva, access)
+        self._note(walk)
+        return walk
+
+    def walk(self, gva: int, access: Access) -> Walk:
+        """Translate, and change nothing."""
+        quirks = self.state.quirks
         try:
-            walk = translate(self.paging, state.memory.words, gva, access)
+            if quirks:
+                access = on_access(access, self.regs.cpl, quirks)
+                return on_walk(self.paging, translate(self.paging, self.state.memory.words, gva, access), quirks)
+            return translate(self.paging, self.state.memory.words, gva, access)
         except IndexError:
             raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
-        if state.quirks:
-            walk = on_walk(self.paging, walk, state.quirks)
+
+    def _note(self, walk: Walk, other_faulted: bool = False) -> None:
+        """Write the accessed and dirty bits of `walk` back."""
+        state, out = self.state, self.out
         faulted = not isinstance(walk.outcome, Reached)
-        required, permitted = dirty.resolve(walk.updates, faulted, state.liberties)
+        required, permitted = dirty.resolve(walk.updates, faulted, state.liberties, other_faulted)
         for address, old in dirty.write_back(state.memory.words, required).items():
             state.changed(out, address, old)
         for address, bits, _ in permitted:
             out.permitted[address] = out.permitted.get(address, 0) | bits
-        return walk
 
     def fault(self, walk: Walk) -> None:
         """A walk faulted: #NPF leaves L2; an exception leaves it if L1 intercepts it, and goes through
@@ -259,6 +345,8 @@ class L2:
                 self.exception(Event.exception(events.PF, code), gva, walk)
             case GeneralProtection(code):
                 self.exception(Event.exception(events.GP, code), 0, walk)
+            case StackFault(code):
+                self.exception(Event.exception(events.SS, code), 0, walk)
             case _:
                 raise AssertionError(walk.outcome)
 
@@ -292,11 +380,11 @@ class _Bus:
         self._l2, self._event = l2, event
 
     def load(self, gva: int) -> int:
-        spa = self._reach(gva, _READ[0])
+        spa = self._reach(gva, _IMPLICIT_READ)
         return self._l2.state.memory.words[spa >> 3]
 
     def store(self, gva: int, value: int, free: int) -> None:
-        spa = self._reach(gva, _WRITE[0])
+        spa = self._reach(gva, _IMPLICIT_WRITE)
         state, out = self._l2.state, self._l2.out
         state.changed(out, spa, state.memory.words[spa >> 3])
         state.memory.words[spa >> 3] = value

@@ -11,21 +11,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from harness.model.access import ErrorCode, NestedPageFault, PageFault, Reached
+from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import TABLE
 from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
 from harness.model.walk import Paging, Walk
 
 RMW_READS_FIRST: Final = "rmw-reads-first"
 JUMP_NON_CANONICAL: Final = "jump-non-canonical"
+PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 """Quirks of how L2's instructions are carried out: see harness.lockstep.l2."""
 
 
 @dataclass(frozen=True)
 class Quirk:
-    """A variation of the translation in force, or of what comes of a walk."""
+    """A variation of the translation in force, of what is asked of it at a CPL, or of what comes of a walk."""
 
     paging: Callable[[Paging], Paging] = lambda paging: paging
+    access: Callable[[Access, int], Access] = lambda access, cpl: access
     walk: Callable[[Paging, Walk], Walk] = lambda paging, walk: walk
 
 
@@ -90,6 +92,16 @@ def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
     return walk._replace(updates=updates)
 
 
+def _implicit_obeys_ac(access: Access, cpl: int) -> Access:
+    """RFLAGS.AC lifts SMAP from implicit references too, but for those at CPL 3."""
+    return access._replace(implicit=access.implicit and cpl == 3)
+
+
+def _stack_as_data(access: Access, cpl: int) -> Access:
+    """A reference through the stack segment is one like any other: #GP where it should be #SS."""
+    return access._replace(stack=False)
+
+
 QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8),
     "pae-pdpte": _in_both(_pae_pdpte),
@@ -97,6 +109,9 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "nested-id-nxe": Quirk(paging=_nested_id_nxe),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
+    "implicit-obeys-ac": Quirk(access=_implicit_obeys_ac),
+    "stack-as-data": Quirk(access=_stack_as_data),
+    PKE_NOT_FLUSHED: Quirk(),
     RMW_READS_FIRST: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
 }
@@ -107,6 +122,13 @@ def on_paging(paging: Paging, names: Iterable[str]) -> Paging:
     for name in names:
         paging = QUIRKS[name].paging(paging)
     return paging
+
+
+def on_access(access: Access, cpl: int, names: Iterable[str]) -> Access:
+    """`access` as a machine with these quirks makes it, at that CPL."""
+    for name in names:
+        access = QUIRKS[name].access(access, cpl)
+    return access
 
 
 def on_walk(paging: Paging, walk: Walk, names: Iterable[str]) -> Walk:

@@ -107,7 +107,8 @@ class State:
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
         key = (*self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
-               self.host.efer, self.host.cr4, self.host_mode.name, self.vmcb["ncr3"], self.vmcb["np_control"])
+               self.host.efer, self.host.cr4, self.host.pkru, self.host_mode.name,
+               self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
             found = on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), self.quirks)

@@ -44,7 +44,9 @@ LOADED_LIMITS: Final = {"wrgdtr": ("gdtr", 0x27), "wridtr": ("idtr", 0x13F)}
 NULL_LOADS: Final = {"wres": "es", "wrds": "ds"}
 """Probes that load a null selector."""
 
-UNPRIVILEGED: Final = frozenset({"rdrsp", "wrrsp", "rdseg", "rdflags"} | DESCRIPTOR_READS.keys() | NULL_LOADS.keys())
+UNPRIVILEGED: Final = frozenset(
+    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru"} | DESCRIPTOR_READS.keys() | NULL_LOADS.keys()
+)
 """Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""
 
 

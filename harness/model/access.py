@@ -6,11 +6,19 @@ from typing import Final, NamedTuple
 
 
 class Access(NamedTuple):
-    """One reference to memory by software. A read-modify-write is a write (section 5.6.3)."""
+    """One reference to memory by software. A read-modify-write is a write (section 5.6.3).
+
+    `implicit` is a reference that an instruction or a delivery makes on the side, to a descriptor or a
+    TSS: a supervisor's whatever the CPL (section 5.6.6). `stack` is one through the stack segment (8.2.13),
+    `shadow_stack` one that CALL, RET and the like make to a shadow stack (18.3).
+    """
 
     write: bool = False
     fetch: bool = False
     user: bool = False
+    implicit: bool = False
+    stack: bool = False
+    shadow_stack: bool = False
 
 
 class ErrorCode:
@@ -27,9 +35,11 @@ class ErrorCode:
     """#NPF: the fault came while the final gPA was translated."""
     GUEST_TABLE: Final = 1 << 33
     """#NPF: the fault came while the gPA of a guest table entry was translated."""
+    SSS: Final = 1 << 37
+    """#NPF: the supervisor shadow stack check failed (section 15.25.14)."""
 
     NAMES: Final = {
-        0: "P", 1: "W", 2: "U", 3: "RSVD", 4: "ID", 5: "PK", 6: "SS", 32: "FINAL", 33: "GUEST-TABLE",
+        0: "P", 1: "W", 2: "U", 3: "RSVD", 4: "ID", 5: "PK", 6: "SS", 32: "FINAL", 33: "GUEST-TABLE", 37: "SSS",
     }
 
     @classmethod
@@ -78,4 +88,13 @@ class GeneralProtection(NamedTuple):
         return f"#GP {self.error_code:#x}"
 
 
-Outcome = Reached | PageFault | NestedPageFault | GeneralProtection
+class StackFault(NamedTuple):
+    """#SS, vector 12: a reference through the stack segment to an address that is not canonical."""
+
+    error_code: int = 0
+
+    def __str__(self) -> str:
+        return f"#SS {self.error_code:#x}"
+
+
+Outcome = Reached | PageFault | NestedPageFault | GeneralProtection | StackFault

@@ -35,15 +35,22 @@ class Liberties(NamedTuple):
 
     `walk_faulted`: bits of entries that were used before the walk faulted further down.
     `page_not_reached`: bits of the guest's leaf entry when the nested walk of the page itself faults.
+    `other_page`: all bits of one page's walk, where an access touches two and the other one faults.
     """
 
     walk_faulted: Takes = Takes.SOMETIMES
     page_not_reached: Takes = Takes.SOMETIMES
+    other_page: Takes = Takes.SOMETIMES
 
 
-def resolve(updates: Iterable[Update], faulted: bool, liberties: Liberties) -> tuple[list[Update], list[Update]]:
+def resolve(
+    updates: Iterable[Update], faulted: bool, liberties: Liberties, other_faulted: bool = False
+) -> tuple[list[Update], list[Update]]:
     """What a walk's `updates` come to on a machine that takes `liberties`: those that must be there
-    now, and those that may be. `faulted` says that the walk did not reach its page."""
+    now, and those that may be. `faulted` says that the walk did not reach its page, `other_faulted` that
+    it did, but the access was not made for the sake of its other page."""
+    if other_faulted and liberties.other_page is not Takes.ALWAYS:
+        return [], list(updates) if liberties.other_page is Takes.SOMETIMES else []
     if not faulted:
         return list(updates), []
     required: list[Update] = []

@@ -16,6 +16,8 @@ PS: Final = 1 << 7
 G: Final = 1 << 8
 PAT_4K: Final = 1 << 7
 PAT_LARGE: Final = 1 << 12
+KEY_SHIFT: Final = 59
+"""Bits 62:59 of a long-mode leaf are its protection key, while CR4.PKE is 1 (section 5.6.7)."""
 NX: Final = 1 << 63
 
 FRAME: Final = 0x000F_FFFF_FFFF_F000

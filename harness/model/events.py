@@ -17,8 +17,10 @@ NMI: Final = 2
 EXCEPTION: Final = 3
 SOFTWARE: Final = 4
 
-PF: Final = 14
+UD: Final = 6
+SS: Final = 12
 GP: Final = 13
+PF: Final = 14
 _WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 
 EVENT_VALID: Final = 1 << 31

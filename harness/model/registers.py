@@ -77,6 +77,11 @@ class RFLAGS:
     STATUS: Final = CF | PF | AF | ZF | SF | OF
 
 
+PKRU_AD: Final = 1 << 0
+PKRU_WD: Final = 1 << 1
+"""Access disable and write disable of protection key 0; those of key N are 2 * N bits up (section 5.6.7)."""
+
+
 REGISTER_BITS: Final[dict[str, dict[str, int]]] = {
     "cr0": {k.lower(): v for k, v in vars(CR0).items() if k.isupper()},
     "cr4": {k.lower(): v for k, v in vars(CR4).items() if k.isupper()},

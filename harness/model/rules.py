@@ -29,6 +29,8 @@ _WALK: Final = (
     Rule("canonical", "5.3.1",
          "The bits of a gVA above those that are translated must all equal the highest of them, or the access raises "
          "#GP before any table is read."),
+    Rule("canonical.stack", "8.2.13",
+         "A reference through the stack segment to an address that is not canonical raises #SS."),
     Rule("guest.present", "5.4.1",
          "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; the rest of it is not read."),
     Rule("guest.reserved", "5.4.1",
@@ -40,7 +42,13 @@ _WALK: Final = (
     Rule("guest.smep", "5.6.5",
          "With CR4.SMEP=1 code at CPL 0 to 2 must not be fetched from a user page."),
     Rule("guest.smap", "5.6.6",
-         "With CR4.SMAP=1 data of a user page is out of reach at CPL 0 to 2, unless RFLAGS.AC=1."),
+         "With CR4.SMAP=1 data of a user page is out of reach at CPL 0 to 2, unless RFLAGS.AC=1; to implicit "
+         "references it is at any CPL, whatever RFLAGS.AC says."),
+    Rule("guest.key", "5.6.7",
+         "With CR4.PKE=1 data of a user page whose key has AD set in PKRU is out of reach, and so are writes where it "
+         "has WD set; a supervisor's writes only while CR0.WP=1."),
+    Rule("guest.shadow-stack", "18.3",
+         "A shadow stack reference needs a page of its own privilege with R/W=0 and D=1 in the leaf, and R/W=1 above."),
     Rule("guest.execute", "5.6.3",
          "With EFER.NXE=1 no instruction is fetched through a guest entry that has NX set, at any level and any CPL."),
     Rule("nested.present", "15.25.6",
@@ -56,6 +64,12 @@ _WALK: Final = (
          "a guest table counts as a write (15.25.5)."),
     Rule("nested.execute", "15.25.7",
          "L2 fetches no instruction through a nested entry that has NX set, at any level, while L1's EFER.NXE=1."),
+    Rule("nested.gmet", "15.25.13",
+         "With guest mode execute trap enabled L2 fetches nothing at CPL 0 to 2 from a page with U/S=1 at every nested "
+         "level, and U/S decides over nothing else."),
+    Rule("nested.sss", "15.25.14",
+         "With the supervisor shadow stack check enabled L2's supervisor shadow stacks need a page with U/S=0 in the "
+         "nested leaf and U/S=1 at every nested level above it."),
 )
 
 _MEMORY: Final = (

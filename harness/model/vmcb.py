@@ -134,7 +134,9 @@ SEGMENT_P: Final = 1 << 7
 """P in a segment's attributes."""
 
 NP_ENABLE: Final = 1 << 0
-"""np_control bit 0."""
+NP_GMET: Final = 1 << 3
+NP_SSS: Final = 1 << 4
+"""np_control bits: nested paging, guest mode execute trap, supervisor shadow stack check."""
 
 MISC2_VMRUN: Final = 1 << 0
 MISC2_VMMCALL: Final = 1 << 1

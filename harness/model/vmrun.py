@@ -10,7 +10,7 @@ from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import MISC2_VMRUN, NP_ENABLE, Vmcb
+from harness.model.vmcb import MISC2_VMRUN, NP_ENABLE, NP_GMET, NP_SSS, Vmcb
 from harness.model.walk import Paging
 
 _CR4_ALWAYS: Final = 0x7FF  # bits 10:0 are in every CPU with SVM
@@ -50,13 +50,15 @@ LOADED: Final = tuple(f.name for f in fields(Registers))
 
 @dataclass(slots=True)
 class Host:
-    """L1's registers as far as they matter to VMRUN and to the nested walk."""
+    """L1's registers as far as they matter to VMRUN and to the nested walk; and PKRU, which is not in
+    the VMCB: VMRUN and #VMEXIT leave it as it is."""
 
     cr0: int
     cr4: int
     efer: int
     pat: int
     dr7: int
+    pkru: int = 0
 
 
 def refused(vmcb: Vmcb, host: Host, cpu: Cpu) -> str:
@@ -175,6 +177,9 @@ def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
         nested=nested,
         ncr3=vmcb["ncr3"],
         nested_id=_reports_fetch(host.cr4, host.efer),
+        pkru=host.pkru if regs.cr4 & CR4.PKE and regs.efer & EFER.LMA else 0,
+        gmet="gmet" in cpu.features and bool(vmcb["np_control"] & NP_GMET),
+        sss="sss" in cpu.features and bool(vmcb["np_control"] & NP_SSS),
     )
 
 

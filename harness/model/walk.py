@@ -9,10 +9,20 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
+from harness.model.access import (
+    Access,
+    ErrorCode,
+    GeneralProtection,
+    NestedPageFault,
+    Outcome,
+    PageFault,
+    Reached,
+    StackFault,
+)
 from harness.model.dirty import PAGE, TABLE, Update
-from harness.model.entries import ALL_RIGHTS, FRAME, NX, PSE36_SHIFT, RW, US, A, D, Format, P
+from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, PSE36_SHIFT, RW, US, A, D, Format, P
 from harness.model.memory import Words
+from harness.model.registers import PKRU_AD, PKRU_WD
 
 GUEST: Final = "guest"
 NESTED: Final = "nested"
@@ -26,7 +36,9 @@ class Paging(NamedTuple):
     """Everything but memory that decides a translation: taken from the VMCB and from L1 at VMRUN.
 
     `guest` is None where L2 has paging off, `nested` where NP_ENABLE is 0. `guest_id` and
-    `nested_id` say whether a fetch is reported as one in the error code.
+    `nested_id` say whether a fetch is reported as one in the error code. `pkru` is PKRU where CR4.PKE
+    puts it in force, else 0. `gmet` and `sss` are the VMCB's guest mode execute trap and supervisor
+    shadow stack check, each where the CPU has it.
     """
 
     guest: Format | None
@@ -39,6 +51,13 @@ class Paging(NamedTuple):
     nested: Format | None
     ncr3: int
     nested_id: bool
+    pkru: int = 0
+    gmet: bool = False
+    sss: bool = False
+
+
+Trail = list[tuple[str, str, str, int, int]]
+"""Entries read, as plain tuples in the order of `Step`: walks are many, and few are looked at."""
 
 
 class Step(NamedTuple):
@@ -52,14 +71,11 @@ class Step(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A whole walk: its outcome, the rule that decided it, the entries read, the bits that follow.
-
-    `trail` holds plain tuples in the order of `Step`: walks are many, and few are looked at.
-    """
+    """A whole walk: its outcome, the rule that decided it, the entries read, the bits that follow."""
 
     outcome: Outcome
     rule: str
-    trail: list[tuple[str, str, str, int, int]]
+    trail: Trail
     updates: list[Update]
 
     @property
@@ -81,7 +97,7 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
 
     Raises IndexError if an entry lies outside of `ram`.
     """
-    trail: list[tuple[str, str, str, int, int]] = []
+    trail: Trail = []
     updates: list[Update] = []
     rule = "reached"
     outcome: Outcome
@@ -103,7 +119,7 @@ def walk_nested(
     gpa: int,
     access: Access,
     purpose: str,
-    trail: list[tuple[str, str, str, int, int]],
+    trail: Trail,
     updates: list[Update],
 ) -> int:
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
@@ -111,7 +127,7 @@ def walk_nested(
     table = paging.ncr3 & root_mask
     indexed = gpa if address_bits > 32 else gpa & 0xFFFF_FFFF
     rights = ALL_RIGHTS
-    write, fetch, _ = access
+    write, fetch, user, _, _, shadow = access
     for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
         address = table + ((indexed >> shift & index_mask) << entry_shift)
         entry = ram[address >> 3]
@@ -130,8 +146,14 @@ def walk_nested(
         if accessed:
             updates.append((address, accessed, TABLE))
         table = entry & FRAME
-    # Every access is a user access in the nested dimension, whatever L2's CPL.
-    if not rights & US:
+    # Every access is a user access in the nested dimension, whatever L2's CPL (but see 15.25.13 and 15.25.14).
+    if paging.gmet:
+        if fetch and not user and rights & US:
+            raise _nested_fault("gmet", paging, gpa, access, purpose, ErrorCode.P)
+    elif shadow and paging.sss and not user:
+        if not _is_supervisor_shadow_stack(trail, purpose):
+            raise _nested_fault("sss", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.SSS)
+    elif not rights & US:
         raise _nested_fault("user", paging, gpa, access, purpose, ErrorCode.P)
     if write and not rights & RW:
         raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)
@@ -151,18 +173,20 @@ def _walk_guest(
     ram: Words,
     gva: int,
     access: Access,
-    trail: list[tuple[str, str, str, int, int]],
+    trail: Trail,
     updates: list[Update],
 ) -> int:
     """The guest dimension: from gVA to gPA through L2's table at gCR3; each entry's own address is
     a gPA, and is translated by the nested dimension as a user write (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
+    write, fetch, user, implicit, stack, shadow = access
     if address_bits > 32 and gva >> address_bits - 1 not in (0, (1 << 65 - address_bits) - 1):
+        if stack:
+            raise _Fault("canonical.stack", StackFault())
         raise _Fault("canonical", GeneralProtection())
     nested = paging.nested
     table = paging.gcr3 & root_mask
     rights = ALL_RIGHTS
-    write, fetch, user = access
     for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
         address = table + ((gva >> shift & index_mask) << entry_shift)
         if nested is not None:
@@ -183,21 +207,29 @@ def _walk_guest(
         if accessed:
             updates.append((address, accessed, TABLE))
         table = entry & FRAME
-    if user:
+    code = ErrorCode.P
+    if paging.pkru and rights & US and not fetch and _key_denies(paging, entry, write, user):
+        code |= ErrorCode.PK
+    if shadow:
+        if not _is_shadow_stack(trail, user):
+            raise _guest_fault("shadow-stack", paging, gva, access, code)
+    elif user:
         if not rights & US:
-            raise _guest_fault("user", paging, gva, access, ErrorCode.P)
+            raise _guest_fault("user", paging, gva, access, code)
         if write and not rights & RW:
-            raise _guest_fault("write", paging, gva, access, ErrorCode.P)
+            raise _guest_fault("write", paging, gva, access, code)
     else:
         if rights & US:
             if fetch and paging.smep:
-                raise _guest_fault("smep", paging, gva, access, ErrorCode.P)
-            if paging.smap and not fetch and not paging.ac:
-                raise _guest_fault("smap", paging, gva, access, ErrorCode.P)
+                raise _guest_fault("smep", paging, gva, access, code)
+            if paging.smap and not fetch and (implicit or not paging.ac):
+                raise _guest_fault("smap", paging, gva, access, code)
         if write and paging.wp and not rights & RW:
-            raise _guest_fault("write", paging, gva, access, ErrorCode.P)
+            raise _guest_fault("write", paging, gva, access, code)
     if fetch and not rights & NX:
-        raise _guest_fault("execute", paging, gva, access, ErrorCode.P)
+        raise _guest_fault("execute", paging, gva, access, code)
+    if code & ErrorCode.PK:
+        raise _guest_fault("key", paging, gva, access, code)
     updates.append((address, A | D if write else A, PAGE))
     offset = (1 << shift) - 1
     frame = entry & FRAME & ~offset
@@ -206,24 +238,49 @@ def _walk_guest(
     return frame | gva & offset
 
 
+def _key_denies(paging: Paging, entry: int, write: bool, user: bool) -> bool:
+    """Whether PKRU denies data of a user page whose leaf is `entry` (section 5.6.7): AD any access, WD
+    writes; a supervisor's only while CR0.WP=1."""
+    of_key = paging.pkru >> 2 * (entry >> KEY_SHIFT & 0xF)
+    return bool(of_key & PKRU_AD or (write and of_key & PKRU_WD and (user or paging.wp)))
+
+
+def _is_shadow_stack(trail: Trail, user: bool) -> bool:
+    """Whether the guest's entries of `trail` map a shadow stack of that privilege (section 18.3): R/W=0
+    and D=1 in the leaf, R/W=1 in all above it."""
+    *tables, leaf = (step[4] for step in trail if step[0] is GUEST)
+    writable = all(entry & RW for entry in tables) and not leaf & RW and leaf & D
+    return bool(writable) and all(entry & US for entry in (*tables, leaf)) == user
+
+
+def _is_supervisor_shadow_stack(trail: Trail, purpose: str) -> bool:
+    """Whether the nested entries of `trail` mark the page for `purpose` as a supervisor's shadow stack
+    (section 15.25.14): U/S=0 in the leaf, U/S=1 in all above it."""
+    *tables, leaf = (step[4] for step in trail if step[2] is purpose)
+    return not leaf & US and all(entry & US for entry in tables)
+
+
 def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> _Fault:
     """#PF (section 8.4.2): code bits that say what was tried, beside those that say what failed."""
-    write, fetch, user = access
-    if write:
+    if access.write:
         code |= ErrorCode.W
-    if user:
+    if access.user:
         code |= ErrorCode.U
-    if fetch and paging.guest_id:
+    if access.fetch and paging.guest_id:
         code |= ErrorCode.ID
+    if access.shadow_stack:
+        code |= ErrorCode.SS
     return _Fault(f"guest.{rule}", PageFault(code, gva))
 
 
 def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> _Fault:
-    """#NPF (section 15.25.6): the guest's table accesses report W and U, as the user writes they are."""
-    write, fetch, _ = access
-    code |= ErrorCode.U | (ErrorCode.FINAL if purpose == FINAL else ErrorCode.GUEST_TABLE)
-    if write:
+    """#NPF (section 15.25.6): the guest's table accesses report W and U, as the user writes they are. Only
+    under GMET does U tell the CPL of a fetch."""
+    code |= ErrorCode.FINAL if purpose == FINAL else ErrorCode.GUEST_TABLE
+    if access.user or not (access.fetch and paging.gmet):
+        code |= ErrorCode.U
+    if access.write:
         code |= ErrorCode.W
-    if fetch and paging.nested_id:
+    if access.fetch and paging.nested_id:
         code |= ErrorCode.ID
     return _Fault(f"nested.{rule}", NestedPageFault(code, gpa))

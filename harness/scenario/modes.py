@@ -10,10 +10,11 @@ from harness.model.registers import CR0, CR4, EFER, Cpu
 from harness.model.vmrun import Host
 
 _LONG_EFER: Final = EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
-_CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET | CR0.PE
+_CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET
 _CR4: Final = CR4.PGE | CR4.OSFXSR
 _LONG_CODE: Final = 0xA9B
 _PROTECTED_CODE: Final = 0xC9B
+_REAL_CODE: Final = 0x89B
 _NEGATIVE: Final = ~0 << 48 & (1 << 64) - 1
 
 
@@ -39,6 +40,10 @@ class Mode:
         return bool(self.efer & EFER.LME)
 
     @property
+    def real(self) -> bool:
+        return not self.cr0 & CR0.PE
+
+    @property
     def paging(self) -> bool:
         return bool(self.cr0 & CR0.PG)
 
@@ -56,10 +61,12 @@ class Mode:
         return pae(cpu.maxphyaddr, True) if self.cr4 & CR4.PAE else legacy(cpu.maxphyaddr, bool(self.cr4 & CR4.PSE))
 
 
-def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str, ...], cr0: int = CR0.PG) -> Mode:
-    long = bool(efer & EFER.LME)
-    return Mode(name, _CR0 | cr0, _CR4 | cr4, efer, _LONG_CODE if long else _PROTECTED_CODE, test, own,
-                "long" if long else "prot", pages)
+def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str, ...],
+          cr0: int = CR0.PG | CR0.PE) -> Mode:
+    kind, attrib = ("long", _LONG_CODE) if efer & EFER.LME else ("prot", _PROTECTED_CODE)
+    if not cr0 & CR0.PE:
+        kind, attrib = "real", _REAL_CODE
+    return Mode(name, _CR0 | cr0, _CR4 | cr4, efer, attrib, test, own, kind, pages)
 
 
 _OWN_LONG: Final = 511 << 39 | 496 << 30 | 12 << 21 | 0x40 << 12
@@ -73,10 +80,12 @@ MODES: Final = {
               0xFF << 56 | 511 << 48 | _OWN_LONG, ("4K", "2M", "1G")),
         _mode("PAE", CR4.PAE, EFER.NXE | EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "2M")),
         _mode("32-bit", CR4.PSE, EFER.SVME, 1 << 30, OWN_SHORT, ("4K", "4M")),
-        _mode("off", 0, EFER.SVME, 0, 0, ("4K",), cr0=0),
+        _mode("off", 0, EFER.SVME, 0, 0, ("4K",), cr0=CR0.PE),
+        _mode("real", 0, EFER.SVME, 0, 0, ("4K",), cr0=0),
     )
 }
-"""By the name that scenario files use: the format of L2's tables, or `off` for protected mode without paging."""
+"""By the name that scenario files use: the format of L2's tables, `off` for protected mode without paging, or
+`real` for real mode with segments of 4 GiB."""
 
 
 @dataclass(frozen=True)

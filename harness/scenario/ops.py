@@ -116,8 +116,9 @@ class Scenario:
 
 
 SIZED: Final = frozenset({"read", "write", "rmw"})
-MEMORY: Final = SIZED | {"fetch", "invlpg"}
-_WRITES: Final = frozenset({"write", "rmw", "wrmsr", "wrflags", "wrrsp"})
+MEMORY: Final = SIZED | {"fetch", "invlpg", "push", "pop"}
+STORES: Final = frozenset({"write", "rmw", "push"})
+"""Probes that write a value of their own where none is given."""
 _PROBE: Final = re.compile(
     r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
     r"(?:\s+(?P<target>[a-z]\w*(?:\.\w+)*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
@@ -141,10 +142,10 @@ def parse_probe(text: str) -> Probe:
     needs_target = kind in MEMORY or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in _WRITES or kind.startswith("wr")
+    takes_value = kind in STORES or kind.startswith("wr") or kind == "lar"
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
-    if takes_value and not match["value"] and kind not in ("write", "rmw"):
+    if takes_value and not match["value"] and kind not in STORES:
         raise ValueError(f"{text!r}: {kind} needs a value, as in `{kind} = 0x1`")
     return Probe(
         kind,

@@ -26,7 +26,11 @@ T = TypeVar("T")
 LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
 """Probes that L2 cannot make with 32-bit code."""
 
-_HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7}
+NOT_REAL: Final = frozenset({"fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "wrgdtr",
+                             "wridtr", "rdldtr", "rdtr"})
+"""Probes that L2 cannot make in real mode."""
+
+_HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
@@ -219,10 +223,12 @@ class _Body:
         size = probe.size or self.world.mode.native
         if size > self.world.mode.native or (probe.kind in LONG_ONLY and not self.world.mode.long):
             raise ValueError(f"`{probe}` needs 64-bit mode")
+        if probe.kind in NOT_REAL and self.world.mode.real:
+            raise ValueError(f"`{probe}` needs protected mode")
         value = self._entry_value(probe.value) if isinstance(probe.value, str) else probe.value
         if value is None:
             # unlike any tag, and unlike what any other probe of the scenario writes
-            value = 0x7700_0000_0000_0000 | index << 16 | number << 8 | 0x5A if probe.kind in ("write", "rmw") else 0
+            value = 0x7700_0000_0000_0000 | index << 16 | number << 8 | 0x5A if probe.kind in ops.STORES else 0
         mask = (1 << 8 * self.world.mode.native) - 1
         return WireProbe(probe.kind, size, address + probe.offset & mask, value & mask)
 

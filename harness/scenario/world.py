@@ -31,6 +31,7 @@ from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.ops import DEFAULT_MODE, NO_NESTED_PAGING
 from harness.scenario.tables import KEPT, RIGHTS, Arena, Tables
 from harness.wire.image import PAGE, Image
+from harness.wire.layout import MAILBOX_CODE
 
 PAGES: Final = ("a", "b", "c", "d")
 
@@ -66,7 +67,7 @@ class World:
     entry_widths: dict[str, int] = field(default_factory=dict)
     """Bytes of an entry, by dimension."""
     code: tuple[int, int] = (0, 0)
-    """gVA of L2's code page, by whether at CPL 3."""
+    """What RIP is at the start of L2's code page, by whether at CPL 3."""
     mailbox: tuple[int, int] = (0, 0)
 
 
@@ -142,8 +143,9 @@ def build(
         for number, (name, bits) in enumerate(slots.items()):
             # an L1 in a 32-bit mode hands L2 an address of 32 bits
             aliases[name] = (modes.OWN_SHORT if host_mode.narrow else mode.own) + (number << 12)
-            own_tables = [gpa[f"own{n}"] for n in range(1, len(names))]
-            tables.map(aliases[name], gpa[name.removesuffix("3")], 12, "", bits | KEPT, RIGHTS | KEPT >> 1, own_tables)
+            below = [gpa[f"own{n}"] for n in range(1, len(names))]
+            named = f"guest.{name}" if name in SYSTEM else ""
+            tables.map(aliases[name], gpa[name.removesuffix("3")], 12, named, bits | KEPT, RIGHTS | KEPT >> 1, below)
     else:
         aliases = gpa | {"code3": gpa["code"], "mailbox3": gpa["mailbox"]}
     gva |= {name: aliases[name] for name in SYSTEM}
@@ -169,6 +171,10 @@ def build(
 
     vmcb = vmcb_fields(image, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)
     words = arena.words | system_words(system, gva["stack"], aliases["code"] + stub.labels["vectors"])
+    code = aliases["code"], aliases["code3"]
+    if mode.real:  # RIP is an offset in a segment that begins with the page, and L2 is told where that is
+        code = 0, 0
+        vmcb["cs.base"] = words[image.mailbox + MAILBOX_CODE] = aliases["code"]
     entries = (tables.entries if tables else {}) | (nested.entries if nested else {})
     return World(
         vmcb_address=image.vmcbs.start,
@@ -191,7 +197,7 @@ def build(
         mode=mode,
         host_mode=host_mode,
         entry_widths={"guest": tables.width if tables else 8, "nested": nested.width if nested else 8},
-        code=(aliases["code"], aliases["code3"]),
+        code=code,
         mailbox=(aliases["mailbox"], aliases["mailbox3"]),
     )
 

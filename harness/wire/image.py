@@ -44,7 +44,7 @@ class Image(NamedTuple):
     data: Region
     mirror_offset: int
     stubs: Mapping[str, Stub]
-    """L2's code, by the kind of code: long, prot."""
+    """L2's code, by the kind of code: long, prot, real."""
 
     @classmethod
     def from_symbols(cls, symbols: Mapping[str, int]) -> Image:
@@ -61,7 +61,7 @@ class Image(NamedTuple):
             arena=Region(symbols["tw_arena"], symbols["tw_arena_end"]),
             data=Region(symbols["tw_data"], symbols["tw_data_end"]),
             mirror_offset=symbols["tw_mirror_offset"],
-            stubs={kind: _stub(symbols, f"l2_{kind}_") for kind in ("long", "prot")},
+            stubs={kind: _stub(symbols, f"l2_{kind}_") for kind in ("long", "prot", "real")},
         )
 
 

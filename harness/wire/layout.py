@@ -218,7 +218,7 @@ OPS = {
 
 HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3}
 
-HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4}
+HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4, "pkru": 5}
 
 RECORDS = {"ENTER": 1, "EXIT": 2, "SYNC": 3}
 
@@ -229,8 +229,9 @@ PROBES = {
     "rdmsr": 24, "wrmsr": 25, "rdflags": 26, "wrflags": 27, "rdseg": 28, "rdrsp": 29, "wrrsp": 30,
     "rdgdtr": 32, "rdgdtl": 33, "rdidtr": 34, "rdidtl": 35, "wrgdtr": 36, "wridtr": 37, "rdldtr": 38, "rdtr": 39,
     "wres": 40, "wrds": 41,
+    "push": 48, "pop": 49, "lar": 50, "rdpkru": 51, "wrpkru": 52,
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
-            "fsgsbase", "xsave", "cet", "ffxsr", "tce")
+            "fsgsbase", "xsave", "cet", "ffxsr", "tce", "sss")
 """CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""

@@ -17,7 +17,7 @@ from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
 from harness.model.dirty import Liberties
-from harness.model.registers import Cpu
+from harness.model.registers import CR0, Cpu
 from harness.model.vmcb import ExitCode
 from harness.model.vmrun import Host
 from harness.scenario.modes import HOST_MODES, MODES
@@ -166,7 +166,9 @@ class FakeMachine:
     def _run(self, step: Step, number: int) -> Iterator[None]:
         first, count = 0, len(step.probes)
         # (of the world's mode, L1 knows what it is told in the VMCB)
-        self.twin.mode = MODES["4-level" if self.twin.vmcb["cs.attrib"] & 0x200 else "PAE"]
+        vmcb = self.twin.vmcb
+        self.twin.mode = MODES[
+            "real" if not vmcb["cr0"] & CR0.PE else "4-level" if vmcb["cs.attrib"] & 0x200 else "PAE"]
         self.twin.stub = self.image.stubs[self.twin.mode.stub]
         begun = self.twin.begin(step)
         while True:

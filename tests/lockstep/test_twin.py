@@ -149,8 +149,6 @@ class TestRehearsal:
             (('entry = "nested.mailbox.pte"\nclear = ["p"]', "read a"), "L2 cannot use its own mailbox"),
             (("fetch a+1",), "no code that returns"),
             (("write a", "fetch a"), "no code that returns"),
-            (("read a+0xFFC",), "crosses a page"),
-            (("write2 a+0xFFF",), "crosses a page"),
             (('entry = "nested.a.pde"\nvalue = 0x7F_FFFF_F007', "read a"), "leaves L1's memory"),
             (('entry = "nested.a.pte"\nvalue = 0x1007', "read a"), "no page of tables or data"),
             (('vmcb = "asid"\nvalue = 0', "read a", "read b"), "a VMRUN follows one that is refused"),

@@ -57,8 +57,8 @@ def clear_bits(entry: str, *bits: str) -> str:
 MUTANTS: Final[dict[str, Mutant]] = {
     # permissions
     "nested U/S ignored": Mutant(
-        "model.walk", 'if not rights & US:\n        raise _nested_fault("user"',
-        'if False:\n        raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
+        "model.walk", 'elif not rights & US:\n        raise _nested_fault("user"',
+        'elif False:\n        raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
     "nested R/W ignored": Mutant(
         "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1", "outcome"),
     "nested NX ignored": Mutant(
@@ -67,14 +67,15 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
         (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
     "guest tables are supervisor accesses that nested U/S spares": Mutant(
-        "model.walk", "    if not rights & US:\n        raise _nested", "    if purpose == FINAL and not rights & US:\n"
-        "        raise _nested", ("walk/table-supervisor",), "C1", "outcome"),
+        "model.walk", "    elif not rights & US:\n        raise _nested",
+        "    elif purpose == FINAL and not rights & US:\n        raise _nested", ("walk/table-supervisor",), "C1",
+        "outcome"),
     "only the nested leaf's rights count": Mutant(
         "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/nested-read-only",), "C1", "outcome"),
     "only the guest leaf's rights count": Mutant(
         "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/guest-read-only",), "C1", "outcome", 2),
     "guest U/S ignored": Mutant(
-        "model.walk", "    if user:\n        if not rights & US:", "    if user:\n        if False:",
+        "model.walk", "    elif user:\n        if not rights & US:", "    elif user:\n        if False:",
         ("walk/guest-supervisor",), "C1", "outcome"),
     "guest NX ignored": Mutant(
         "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome", 2),
@@ -85,13 +86,57 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if fetch and paging.smep:", "if False:",
         (one('vmcb = "cr4"\nset = ["smep"]', ALL),), "C1", "outcome"),
     "SMAP ignored": Mutant(
-        "model.walk", "if paging.smap and not fetch and not paging.ac:", "if False:",
+        "model.walk", "if paging.smap and not fetch and (implicit or not paging.ac):", "if False:",
         (one('vmcb = "cr4"\nset = ["smap"]', ALL),), "C1", "outcome"),
     "SMAP: RFLAGS.AC ignored": Mutant(
-        "model.walk", "if paging.smap and not fetch and not paging.ac:", "if paging.smap and not fetch:",
+        "model.walk", "if paging.smap and not fetch and (implicit or not paging.ac):", "if paging.smap and not fetch:",
         (one('vmcb = "cr4"\nset = ["smap"]', 'vmcb = "rflags"\nset = ["ac"]', ALL),), "C1", "outcome"),
     "not canonical, and walked": Mutant(
         "model.walk", "if address_bits > 32 and", "if False and", ("walk/non-canonical",), "C1", "outcome"),
+    "protection keys: AD ignored": Mutant(
+        "model.walk", "of_key & PKRU_AD or", "False or", ("keys/denied",), "C1", "outcome"),
+    "protection keys: WD ignored": Mutant(
+        "model.walk", "write and of_key & PKRU_WD and", "False and", ("keys/denied",), "C1", "outcome"),
+    "protection keys: WD holds without CR0.WP": Mutant(
+        "model.walk", "PKRU_WD and (user or paging.wp)", "PKRU_WD and (True)", ("keys/wp-off",), "C1", "outcome"),
+    "protection keys: supervisor pages have keys": Mutant(
+        "model.walk", "if paging.pkru and rights & US and not fetch", "if paging.pkru and not fetch",
+        ("keys/supervisor-page",), "C1", ""),
+    "protection keys: fetches are denied": Mutant(
+        "model.walk", "if paging.pkru and rights & US and not fetch and", "if paging.pkru and rights & US and",
+        ("keys/denied",), "C1", "outcome"),
+    "protection keys: key bit 62 lost": Mutant(
+        "model.walk", "(entry >> KEY_SHIFT & 0xF)", "(entry >> KEY_SHIFT & 0x7)", ("keys/denied",), "C1", "outcome"),
+    "protection keys: PK reported only where nothing else denies": Mutant(
+        "model.walk", 'raise _guest_fault("smap", paging, gva, access, code)',
+        'raise _guest_fault("smap", paging, gva, access, code & ~ErrorCode.PK)', ("keys/smap",), "C1", "exitinfo1"),
+    "protection keys: in force without CR4.PKE": Mutant(
+        "model.vmrun", "host.pkru if regs.cr4 & CR4.PKE and regs.efer", "host.pkru if regs.efer",
+        (one('host = "pkru"\nvalue = 0xFFFFFFFF', ALL),), "C1", "outcome"),
+    "protection keys: in force outside of long mode": Mutant(
+        "model.vmrun", "host.pkru if regs.cr4 & CR4.PKE and regs.efer & EFER.LMA", "host.pkru if regs.cr4 & CR4.PKE",
+        (one('vmcb = "cr4"\nset = ["pke"]', 'host = "pkru"\nvalue = 0xFFFFFFFF', ALL, head='guest = "PAE"\n'),), "C1",
+        "outcome"),
+    "RDPKRU without CR4.PKE": Mutant(
+        "lockstep.l2", "if not self.regs.cr4 & CR4.PKE:", "if False:", ("keys/no-pke-no-rdpkru",), "C1", "outcome"),
+    "SMAP: RFLAGS.AC lifts it from implicit references": Mutant(
+        "model.walk", "(implicit or not paging.ac)", "(not paging.ac)", ("controls/smap-implicit",), "C1", "outcome"),
+    "descriptors are read at the CPL": Mutant(
+        "lockstep.l2", "_IMPLICIT_READ)", "_READ[cpl])", ("walk/descriptor",), "C1", "outcome"),
+    "PUSH only reads": Mutant(
+        "lockstep.l2", "access = _POP[cpl] if reads else _PUSH[cpl]", "access = _POP[cpl]", ("walk/stack",), "C1",
+        "outcome"),
+    "RSP at a fault of PUSH is decremented": Mutant(
+        "lockstep.l2", 'address + (size if kind == "push" else 0)', "address + (0)", ("walk/stack",), "C3", "rsp"),
+    "a crossing access reports its own address for its second page": Mutant(
+        "lockstep.l2", "self.walk(gva, access)\n            walks", "self.walk(gva & ~0xFFF | address & 0xFFF if at "
+        "else gva, access)\n            walks", ("split/guest-denied",), "C1", "exitinfo2"),
+    "a crossing access sets nothing for its second page": Mutant(
+        "lockstep.l2", "        for walk in walks:\n            self._note(walk)", "        self._note(walks[0])",
+        ("split/first-access",), "C2", "entry"),
+    "a crossing access goes on in its first page": Mutant(
+        "lockstep.l2", "parts.append((address + first & self.mask", "parts.append((address & ~0xFFF & self.mask",
+        ("split/both-there",), "C1", ""),
     # addresses
     "EXITINFO2 is a page": Mutant(
         "model.walk", "NestedPageFault(code, gpa)", "NestedPageFault(code, gpa & ~0xFFF)",
@@ -107,20 +152,23 @@ MUTANTS: Final[dict[str, Mutant]] = {
         ("large/offsets-2m",), "C1", ""),
     # what is reported
     "EXITINFO1 without U": Mutant(
-        "model.walk", "code |= ErrorCode.U | (", "code |= (", ("walk/nested-not-present",), "C1", "exitinfo1"),
+        "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:",
+        ("walk/nested-not-present",), "C1", "exitinfo1"),
     "EXITINFO1 bits 32 and 33 swapped": Mutant(
         "model.walk", "if purpose == FINAL else", "if purpose != FINAL else", ("walk/table-not-present",), "C1",
         "exitinfo1"),
     "#PF without W": Mutant(
-        "model.walk", "    if write:\n        code |= ErrorCode.W", "    if False:\n        code |= ErrorCode.W",
+        "model.walk", "    if access.write:\n        code |= ErrorCode.W", "    if False:\n        code |= ErrorCode.W",
         ("walk/guest-read-only",), "C1", "exitinfo1"),
     "#PF without U": Mutant(
-        "model.walk", "    if user:\n        code |= ErrorCode.U", "    if False:\n        code |= ErrorCode.U",
+        "model.walk", "    if access.user:\n        code |= ErrorCode.U", "    if False:\n        code |= ErrorCode.U",
         ("walk/guest-supervisor",), "C1", "exitinfo1"),
     "#PF without I/D": Mutant(
-        "model.walk", "if fetch and paging.guest_id:", "if False:", ("walk/guest-no-execute",), "C1", "exitinfo1"),
+        "model.walk", "if access.fetch and paging.guest_id:", "if False:", ("walk/guest-no-execute",), "C1",
+        "exitinfo1"),
     "#NPF without I/D": Mutant(
-        "model.walk", "if fetch and paging.nested_id:", "if False:", ("walk/nested-no-execute",), "C1", "exitinfo1"),
+        "model.walk", "if access.fetch and paging.nested_id:", "if False:", ("walk/nested-no-execute",), "C1",
+        "exitinfo1"),
     "permission fault without P": Mutant(
         "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)',
         'raise _nested_fault("write", paging, gpa, access, purpose, 0)', ("walk/nested-read-only",), "C1", "exitinfo1"),

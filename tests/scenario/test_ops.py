@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.scenario.ops import MEMORY, SIZED, Change, Probe, parse_probe
+from harness.scenario.ops import MEMORY, SIZED, STORES, Change, Probe, parse_probe
 from harness.wire.layout import PROBES
 
 
@@ -69,6 +69,10 @@ def test_good(text: str, probe: Probe) -> None:
         ("wrcr4", "needs a value"),
         ("wrmsr 0x277", "needs a value"),
         ("wrflags", "needs a value"),
+        ("lar", "needs a value"),
+        ("pop", "needs a target"),
+        ("push8 a", "takes no size"),
+        ("pop a = 1", "takes no value"),
         ("read a+zz", "'zz' is not a number"),
         ("write a = zz", "'zz' is not a number"),
         ("write a = 08", "'08' is not a number"),
@@ -91,7 +95,7 @@ def test_bad(text: str, reason: str) -> None:
 def test_written_and_read_again(kind: str, size: int, target: str, offset: int, value: int) -> None:
     target = target if kind in MEMORY or kind.endswith("msr") else ""
     probe = Probe(kind, target, offset if target else 0, size if kind in SIZED else 0,
-                  value if kind.startswith("wr") or kind in ("write", "rmw") else None)
+                  value if kind.startswith("wr") or kind in (*STORES, "lar") else None)
     assert parse_probe(str(probe)) == probe
 
 
