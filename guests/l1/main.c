@@ -14,6 +14,7 @@ enum {
 	VMCB_RSP = 0x5d8,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
+	CR0_PG = 1u << 31,
 	CR4_PSE = 1 << 4,
 	CR4_PAE = 1 << 5,
 	CR4_LA57 = 1 << 12,
@@ -35,7 +36,7 @@ extern struct tw_host l1_host_before, l1_host_after;
 extern uint64_t l1_spin_rip;
 extern uint64_t l1_pml4[], l1_pml5[], l1_pd[], l1_pae_pdpt[];
 extern uint32_t l1_legacy_pd[];
-extern struct { uint64_t cr3, cr4, efer; } l1_legacy;
+extern struct { uint64_t cr3, cr4, efer, pg; } l1_legacy;
 void l1_vmrun(uint64_t vmcb);
 void l1_vmrun_legacy(uint64_t vmcb);
 void l1_switch(uint64_t cr3, uint64_t cr4);
@@ -231,6 +232,7 @@ static void vmrun(uint64_t vmcb)
 	l1_legacy.efer = rdmsr(MSR_EFER) & ~(uint64_t)(EFER_LME | EFER_LMA);
 	l1_legacy.cr4 = read_cr4();
 	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt;
+	l1_legacy.pg = host_mode == TW_HOST_MODE_OFF ? 0 : CR0_PG;
 	if (host_mode == TW_HOST_MODE_LEGACY) {
 		l1_legacy.cr4 = (l1_legacy.cr4 & ~(uint64_t)CR4_PAE) | CR4_PSE;
 		l1_legacy.cr3 = (uint64_t)l1_legacy_pd;
@@ -473,11 +475,25 @@ static uint64_t features(void)
 	have |= d >> 26 & 1 ? TW_FEATURE_PAGE1G : 0;
 	have |= d >> 25 & 1 ? TW_FEATURE_FFXSR : 0;
 	have |= c >> 17 & 1 ? TW_FEATURE_TCE : 0;
+	cpuid(0x80000008, &a, &b, &c, &d);
+	have |= b >> 8 & 1 ? TW_FEATURE_MCOMMIT : 0;
+	have |= b >> 13 & 1 ? TW_FEATURE_INTWB : 0;
+	have |= b >> 20 & 1 ? 0 : TW_FEATURE_LMSLE;	/* the bit says that it is not there */
+	cpuid(0x80000000, &a, &b, &c, &d);
+	if (a >= 0x80000021) {
+		cpuid(0x80000021, &a, &b, &c, &d);
+		have |= a >> 7 & 1 ? TW_FEATURE_UAI : 0;
+		have |= a >> 8 & 1 ? TW_FEATURE_AIBRS : 0;
+	}
 	cpuid(0x8000000a, &a, &b, &c, &d);
 	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
 	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;
+	have |= d >> 13 & 1 ? TW_FEATURE_AVIC : 0;
 	have |= d >> 17 & 1 ? TW_FEATURE_GMET : 0;
+	have |= d >> 18 & 1 ? TW_FEATURE_X2AVIC : 0;
 	have |= d >> 19 & 1 ? TW_FEATURE_SSS : 0;
+	have |= d >> 25 & 1 ? TW_FEATURE_VNMI : 0;
+	have |= c >> 6 & 1 ? TW_FEATURE_X2AVIC_EXT : 0;
 	return have;
 }
 

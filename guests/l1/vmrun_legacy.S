@@ -1,7 +1,7 @@
 /*
  * l1_vmrun_legacy(vmcb): one VMRUN from 32-bit protected mode, for nested tables in the formats of that
- * mode. L1 leaves long mode right before it and comes back right after; C code only ever runs in long
- * mode. What the mode is made of is in l1_legacy: CR3, CR4 and EFER.
+ * mode, or with paging off. L1 leaves long mode right before it and comes back right after; C code only ever
+ * runs in long mode. What the mode is made of is in l1_legacy: CR3, CR4, EFER, and PG of CR0.
  *
  * l1_switch(cr3, cr4): the way from 4-level to 5-level paging and back, which leads through paging off.
  */
@@ -43,8 +43,8 @@
 	STORE pointer + 2, \to + TW_AT_HOST_IDT_BASE
 	.endm
 
-	/* Paging off, then on again with these; from 32-bit code. */
-	.macro PAGING cr3, cr4, efer
+	/* Paging off, then on again with these, or not; from 32-bit code. */
+	.macro PAGING cr3, cr4, efer, pg=$0x80000000
 	mov %cr0, %eax
 	and $0x7fffffff, %eax
 	mov %eax, %cr0
@@ -57,7 +57,7 @@
 	xor %edx, %edx
 	wrmsr
 	mov %cr0, %eax
-	or $0x80000000, %eax
+	or \pg, %eax
 	mov %eax, %cr0
 	.endm
 
@@ -98,7 +98,7 @@ l1_vmrun_legacy:
 	mov l1_regs + TW_AT_REGS_R14(%rip), %r14
 	mov l1_regs + TW_AT_REGS_R15(%rip), %r15
 	TO_32_BITS
-	PAGING l1_legacy, l1_legacy + 8, l1_legacy + 16
+	PAGING l1_legacy, l1_legacy + 8, l1_legacy + 16, l1_legacy + 24
 	READ_HOST32 l1_host_before
 	STORE vmcb_address, l1_host_before + TW_AT_HOST_RAX
 	STORE %esp, l1_host_before + TW_AT_HOST_RSP
@@ -186,7 +186,7 @@ l1_switch:
 	.section .bss
 	.balign 16
 	.globl l1_legacy
-l1_legacy:	.skip 24
+l1_legacy:	.skip 32
 vmcb_address:	.skip 8
 long_rsp:	.skip 8
 long_cr3:	.skip 8

@@ -14,6 +14,10 @@ from typing import Final
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import TABLE
 from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
+from harness.model.events import EXCEPTION
+from harness.model.registers import CR4, EFER
+from harness.model.vmcb import Vmcb
+from harness.model.vmrun import Host
 from harness.model.walk import Paging, Walk
 
 RMW_READS_FIRST: Final = "rmw-reads-first"
@@ -24,11 +28,15 @@ PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 
 @dataclass(frozen=True)
 class Quirk:
-    """A variation of the translation in force, of what is asked of it at a CPL, or of what comes of a walk."""
+    """A variation of the translation in force, of what is asked of it at a CPL, or of what comes of a walk;
+    or of what VMRUN refuses: `accepts` says whether it goes on though that rule is broken, `refuses` whether
+    it stops though none is."""
 
     paging: Callable[[Paging], Paging] = lambda paging: paging
     access: Callable[[Access, int], Access] = lambda access, cpl: access
     walk: Callable[[Paging, Walk], Walk] = lambda paging, walk: walk
+    accepts: Callable[[str, Vmcb, Host], bool] = lambda rule, vmcb, host: False
+    refuses: Callable[[Vmcb], bool] = lambda vmcb: False
 
 
 def _levels(fmt: Format | None, change: Callable[[Format, Level], Level]) -> Format | None:
@@ -102,6 +110,17 @@ def _stack_as_data(access: Access, cpl: int) -> Access:
     return access._replace(stack=False)
 
 
+def _unchecked(rule: str, where: Callable[[Vmcb, Host], bool] = lambda vmcb, host: True) -> Quirk:
+    """VMRUN is not refused by `rule` where that holds."""
+    return Quirk(accepts=lambda broken, vmcb, host: broken == rule and where(vmcb, host))
+
+
+def _vector(vmcb: Vmcb) -> int:
+    """The vector of an exception in EVENTINJ; 2, which is none, for anything else."""
+    event = vmcb["eventinj"]
+    return event & 0xFF if event >> 8 & 7 == EXCEPTION and event & 0xFF < 32 else 2
+
+
 QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8),
     "pae-pdpte": _in_both(_pae_pdpte),
@@ -114,6 +133,16 @@ QUIRKS: Final[dict[str, Quirk]] = {
     PKE_NOT_FLUSHED: Quirk(),
     RMW_READS_FIRST: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
+    "pdpe-unchecked": _unchecked("vmrun.pdpe"),
+    "host-paging-unchecked": _unchecked("vmrun.host-paging"),
+    "g-pat-unchecked": _unchecked("vmrun.g-pat"),
+    "cr3-unchecked-in-legacy-l1": _unchecked("vmrun.cr3-mbz", lambda vmcb, host: not host.efer & EFER.LMA),
+    "cr4-pcide-unchecked": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & CR4.PCIDE)),
+    "cr4-pks": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & 1 << 24)),
+    "efer-ffxsr-unchecked": _unchecked("vmrun.efer-mbz", lambda vmcb, host: bool(vmcb["efer"] & EFER.FFXSR)),
+    "efer-low-and-lmsle-refused": Quirk(refuses=lambda vmcb: bool(vmcb["efer"] & (0xFE | EFER.LMSLE))),
+    "eventinj-reserved-unchecked": _unchecked("vmrun.eventinj", lambda vmcb, host: _vector(vmcb) not in (2, 31)),
+    "eventinj-mode-unchecked": _unchecked("vmrun.eventinj-mode"),
 }
 
 
@@ -129,6 +158,15 @@ def on_access(access: Access, cpl: int, names: Iterable[str]) -> Access:
     for name in names:
         access = QUIRKS[name].access(access, cpl)
     return access
+
+
+def on_refusal(broken: Iterable[str], vmcb: Vmcb, host: Host, names: Iterable[str]) -> str:
+    """The rule by which a machine with these quirks refuses a VMRUN that breaks the rules `broken`; or an
+    empty string."""
+    quirks = [QUIRKS[name] for name in names]
+    if any(quirk.refuses(vmcb) for quirk in quirks):
+        return "vmrun.efer-mbz"
+    return next((rule for rule in broken if not any(quirk.accepts(rule, vmcb, host) for quirk in quirks)), "")
 
 
 def on_walk(paging: Paging, walk: Walk, names: Iterable[str]) -> Walk:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.l2 import L2, Leave
 from harness.lockstep.prediction import WHOLE, Prediction
+from harness.lockstep.quirks import on_refusal
 from harness.lockstep.state import State
-from harness.model import events, vmrun
+from harness.model import consistency, events, vmrun
 from harness.model.events import EVENT_VALID, Event
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import SAVE, STATE, ExitCode
@@ -44,7 +46,7 @@ class Twin(State):
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along."""
         out = Prediction(first_probe=first, next_probe=first)
         vmcb = self.vmcb
-        out.refused = vmrun.refused(vmcb, self.host_at_vmrun(), self.cpu)
+        out.refused = self._refusal()
         if out.refused:
             self._refuse(out)
             return out
@@ -63,6 +65,15 @@ class Twin(State):
         except Leave as leave:
             self._leave(out, l2, leave)
         return out
+
+    def _refusal(self) -> str:
+        """The rule by which this VMRUN is refused, or an empty string."""
+        host = self.host_at_vmrun()
+        try:
+            broken = consistency.violations(self.vmcb, host, self.cpu, self.memory.words)
+            return on_refusal(broken, self.vmcb, host, self.quirks)
+        except IndexError:
+            raise UsageError(f"VMRUN reads PDPEs at {self.vmcb['cr3']:#x}, which is not in L1's memory") from None
 
     def _refuse(self, out: Prediction) -> None:
         """#VMEXIT(INVALID): nothing of L2 was run; what is saved is not defined (section 15.6)."""

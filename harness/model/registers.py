@@ -57,6 +57,10 @@ class EFER:
     LMSLE: Final = 1 << 13
     FFXSR: Final = 1 << 14
     TCE: Final = 1 << 15
+    MCOMMIT: Final = 1 << 17
+    INTWB: Final = 1 << 18
+    UAIE: Final = 1 << 20
+    AIBRSE: Final = 1 << 21
 
 
 class RFLAGS:
@@ -73,6 +77,7 @@ class RFLAGS:
     DF: Final = 1 << 10
     OF: Final = 1 << 11
     RF: Final = 1 << 16
+    VM: Final = 1 << 17
     AC: Final = 1 << 18
     STATUS: Final = CF | PF | AF | ZF | SF | OF
 
@@ -94,10 +99,12 @@ REGISTER_BITS: Final[dict[str, dict[str, int]]] = {
 class Cpu(NamedTuple):
     """What CPUID says of the processor that runs L1, as far as translation depends on it.
 
-    `maxphyaddr` is in bits (CPUID 8000_0008h EAX[7:0]); `asids` is NASID (CPUID 8000_000Ah EBX).
+    `maxphyaddr` is in bits (CPUID 8000_0008h EAX[7:0]); `asids` is NASID (CPUID 8000_000Ah EBX); `features`
+    are those of harness.wire.layout.FEATURES. L1 itself needs `long_mode`.
     """
 
     maxphyaddr: int = 52
     page1g: bool = True
     asids: int = 16
     features: frozenset[str] = frozenset()
+    long_mode: bool = True

@@ -58,6 +58,9 @@ CONTROL: Final[dict[str, Field]] = {
     "nrip": Field(0x0C8, 8),
     "fetched_count": Field(0x0D0, 1),
     "fetched_bytes": Field(0x0D1, 15),
+    "avic_backing_page": Field(0x0E0, 8),
+    "avic_logical_table": Field(0x0F0, 8),
+    "avic_physical_table": Field(0x0F8, 8),
 }
 
 STATE: Final[dict[str, Field]] = _segments() | {
@@ -131,16 +134,31 @@ class ExitCode:
 
 
 SEGMENT_P: Final = 1 << 7
-"""P in a segment's attributes."""
+SEGMENT_L: Final = 1 << 9
+SEGMENT_D: Final = 1 << 10
+"""P in a segment's attributes; L and D in those of code."""
 
 NP_ENABLE: Final = 1 << 0
 NP_GMET: Final = 1 << 3
 NP_SSS: Final = 1 << 4
 """np_control bits: nested paging, guest mode execute trap, supervisor shadow stack check."""
 
+MISC1_NMI: Final = 1 << 1
+"""intercept_misc1 bit."""
+
 MISC2_VMRUN: Final = 1 << 0
 MISC2_VMMCALL: Final = 1 << 1
 """intercept_misc2 bits."""
+
+
+class VIntr:
+    """v_intr bits (sections 15.21 and 15.29.4)."""
+
+    TPR: Final = 0xFF
+    MASKING: Final = 1 << 24
+    NMI_ENABLE: Final = 1 << 26
+    X2AVIC: Final = 1 << 30
+    AVIC: Final = 1 << 31
 
 
 class Vmcb:

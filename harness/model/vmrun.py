@@ -1,6 +1,7 @@
-"""VMRUN and #VMEXIT: when VMRUN is refused, what L2 starts with, what is saved and restored.
+"""VMRUN and #VMEXIT: what L2 starts with, under which translation it runs, what is saved.
 
-Sections 15.5.1 (VMRUN), 15.6 and 15.7.1 (#VMEXIT), 15.25.3 and 15.25.4 (nested paging).
+Sections 15.5.1 (VMRUN), 15.6 and 15.7.1 (#VMEXIT), 15.25.3 and 15.25.4 (nested paging). When VMRUN is refused:
+harness.model.consistency.
 """
 
 from __future__ import annotations
@@ -10,19 +11,8 @@ from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import MISC2_VMRUN, NP_ENABLE, NP_GMET, NP_SSS, Vmcb
+from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, Vmcb
 from harness.model.walk import Paging
-
-_CR4_ALWAYS: Final = 0x7FF  # bits 10:0 are in every CPU with SVM
-_CR4_BY_FEATURE: Final = {
-    "umip": CR4.UMIP, "la57": CR4.LA57, "fsgsbase": CR4.FSGSBASE, "pcid": CR4.PCIDE, "xsave": CR4.OSXSAVE,
-    "smep": CR4.SMEP, "smap": CR4.SMAP, "pku": CR4.PKE, "cet": CR4.CET,
-}
-_EFER_BY_FEATURE: Final = {"ffxsr": EFER.FFXSR, "tce": EFER.TCE}
-_EFER_NEVER: Final = ~0x3F_FFFF | 1 << 19 | 1 << 16 | 1 << 9
-_EVENT_VALID: Final = 1 << 31
-_EVENT_TYPES: Final = {0, 2, 3, 4}
-_PAT_TYPES: Final = {0, 1, 4, 5, 6, 7}
 
 
 @dataclass(slots=True)
@@ -50,8 +40,8 @@ LOADED: Final = tuple(f.name for f in fields(Registers))
 
 @dataclass(slots=True)
 class Host:
-    """L1's registers as far as they matter to VMRUN and to the nested walk; and PKRU, which is not in
-    the VMCB: VMRUN and #VMEXIT leave it as it is."""
+    """L1's registers as far as they matter to VMRUN and to the nested walk; PKRU, which is not in the VMCB:
+    VMRUN and #VMEXIT leave it as it is; and U_CET, an MSR that VMRUN looks at."""
 
     cr0: int
     cr4: int
@@ -59,71 +49,7 @@ class Host:
     pat: int
     dr7: int
     pkru: int = 0
-
-
-def refused(vmcb: Vmcb, host: Host, cpu: Cpu) -> str:
-    """The rule by which VMRUN with this VMCB ends in #VMEXIT(INVALID), or an empty string."""
-    cr0, cr3, cr4, efer = vmcb["cr0"], vmcb["cr3"], vmcb["cr4"], vmcb["efer"]
-    long = efer & EFER.LME and cr0 & CR0.PG
-    beyond = 1 << cpu.maxphyaddr
-    nested = vmcb["np_control"] & NP_ENABLE
-    if not efer & EFER.SVME:
-        return "vmrun.efer-svme"
-    if cr0 & CR0.NW and not cr0 & CR0.CD:
-        return "vmrun.cr0-nw"
-    if cr0 >> 32:
-        return "vmrun.cr0-high"
-    if long and cr3 >= beyond:
-        return "vmrun.cr3-mbz"
-    if cr4 & _cr4_mbz(cpu):
-        return "vmrun.cr4-mbz"
-    if vmcb["dr6"] >> 32:
-        return "vmrun.dr6-high"
-    if vmcb["dr7"] >> 32:
-        return "vmrun.dr7-high"
-    if efer & _efer_mbz(cpu):
-        return "vmrun.efer-mbz"
-    if long and not cr4 & CR4.PAE:
-        return "vmrun.long-pae"
-    if long and not cr0 & CR0.PE:
-        return "vmrun.long-pe"
-    if long and vmcb["cs.attrib"] & 0x600 == 0x600:
-        return "vmrun.cs-l-d"
-    if not vmcb["intercept_misc2"] & MISC2_VMRUN:
-        return "vmrun.intercept"
-    if (vmcb["msrpm_base"] & ~0xFFF) + 0x1FFF >= beyond or (vmcb["iopm_base"] & ~0xFFF) + 0x2000 >= beyond:
-        return "vmrun.permission-maps"
-    if _illegal_event(vmcb["eventinj"]):
-        return "vmrun.eventinj"
-    if not vmcb["asid"]:
-        return "vmrun.asid"
-    if nested and not host.cr0 & CR0.PG:
-        return "vmrun.host-paging"
-    if nested and vmcb["ncr3"] >= beyond:
-        return "vmrun.ncr3-mbz"
-    if nested and any(vmcb["g_pat"] >> 8 * n & 0xFF not in _PAT_TYPES for n in range(8)):
-        return "vmrun.g-pat"
-    return ""
-
-
-def _cr4_mbz(cpu: Cpu) -> int:
-    known = _CR4_ALWAYS
-    for feature, bit in _CR4_BY_FEATURE.items():
-        if feature in cpu.features:
-            known |= bit
-    return ~known
-
-
-def _efer_mbz(cpu: Cpu) -> int:
-    return _EFER_NEVER | sum(bit for feature, bit in _EFER_BY_FEATURE.items() if feature not in cpu.features)
-
-
-def _illegal_event(event: int) -> bool:
-    """Section 15.20: a reserved type, or an exception whose vector is none."""
-    if not event & _EVENT_VALID:
-        return False
-    kind = event >> 8 & 7
-    return kind not in _EVENT_TYPES or (kind == 3 and (event & 0xFF == 2 or event & 0xFF > 31))
+    u_cet: int = 0
 
 
 def load(vmcb: Vmcb, host: Host) -> Registers:

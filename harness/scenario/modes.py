@@ -7,7 +7,7 @@ from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.registers import CR0, CR4, EFER, Cpu
-from harness.model.vmrun import Host
+from harness.model.vmrun import Host, table_format
 
 _LONG_EFER: Final = EFER.SCE | EFER.LME | EFER.LMA | EFER.NXE | EFER.SVME
 _CR0: Final = CR0.AM | CR0.WP | CR0.NE | CR0.ET
@@ -93,6 +93,7 @@ class HostMode:
     """A mode that L1 executes VMRUN in, and so the format of its nested tables (section 15.25.3).
 
     L1's registers are those it has in 4-level paging, with bits set and cleared. `wire` is its name for L1.
+    With paging off its tables are those it would have with paging on; no VMRUN uses them.
     """
 
     name: str
@@ -101,6 +102,7 @@ class HostMode:
     cr4_set: int = 0
     cr4_clear: int = 0
     efer_clear: int = 0
+    cr0_clear: int = 0
 
     @property
     def narrow(self) -> bool:
@@ -110,8 +112,16 @@ class HostMode:
     def registers(self, host: Host) -> Host:
         """L1's registers at VMRUN, where `host` are those of 4-level paging."""
         return replace(
-            host, cr4=(host.cr4 | self.cr4_set) & ~self.cr4_clear, efer=host.efer & ~self.efer_clear
+            host, cr0=host.cr0 & ~self.cr0_clear, cr4=(host.cr4 | self.cr4_set) & ~self.cr4_clear,
+            efer=host.efer & ~self.efer_clear,
         )
+
+    def format(self, host: Host, cpu: Cpu) -> Format:
+        """The format of its nested tables, where `host` are L1's registers in 4-level paging."""
+        mine = self.registers(host)
+        found = table_format(mine.cr0 | CR0.PG, mine.cr4, mine.efer, cpu)
+        assert found is not None
+        return found
 
 
 HOST_MODES: Final = {
@@ -121,6 +131,7 @@ HOST_MODES: Final = {
         HostMode("5-level", "long5", ("4K", "2M", "1G"), cr4_set=CR4.LA57),
         HostMode("PAE", "pae", ("4K", "2M"), efer_clear=EFER.LME | EFER.LMA),
         HostMode("32-bit", "legacy", ("4K", "4M"), CR4.PSE, CR4.PAE, EFER.LME | EFER.LMA),
+        HostMode("off", "off", ("4K",), efer_clear=EFER.LME | EFER.LMA, cr0_clear=CR0.PG),
     )
 }
-"""By the name that scenario files use."""
+"""By the name that scenario files use; `off` is protected mode without paging, where NP_ENABLE must be 0."""

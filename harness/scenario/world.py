@@ -24,7 +24,6 @@ from typing import Final
 
 from harness.model.entries import PAGE_SHIFTS, RW, US, P
 from harness.model.registers import Cpu
-from harness.model.vmrun import table_format
 from harness.scenario import modes
 from harness.scenario.initial import INITIAL_HOST, SYSTEM, system_words, vmcb_fields, vmcb_page
 from harness.scenario.modes import HOST_MODES, MODES
@@ -103,10 +102,7 @@ def build(
     at = _places(mode, host_mode, cpu)
     nested = None
     if nested_page != NO_NESTED_PAGING:
-        host = host_mode.registers(INITIAL_HOST)
-        nested_fmt = table_format(host.cr0, host.cr4, host.efer, cpu)
-        assert nested_fmt is not None
-        nested = Tables(arena, nested_fmt, arena.page(), lambda address: address)
+        nested = Tables(arena, host_mode.format(INITIAL_HOST, cpu), arena.page(), lambda address: address)
     gpa: dict[str, int] = {}
     spa: dict[str, int] = {}
     to_spa: dict[int, int] = {}

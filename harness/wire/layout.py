@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 MAGIC = 0x6B6C_6177_6E69_7774
@@ -216,7 +216,7 @@ OPS = {
     "REWIND": 10,  # a: VMCB; all that was written, and all watched pages, are as at the mark
 }
 
-HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3}
+HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3, "off": 4}
 
 HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4, "pkru": 5}
 
@@ -233,5 +233,6 @@ PROBES = {
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
-            "fsgsbase", "xsave", "cet", "ffxsr", "tce", "sss")
+            "fsgsbase", "xsave", "cet", "ffxsr", "tce", "sss",
+            "lmsle", "mcommit", "intwb", "uai", "aibrs", "vnmi", "avic", "x2avic", "x2avic_ext")
 """CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""

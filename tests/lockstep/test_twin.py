@@ -103,7 +103,7 @@ class TestPredictions:
         assert out.host["efer"] == HOST_EFER & ~(1 << 11) and out.host["rax"] == world.vmcb_address
 
     def test_nrip_needs_the_cpu(self, image: Image, predict) -> None:  # type: ignore[no-untyped-def]
-        cpu = Cpu(40, features=frozenset({"nrips"}))
+        cpu = Cpu(40, features=frozenset({"nrips", "nx"}))
         twin = Twin(image, cpu, Liberties())
         (out,) = predictions(twin, Compiler(image, cpu).compile(one("read a")))
         rip = twin.vmcb["rip"]

@@ -222,18 +222,20 @@ MUTANTS: Final[dict[str, Mutant]] = {
         (one(NO_NXE, set_bits("guest.a.pte", "nx"), ALL),), "C1", "outcome"),
     # VMRUN and #VMEXIT
     "ASID 0 accepted": Mutant(
-        "model.vmrun", 'if not vmcb["asid"]:', "if False:", (one('vmcb = "asid"\nvalue = 0', ALL),), "C3", "outcome"),
+        "model.consistency", 'lambda it: not it.vmcb["asid"]', "lambda it: False",
+        (one('vmcb = "asid"\nvalue = 0', ALL),), "C3", "outcome"),
     "VMRUN intercept not needed": Mutant(
-        "model.vmrun", 'if not vmcb["intercept_misc2"] & MISC2_VMRUN:', "if False:",
+        "model.consistency", 'lambda it: not it.vmcb["intercept_misc2"] & MISC2_VMRUN', "lambda it: False",
         (one('vmcb = "intercept_misc2"\nclear = ["bit0"]', ALL),), "C3", "outcome"),
     "CR0.NW without CD accepted": Mutant(
-        "model.vmrun", "if cr0 & CR0.NW and not cr0 & CR0.CD:", "if False:",
+        "model.consistency", "lambda it: it.cr0 & CR0.NW and not it.cr0 & CR0.CD", "lambda it: False",
         (one('vmcb = "cr0"\nset = ["nw"]', ALL),), "C3", "outcome"),
     "EFER.SVME not needed": Mutant(
-        "model.vmrun", "if not efer & EFER.SVME:", "if False:", (one('vmcb = "efer"\nclear = ["svme"]', ALL),), "C3",
-        "outcome"),
+        "model.consistency", "lambda it: not it.efer & EFER.SVME", "lambda it: False",
+        (one('vmcb = "efer"\nclear = ["svme"]', ALL),), "C3", "outcome"),
     "any ASID but 5 refused": Mutant(
-        "model.vmrun", 'if not vmcb["asid"]:', 'if vmcb["asid"] == 5:', (one(ALL),), "C3", "outcome"),
+        "model.consistency", 'lambda it: not it.vmcb["asid"]', 'lambda it: it.vmcb["asid"] == 5', (one(ALL),), "C3",
+        "outcome"),
     "RAX not saved": Mutant(
         "model.vmrun", 'if name != "g_pat" or', 'if name != "rax" and name != "g_pat" or name == "g_pat" and',
         (one(run("read a")),), "C3", "rax"),
