@@ -1,4 +1,4 @@
-"""The command line: `twinwalk run`, `list`, `doctor`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
-from harness.report import jsonfile, junit, terminal
+from harness.report import jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, Target, run
@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     lister = commands.add_parser("list", help="list scenarios")
     _selection(lister)
     lister.set_defaults(command=_list)
+
+    coverage = commands.add_parser("coverage", help="show which cases of which rule were reached, and which not")
+    coverage.add_argument("results", nargs="*", type=Path, metavar="RESULT.json",
+                          help="files of `run --json`, taken together (default: run the library)")
+    _target(coverage)
+    coverage.add_argument("--json", type=Path, metavar="FILE", help="write all cells as JSON")
+    coverage.set_defaults(command=_coverage)
 
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     _target(doctor)
@@ -142,7 +149,8 @@ def _run(options: argparse.Namespace) -> int:
         if not outcome.results:
             raise
         interrupted = reason  # what was checked is reported all the same
-    summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict)
+    summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict,
+                        outcome.coverage.cells)
     terminal.show(summary)
     if options.junit:
         try:
@@ -163,6 +171,29 @@ def _list(options: argparse.Namespace) -> int:
     for scenario in chosen:
         print(f"{scenario.name:{width}}  {scenario.title} ({scenario.manual})")
     return 0
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    from harness.report import coverage
+
+    if options.json:
+        output.check_writable(options.json, "--json")
+    code = 0
+    if options.results:
+        runs = [coverage.read(path) for path in options.results]
+    else:
+        scenarios = files.load([LIBRARY])
+        errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
+        with terminal.Watch(scenarios) as watch:
+            outcome = run(_targeted(options), scenarios, errata, pipelined=True, on_result=watch.result)
+        code = outcome.exit_code()
+        runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
+    merged = coverage.merge(runs)
+    screen = terminal.Screen()
+    screen.show(coverage.table(merged, screen.width))
+    if options.json:
+        output.write(options.json, coverage.text(merged))
+    return code
 
 
 def _doctor(options: argparse.Namespace) -> int:

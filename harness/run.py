@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from harness.errors import LaunchFailed, MachineLost, UsageError
+from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.rehearse import rehearse
@@ -39,12 +40,13 @@ class Target:
 
 @dataclass
 class Outcome:
-    """What a run came to. `identity` is None if the machine never came up."""
+    """What a run came to. `identity` is None if the machine never came up; `coverage` is of all that was checked."""
 
     identity: tcg.Identity | None = None
     results: list[Result] = field(default_factory=list)
     not_run: int = 0
     seconds: float = 0.0
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def lost(self) -> bool:
@@ -123,7 +125,8 @@ def _boot_and_run(
             compiler = Compiler(machine.image, machine.cpu)
             twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
             programs = _rehearsed(compiler, twin, scenarios)
-            for result in Lockstep(machine, machine.channel, twin, not pipelined, known).run(programs):
+            lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage)
+            for result in lockstep.run(programs):
                 if result.senseless:
                     raise UsageError(result.senseless)
                 yield result

@@ -180,6 +180,21 @@ class TestRun:
         assert (totals["divergences_new"], totals["divergences_known"], data["divergences"]) == (0, 0, [])
         assert data["machine"]["qemu_version"] and data["machine"]["cpu_model"] == "max"
 
+    def test_coverage_of_files(
+        self, good: Path, faulting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The cells of two runs, taken together."""
+        reports = [tmp_path / "one.json", tmp_path / "two.json"]
+        for report, scenario in zip(reports, (good, faulting), strict=True):
+            assert cli.main(["run", "--json", str(report), str(scenario)]) == 0
+        merged = tmp_path / "coverage.json"
+        assert cli.main(["coverage", "--json", str(merged), *map(str, reports)]) == 0
+        data = json.loads(merged.read_text())
+        reached = {cell["rule"] for cell in data["cells"] if cell["state"] == "reached"}
+        assert {"reached", "nested.user", "write", "ad"} <= reached and "guest.smep" not in reached
+        assert 0 < data["reached"] < data["reachable"]
+        assert f"{data['reached']} of {data['reachable']:,} reachable cells" in capsys.readouterr().out
+
     def test_json_of_a_divergence(self, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.json"

@@ -7,5 +7,6 @@
     rehearse  a program on the model alone, before a machine sees it
     compare   the checks C1 to C3: a record against the twin's prediction
     errata    divergences that are known
+    coverage  what was put to the test: the model's cells, as predictions are checked
     driver    feeds programs to a machine, and its records to the checks
 """

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
+from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
@@ -60,16 +61,19 @@ class Result:
 class Lockstep:
     """Runs programs on `machine` and on `twin`. Strict: L1 waits at every record until it has been
     checked, and live memory is compared too; pipelined: it waits only where the ring is full.
-    `errata` are those that hold for this machine: they name what is found, and hide nothing."""
+    `errata` are those that hold for this machine: they name what is found, and hide nothing. `coverage`, if
+    given, collects what was checked."""
 
     def __init__(
-        self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = ()
+        self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = (),
+        coverage: Coverage | None = None,
     ) -> None:
         self._machine = machine
         self._errata = errata
         self._channel = channel
         self._twin = twin
         self._strict = strict
+        self._coverage = coverage
         channel.set_lag(0 if strict else RECORD_SLOTS - 1)
 
     def run(self, programs: Iterable[Program]) -> Iterator[Result]:
@@ -128,11 +132,16 @@ class Lockstep:
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
             found = self._exit(context, prediction, record)
+            if self._coverage is not None:
+                self._coverage.add(prediction, twin.host.dr7)
             if found:
                 found = explain(self._with_machine_view(prediction, record, found), self._errata)
                 if any(one.erratum is None for one in found):
+                    manual = prediction
                     prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
                     if blamed:
+                        if self._coverage is not None:
+                            self._coverage.add_again(manual, prediction)
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
                 self._add(result, found)
                 twin.adopt(prediction, record.diffs)

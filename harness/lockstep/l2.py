@@ -315,13 +315,16 @@ class L2:
     def walk(self, gva: int, access: Access) -> Walk:
         """Translate, and change nothing."""
         quirks = self.state.quirks
+        if quirks:
+            access = on_access(access, self.regs.cpl, quirks)
         try:
-            if quirks:
-                access = on_access(access, self.regs.cpl, quirks)
-                return on_walk(self.paging, translate(self.paging, self.state.memory.words, gva, access), quirks)
-            return translate(self.paging, self.state.memory.words, gva, access)
+            walk = translate(self.paging, self.state.memory.words, gva, access)
         except IndexError:
             raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
+        if quirks:
+            walk = on_walk(self.paging, walk, quirks)
+        self.out.accesses.append((self.paging, access, walk))
+        return walk
 
     def _note(self, walk: Walk, other_faulted: bool = False) -> None:
         """Write the accessed and dirty bits of `walk` back."""
@@ -362,6 +365,7 @@ class L2:
 
     def deliver(self, event: Event, walk: Walk | None = None) -> None:
         """Through L2's own IDT; its handlers do nothing but leave by HLT."""
+        self.out.event = event
         try:
             undefined = events.deliver(event, self.regs, self.state.vmcb, _Bus(self, event))
         except ValueError as reason:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from harness.model.walk import Walk
+from harness.model.access import Access
+from harness.model.events import Event
+from harness.model.walk import Paging, Walk
 
 WHOLE: Final = (1 << 128) - 1
 """In `Prediction.free`: no bit of the field is defined."""
@@ -18,7 +20,9 @@ class Prediction:
     `next_probe` is the index of the probe that faulted, or the number of probes when all were done.
     `control` and `save` are the VMCB's bytes after the exit, `free` the bits, by field, that the manual
     leaves undefined in it. `old` has the quadwords that the model changed, as they were before;
-    `permitted` the bits, by the sPA of their quadword, that may be set or not.
+    `permitted` the bits, by the sPA of their quadword, that may be set or not. `accesses` are all walks of L2
+    in their order, also those that no probe names; `paging` is the translation that L2 left under, `event`
+    what was last delivered to it, also if that was cut short.
     """
 
     first_probe: int
@@ -35,3 +39,6 @@ class Prediction:
     walks: dict[int, Walk] = field(default_factory=dict)
     old: dict[int, int] = field(default_factory=dict)
     permitted: dict[int, int] = field(default_factory=dict)
+    accesses: list[tuple[Paging, Access, Walk]] = field(default_factory=list)
+    paging: Paging | None = None
+    event: Event | None = None

@@ -6,6 +6,8 @@ code), and holds a scenario's own expectations, which are for the reader, agains
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
@@ -15,9 +17,11 @@ from harness.scenario.ops import RunOp
 from harness.scenario.program import Program, where
 
 
-def rehearse(twin: Twin, program: Program) -> int:
-    """Run `program` on `twin` alone; returns the number of VMRUNs. Raises UsageError, with file and
-    line, for an op that makes no sense or an expectation that the model does not share."""
+def rehearse(twin: Twin, program: Program, see: Callable[[Prediction], None] = lambda prediction: None) -> int:
+    """Run `program` on `twin` alone; returns the number of VMRUNs. `see` is shown each prediction.
+
+    Raises UsageError, with file and line, for an op that makes no sense or an expectation that the model does
+    not share."""
     twin.reset(program.world)
     vmruns, over = 0, False
     for step in program.steps:
@@ -36,6 +40,7 @@ def rehearse(twin: Twin, program: Program) -> int:
             except UsageError as reason:
                 raise UsageError(f"{at}: {reason}") from None
             vmruns += 1
+            see(prediction)
             for index in range(first, min(prediction.next_probe + 1, len(step.probes))):
                 outcomes[index] = _outcome(prediction, index)
             over = bool(prediction.refused)

@@ -86,7 +86,7 @@ class Twin(State):
 
     def _leave(self, out: Prediction, l2: L2, leave: Leave) -> None:
         vmcb, code = self.vmcb, leave.code
-        out.exitcode, out.rule = code, leave.rule
+        out.exitcode, out.rule, out.paging = code, leave.rule, l2.paging
         if leave.walk is not None:
             out.walks[out.next_probe] = leave.walk
         vmrun.save(vmcb, l2.regs)

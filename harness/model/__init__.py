@@ -11,5 +11,7 @@ AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
     vmcb       the VMCB's fields
     vmrun      VMRUN's checks, and the state after #VMEXIT
     rules      every rule by its id, with the manual's section
+    coverage   the cases of rules that a walk is one of
+    universe   all the cases that there are
     memory     system-physical memory
 """

@@ -11,17 +11,30 @@ from typing import Final, NamedTuple
 
 
 class Rule(NamedTuple):
-    """One rule: `section` of volume 2, empty for what is no rule of the manual; `text` in one sentence."""
+    """One rule: `section` of volume 2, empty for what is no rule of the manual; `text` in one sentence.
+
+    `never` says where a rule of the walk cannot decide, and why: words of a dimension, a table format or a
+    level, or `off` for L2 without paging, all of which must fit (`PAE pdpte`), and the reason.
+    """
 
     id: str
     section: str
     text: str
+    never: tuple[tuple[str, str], ...] = ()
 
     @property
     def reference(self) -> str:
         """Where to look it up: `AMD APM vol. 2, 15.25.6`; empty for what is no rule of the manual."""
         return f"AMD APM vol. 2, {self.section}" if self.section else ""
 
+
+_PDPTE: Final = ("PAE pdpte", "PDPTEs of PAE mode have no R/W, U/S or NX: those bits are reserved there")
+_NARROW: Final = ("32-bit", "entries of four bytes have no NX")
+_DATA: Final = ("table", "L2's tables are read and written, never fetched")
+_ROOT: Final = (
+    "page pml5e",
+    "all gPAs that this processor has go through one nested PML5E, where the walk for L2's own tables comes first",
+)
 
 _WALK: Final = (
     Rule("reached", "15.25.5",
@@ -34,11 +47,13 @@ _WALK: Final = (
     Rule("guest.present", "5.4.1",
          "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; the rest of it is not read."),
     Rule("guest.reserved", "5.4.1",
-         "A reserved bit that is set in a present entry ends the guest walk there, in a #PF with RSVD and P set."),
+         "A reserved bit that is set in a present entry ends the guest walk there, in a #PF with RSVD and P set.",
+         (("32-bit", "entries of four bytes that map no large page have no reserved bits"),)),
     Rule("guest.user", "5.6.1",
-         "At CPL 3 only user pages can be reached: those with U/S=1 at every level of the guest walk."),
+         "At CPL 3 only user pages can be reached: those with U/S=1 at every level of the guest walk.", (_PDPTE,)),
     Rule("guest.write", "5.6.2, 5.6.4",
-         "A write needs R/W=1 at every level of the guest walk, unless it is a supervisor's while CR0.WP=0."),
+         "A write needs R/W=1 at every level of the guest walk, unless it is a supervisor's while CR0.WP=0.",
+         (_PDPTE,)),
     Rule("guest.smep", "5.6.5",
          "With CR4.SMEP=1 code at CPL 0 to 2 must not be fetched from a user page."),
     Rule("guest.smap", "5.6.6",
@@ -46,36 +61,43 @@ _WALK: Final = (
          "references it is at any CPL, whatever RFLAGS.AC says."),
     Rule("guest.key", "5.6.7",
          "With CR4.PKE=1 data of a user page whose key has AD set in PKRU is out of reach, and so are writes where it "
-         "has WD set; a supervisor's writes only while CR0.WP=1."),
+         "has WD set; a supervisor's writes only while CR0.WP=1.",
+         (("PAE", "protection keys are of long mode"), ("32-bit", "protection keys are of long mode"))),
     Rule("guest.shadow-stack", "18.3",
          "A shadow stack reference needs a page of its own privilege with R/W=0 and D=1 in the leaf, and R/W=1 above."),
     Rule("guest.execute", "5.6.3",
-         "With EFER.NXE=1 no instruction is fetched through a guest entry that has NX set, at any level and any CPL."),
+         "With EFER.NXE=1 no instruction is fetched through a guest entry that has NX set, at any level and any CPL.",
+         (_PDPTE, _NARROW)),
     Rule("nested.present", "15.25.6",
-         "A nested entry with P=0 ends the walk in #VMEXIT(NPF) with P=0 in EXITINFO1."),
+         "A nested entry with P=0 ends the walk in #VMEXIT(NPF) with P=0 in EXITINFO1.", (_ROOT,)),
     Rule("nested.reserved", "15.25.6",
          "A reserved bit that is set in a present nested entry ends the walk in #VMEXIT(NPF) with RSV and P set; "
-         "while L1's EFER.NXE=0, NX is such a bit (5.4.1)."),
+         "while L1's EFER.NXE=0, NX is such a bit (5.4.1).",
+         (_ROOT, ("32-bit", "entries of four bytes that map no large page have no reserved bits"))),
     Rule("nested.user", "15.25.7",
          "Every access of the guest is a user access in the nested dimension, whatever its CPL: U/S must be 1 at "
-         "every nested level."),
+         "every nested level.", (_PDPTE, _ROOT)),
     Rule("nested.write", "15.25.7",
          "What L2 writes must have R/W=1 at every nested level, whatever either CR0.WP says; and every access to "
-         "a guest table counts as a write (15.25.5)."),
+         "a guest table counts as a write (15.25.5).", (_PDPTE, _ROOT)),
     Rule("nested.execute", "15.25.7",
-         "L2 fetches no instruction through a nested entry that has NX set, at any level, while L1's EFER.NXE=1."),
+         "L2 fetches no instruction through a nested entry that has NX set, at any level, while L1's EFER.NXE=1.",
+         (_DATA, _PDPTE, _NARROW)),
     Rule("nested.gmet", "15.25.13",
          "With guest mode execute trap enabled L2 fetches nothing at CPL 0 to 2 from a page with U/S=1 at every nested "
-         "level, and U/S decides over nothing else."),
+         "level, and U/S decides over nothing else.",
+         (_DATA, _PDPTE)),
     Rule("nested.sss", "15.25.14",
          "With the supervisor shadow stack check enabled L2's supervisor shadow stacks need a page with U/S=0 in the "
-         "nested leaf and U/S=1 at every nested level above it."),
+         "nested leaf and U/S=1 at every nested level above it.",
+         (("table", "L2's tables are no shadow stacks"), ("off", "without paging L2 has no shadow stacks"))),
 )
 
 _MEMORY: Final = (
     Rule("ad", "5.4.2, 15.25.5",
          "A walk sets A in each entry that it goes through, and D in the last one for a write; reads of guest "
-         "tables set both in the nested dimension; and nothing else in a table changes."),
+         "tables set both in the nested dimension; and nothing else in a table changes.",
+         (("PAE pdpte", "PDPTEs of PAE mode have no A: that bit is reserved there"), _ROOT)),
     Rule("write", "15.25.5",
          "A write of L2 changes the bytes at the sPA that its walk ends in, and no others."),
 )

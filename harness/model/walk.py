@@ -20,7 +20,7 @@ from harness.model.access import (
     StackFault,
 )
 from harness.model.dirty import PAGE, TABLE, Update
-from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, PSE36_SHIFT, RW, US, A, D, Format, P
+from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, PSE36_SHIFT, RW, US, A, D, Format, Level, P
 from harness.model.memory import Words
 from harness.model.registers import PKRU_AD, PKRU_WD
 
@@ -151,7 +151,7 @@ def walk_nested(
         if fetch and not user and rights & US:
             raise _nested_fault("gmet", paging, gpa, access, purpose, ErrorCode.P)
     elif shadow and paging.sss and not user:
-        if not _is_supervisor_shadow_stack(trail, purpose):
+        if not _is_supervisor_shadow_stack(levels, trail, purpose):
             raise _nested_fault("sss", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.SSS)
     elif not rights & US:
         raise _nested_fault("user", paging, gpa, access, purpose, ErrorCode.P)
@@ -211,7 +211,7 @@ def _walk_guest(
     if paging.pkru and rights & US and not fetch and _key_denies(paging, entry, write, user):
         code |= ErrorCode.PK
     if shadow:
-        if not _is_shadow_stack(trail, user):
+        if not _is_shadow_stack(levels, trail, user):
             raise _guest_fault("shadow-stack", paging, gva, access, code)
     elif user:
         if not rights & US:
@@ -245,18 +245,20 @@ def _key_denies(paging: Paging, entry: int, write: bool, user: bool) -> bool:
     return bool(of_key & PKRU_AD or (write and of_key & PKRU_WD and (user or paging.wp)))
 
 
-def _is_shadow_stack(trail: Trail, user: bool) -> bool:
+def _is_shadow_stack(levels: tuple[Level, ...], trail: Trail, user: bool) -> bool:
     """Whether the guest's entries of `trail` map a shadow stack of that privilege (section 18.3): R/W=0
-    and D=1 in the leaf, R/W=1 in all above it."""
-    *tables, leaf = (step[4] for step in trail if step[0] is GUEST)
+    and D=1 in the leaf, R/W=1 in all above it that have one."""
+    read = (step[4] for step in trail if step[0] is GUEST)
+    *tables, leaf = (entry | level.granted for level, entry in zip(levels, read, strict=False))
     writable = all(entry & RW for entry in tables) and not leaf & RW and leaf & D
     return bool(writable) and all(entry & US for entry in (*tables, leaf)) == user
 
 
-def _is_supervisor_shadow_stack(trail: Trail, purpose: str) -> bool:
+def _is_supervisor_shadow_stack(levels: tuple[Level, ...], trail: Trail, purpose: str) -> bool:
     """Whether the nested entries of `trail` mark the page for `purpose` as a supervisor's shadow stack
-    (section 15.25.14): U/S=0 in the leaf, U/S=1 in all above it."""
-    *tables, leaf = (step[4] for step in trail if step[2] is purpose)
+    (section 15.25.14): U/S=0 in the leaf, U/S=1 in all above it that have one."""
+    read = (step[4] for step in trail if step[2] is purpose)
+    *tables, leaf = (entry | level.granted for level, entry in zip(levels, read, strict=False))
     return not leaf & US and all(entry & US for entry in tables)
 
 

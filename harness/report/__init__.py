@@ -9,5 +9,6 @@
     jsonfile  the `--json` object
     junit     the `--junit` file
     journal   each result as it comes, for a run that is killed
+    coverage  which cells were reached, of one run or several
     output    result files: checked before a run, written whole or not at all
 """

@@ -4,6 +4,7 @@
     totals       scenarios, vmruns, probes, table_bytes_compared, divergences_new, divergences_known, seconds
     divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null)
     lost         each: scenario, reason, argv, log, last_record
+    cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
 
 `op` and `probe` are indices in the scenario, -1 where there is none. `expected` and `observed` are always
 strings, integers as 0x..., since 64 bits are more than many readers of JSON keep.
@@ -54,6 +55,7 @@ def document(summary: Summary) -> dict[str, Any]:
         "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
         "lost": [_lost(result) for result in summary.lost],
+        "cells": [list(cell) for cell in summary.cells],
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.model.coverage import Cell
 from harness.scenario.ops import Scenario
 
 
@@ -47,6 +48,8 @@ class Summary:
     known: tuple[Known, ...]
     not_run: tuple[str, ...]
     strict: bool
+    cells: tuple[Cell, ...] = ()
+    """What was checked, in order (harness.model.coverage)."""
 
     @property
     def lost(self) -> tuple[Result, ...]:
@@ -61,8 +64,10 @@ def summarize(
     errata: Iterable[Erratum],
     seconds: float,
     strict: bool = False,
+    cells: Iterable[Cell] = (),
 ) -> Summary:
-    """`identity` is the machine's identity, a dataclass; `errata` those that divergences may name."""
+    """`identity` is the machine's identity, a dataclass; `errata` those that divergences may name; `cells` what
+    was checked."""
     by_name = {scenario.name: scenario for scenario in scenarios}
     everything = [d for result in results for d in result.divergences]
     new = sum(is_new(d, strict) for d in everything)
@@ -83,6 +88,7 @@ def summarize(
         known=_known(everything, {erratum.id: erratum for erratum in errata}),
         not_run=tuple(name for name in by_name if name not in done),
         strict=strict,
+        cells=tuple(sorted(cells)),
     )
 
 

@@ -21,7 +21,7 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "divergences", "lost"]
+    assert list(one) == ["machine", "totals", "divergences", "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "vmruns", "probes", "table_bytes_compared", "divergences_new",
                                    "divergences_known", "seconds"]
     names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]

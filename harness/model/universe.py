@@ -1,0 +1,368 @@
+"""Which cells there are: computed by walking, not listed.
+
+For every pair of table formats the model walks small tables in which all is permitted, and then the same
+tables with one entry changed by one bit, for every kind of access and in every register state that a rule
+depends on. What the walks reach are the cells that can be reached on this processor; and a rule that is new in
+the walk has its cells as soon as `GUEST_STATES` or `NESTED_STATES` has the state in which it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import product
+from typing import Final, NamedTuple
+
+from harness.model.access import Access
+from harness.model.coverage import (
+    BOTH,
+    NESTED_PAGE,
+    NESTED_TABLE,
+    NONE,
+    OFF,
+    Cell,
+    cells_of,
+    level_name,
+    reserved,
+)
+from harness.model.entries import NX, PS, PSE36_SHIFT, RW, US, D, Format, Level, P, legacy, long_mode, pae
+from harness.model.registers import PKRU_AD, PKRU_WD, Cpu
+from harness.model.rules import RULES, Rule
+from harness.model.walk import FINAL, GUEST, NESTED, Paging, translate
+
+ACCESSES: Final = tuple(
+    Access(write, fetch, user)
+    for write, fetch in ((False, False), (True, False), (False, True)) for user in (False, True)
+)
+_IMPLICIT: Final = Access(implicit=True)
+_STACK: Final = tuple(access._replace(stack=True) for access in ACCESSES if not access.fetch)
+_SHADOW: Final = tuple(access._replace(shadow_stack=True) for access in ACCESSES if not access.fetch)
+
+
+class _State(NamedTuple):
+    """A register state that a rule depends on, and the CPUID features without which there is none."""
+
+    change: Callable[[Paging], Paging]
+    needs: frozenset[str] = frozenset()
+
+
+_BASE: Final = _State(lambda paging: paging)
+
+
+def _keys(pkru: int, wp: bool = True) -> _State:
+    """PKRU with CR4.PKE=1, which is nothing outside of long mode; entries here have key 0."""
+
+    def change(paging: Paging) -> Paging:
+        long = paging.guest is not None and paging.guest.address_bits > 32
+        return paging._replace(pkru=pkru, wp=wp) if long else paging
+
+    return _State(change, frozenset({"pku"}))
+
+
+GUEST_STATES: Final = (
+    _BASE,
+    _State(lambda paging: paging._replace(wp=False)),
+    _State(lambda paging: paging._replace(smep=True), frozenset({"smep"})),
+    _State(lambda paging: paging._replace(smap=True), frozenset({"smap"})),
+    _State(lambda paging: paging._replace(smap=True, ac=True), frozenset({"smap"})),
+    _keys(PKRU_AD),
+    _keys(PKRU_WD),
+    _keys(PKRU_WD, wp=False),
+)
+NESTED_STATES: Final = (_BASE, _State(lambda paging: paging._replace(gmet=True), frozenset({"gmet"})))
+"""The states in which a rule of that dimension decides: add that of a new rule, with the feature that it needs."""
+
+_SHADOW_STATES: Final = (
+    _State(lambda paging: paging, frozenset({"cet"})),
+    _State(lambda paging: paging._replace(sss=True), frozenset({"cet", "sss"})),
+)
+
+FEATURES: Final = ("la57", "smep", "smap", "pku", "gmet", "sss", "cet")
+"""CPUID features that cells may need."""
+
+_EXITS: Final = {
+    "exit.vmmcall": "VMEXIT_VMMCALL",
+    "exit.privileged": "VMEXIT_#GP",
+    "exit.host": "#VMEXIT",
+    "exit.host-dr7": "#VMEXIT",
+    "exit.registers": "#VMEXIT",
+}
+"""Rules of #VMEXIT that hold in every pair of modes, and their outcome."""
+
+DELIVERIES: Final = ("#PF", "#GP", "exception", "interrupt", "NMI", "software interrupt")
+"""What goes through L2's own IDT, as `exit.delivered` has it."""
+
+
+class Universe(NamedTuple):
+    """`reachable` are the cells of a processor, `lacking` those that it could have with a feature that it has not:
+    each with that feature."""
+
+    reachable: frozenset[Cell]
+    lacking: dict[Cell, str]
+
+
+class Gap(NamedTuple):
+    """Cells that there are not: a rule that cannot decide at a level in a pair of modes, and the reason."""
+
+    rule: str
+    dimension: str
+    level: str
+    mode: str
+    reason: str
+
+
+@lru_cache(maxsize=8)
+def universe(cpu: Cpu) -> Universe:
+    """The cells of a processor."""
+    needs: dict[Cell, frozenset[str]] = {}
+    for cell, wanted in _everything(cpu):
+        if cell not in needs or wanted < needs[cell]:
+            needs[cell] = wanted
+    lacking = {cell: sorted(wanted - cpu.features) for cell, wanted in needs.items()}
+    return Universe(
+        frozenset(cell for cell, missing in lacking.items() if not missing),
+        {cell: missing[0] for cell, missing in lacking.items() if missing},
+    )
+
+
+def _everything(cpu: Cpu) -> Iterator[tuple[Cell, frozenset[str]]]:
+    """Every cell, with the features that it needs."""
+    for guest, nested in _pairs(cpu):
+        needs = frozenset({"la57"} if "5-level" in (_name(guest), _name(nested)) else ())
+        for cell, wanted in _walks(cpu, guest, nested):
+            yield cell, needs | wanted
+        mode = f"{_name(guest) or OFF}/{_name(nested) or NONE}"
+        for rule, outcome in _EXITS.items():
+            yield Cell(rule, "", "", mode, outcome), needs
+        if guest is not None and guest.address_bits > 32:  # the model has deliveries in long mode
+            for outcome in _deliveries(nested is not None):
+                yield Cell("exit.delivered", "", "", mode, outcome), needs
+    for rule in RULES:
+        if rule.startswith("vmrun."):
+            yield Cell(rule, "", "", "", "refused"), frozenset()
+
+
+def _deliveries(nested: bool) -> Iterator[str]:
+    """Deliveries that came to their handler, and those that faulted on the way (a second #PF could only leave
+    L2 where the first one had)."""
+    for what in DELIVERIES:
+        yield what
+        if what != "#PF":
+            yield f"{what} cut short by VMEXIT_#PF"
+        if nested:
+            yield f"{what} cut short by VMEXIT_NPF"
+
+
+def _formats(cpu: Cpu, nxe: bool = True) -> list[Format]:
+    """The table formats of one dimension."""
+    long = [long_mode(cpu.maxphyaddr, nxe, cpu.page1g, la57) for la57 in (False, True)]
+    return [*long, pae(cpu.maxphyaddr, nxe), legacy(cpu.maxphyaddr, True)]
+
+
+def _pairs(cpu: Cpu) -> Iterator[tuple[Format | None, Format | None]]:
+    return product((*_formats(cpu), None), (*_formats(cpu), None))
+
+
+def _name(fmt: Format | None) -> str:
+    return fmt.name if fmt is not None else ""
+
+
+# --- the walks --------------------------------------------------------------------------------------
+
+
+class _Words(dict[int, int]):
+    """Memory by quadword index, zero where nothing was written."""
+
+    def __missing__(self, index: int) -> int:
+        return 0
+
+    def put(self, fmt: Format, address: int, entry: int) -> None:
+        """Write one entry of a table of `fmt`."""
+        mask = (1 << (8 << fmt.entry_shift)) - 1
+        shift = (address & 4) * 8
+        self[address >> 3] = self[address >> 3] & ~(mask << shift) | (entry & mask) << shift
+
+
+class _Tables(NamedTuple):
+    """Tables in which every access is permitted: `words` by index, and the access's gVA."""
+
+    paging: Paging
+    words: _Words
+    gva: int
+
+
+_TABLES: Final = 1 << 30
+"""gPA of L2's tables, a page each; the page itself is as far from them as its format and the CPU permit."""
+_NESTED_ROOT: Final = 1 << 24
+
+
+def _walks(cpu: Cpu, guest: Format | None, nested: Format | None) -> Iterator[tuple[Cell, frozenset[str]]]:
+    """The cells of one pair of formats, each with the features that its walk needs."""
+    without_nx = {fmt.name: fmt for fmt in _formats(cpu, nxe=False)}
+    for guest_leaf, nested_leaf in product(_leaves(guest), _leaves(nested)):
+        tables = _build(cpu, guest, nested, guest_leaf, nested_leaf)
+        yield from _look(tables, tables.words, (*ACCESSES, _IMPLICIT), (*GUEST_STATES, *NESTED_STATES))
+        yield from _shadow_stacks(tables)
+        walk = translate(tables.paging, tables.words, tables.gva, Access())
+        table = next((step.purpose for step in walk.steps if step.purpose not in ("", FINAL)), "")
+        for step in walk.steps:
+            own = step.dimension == GUEST
+            if own and nested_leaf != _leaves(nested)[0]:
+                continue  # the nested page's size changes nothing in the guest dimension
+            if step.purpose not in ("", FINAL) and (step.purpose != table or guest_leaf != _leaves(guest)[0]):
+                continue  # one guest table stands for all
+            fmt = guest if own else nested
+            assert fmt is not None
+            level = next(level for level in fmt.levels if level.name == step.level)
+            for bit in (P, RW, US, NX):
+                words = _changed(tables.words, step.address, step.entry ^ bit, fmt)
+                yield from _look(tables, words, ACCESSES, GUEST_STATES if own else NESTED_STATES)
+                if bit == NX and fmt.entry_shift == 3:
+                    paging = tables.paging
+                    paging = paging._replace(guest=without_nx[fmt.name]) if own else (
+                        paging._replace(nested=without_nx[fmt.name]))
+                    yield from _look(tables._replace(paging=paging), words, ACCESSES[:1], (_BASE,))
+            for bits in _reserved_bits(fmt, level.name, step.entry):
+                words = _changed(tables.words, step.address, step.entry ^ bits, fmt)
+                yield from _look(tables, words, ACCESSES[:1], (_BASE,))
+    if guest is not None and guest.address_bits > 32:
+        beyond = tables._replace(gva=1 << guest.address_bits - 1)
+        yield from _look(beyond, tables.words, ACCESSES + _STACK, (_BASE,))
+
+
+def _shadow_stacks(tables: _Tables) -> Iterator[tuple[Cell, frozenset[str]]]:
+    """The same tables with the page made a shadow stack, of either privilege, and left as it is."""
+    guest, nested = tables.paging.guest, tables.paging.nested
+    if guest is None:
+        return  # without paging no page is a shadow stack
+    walk = translate(tables.paging, tables.words, tables.gva, Access())
+    leaf = {step.dimension: step for step in walk.steps}
+    step = leaf[GUEST]
+    bases = [_changed(tables.words, step.address, step.entry & ~RW & ~us | D, guest) for us in (0, US)]
+    bases.append(tables.words)
+    if nested is not None:
+        step = leaf[NESTED]
+        bases += [_changed(words, step.address, step.entry & ~US, nested) for words in bases]
+    for words in bases:
+        yield from _look(tables, words, _SHADOW, _SHADOW_STATES)
+
+
+def _look(
+    tables: _Tables, words: _Words, accesses: Iterable[Access], states: Iterable[_State]
+) -> Iterator[tuple[Cell, frozenset[str]]]:
+    for state in states:
+        paging = state.change(tables.paging)
+        for access in accesses:
+            for cell in cells_of(paging, access, translate(paging, words, tables.gva, access)):
+                yield cell, state.needs
+
+
+def _reserved_bits(fmt: Format, name: str, entry: int) -> Iterator[int]:
+    """One bit for each reason for which this entry could be a reserved one."""
+    level = next(level for level in fmt.levels if level.name == name)
+    told: set[str] = set()
+    for bit in range(8 << fmt.entry_shift):
+        reasons = reserved(level, entry ^ 1 << bit)
+        if len(reasons) == 1 and not reasons <= told:
+            told |= reasons
+            yield 1 << bit
+
+
+def _changed(words: _Words, address: int, entry: int, fmt: Format) -> _Words:
+    """`words` with another entry at `address`."""
+    words = _Words(words)
+    words.put(fmt, address, entry)
+    return words
+
+
+def _leaves(fmt: Format | None) -> list[int]:
+    """The shifts of a format's page sizes, the smallest first."""
+    return sorted(level.shift for level in fmt.levels if level.leaf) if fmt is not None else [12]
+
+
+def _build(cpu: Cpu, guest: Format | None, nested: Format | None, guest_leaf: int, nested_leaf: int) -> _Tables:
+    """Identity in the nested dimension; in the guest's, all indices are 2."""
+    words = _Words()
+    width = cpu.maxphyaddr if nested is None or nested.address_bits > 32 else 32
+    if guest is None or (guest.entry_shift == 2 and guest_leaf != PSE36_SHIFT):
+        width = 32
+    elif guest.entry_shift == 2:
+        width = min(width, 40)
+    page = 1 << width - 1
+    gva = page
+    used: list[int] = []
+    if guest is not None:
+        gva = sum(2 << level.shift for level in guest.levels)
+        for number, level in enumerate(guest.levels):
+            at = _TABLES + (number << 12)
+            used.append(at)
+            leaf = level.shift == guest_leaf
+            words.put(guest, at + (2 << guest.entry_shift), _entry(level, page if leaf else at + 0x1000, leaf))
+            if leaf:
+                break
+    if nested is not None:
+        _identity(words, nested, nested_leaf, [page | gva & (1 << guest_leaf) - 1, *used])
+    return _Tables(Paging(guest, _TABLES, True, False, False, False, True, nested, _NESTED_ROOT, True), words, gva)
+
+
+def _identity(words: _Words, fmt: Format, leaf_shift: int, used: list[int]) -> None:
+    """Nested tables for the gPAs of `used`, from `_NESTED_ROOT` on."""
+    tables: dict[int, int] = {}
+    for address in used:
+        table = _NESTED_ROOT
+        for level in fmt.levels:
+            at = table + ((address >> level.shift & fmt.index_mask) << fmt.entry_shift)
+            if level.shift == leaf_shift:
+                words.put(fmt, at, _entry(level, address & ~((1 << leaf_shift) - 1), True))
+                break
+            if at not in tables:
+                tables[at] = _NESTED_ROOT + (len(tables) + 1 << 12)
+                words.put(fmt, at, _entry(level, tables[at], False))
+            table = tables[at]
+
+
+def _entry(level: Level, target: int, leaf: bool) -> int:
+    """An entry that permits everything, with A and D clear; a PAE PDPTE has no rights."""
+    rights = P if level.granted else P | RW | US
+    if leaf and level.shift == PSE36_SHIFT:
+        target = target & 0xFFC0_0000 | (target >> 32 & 0xFF) << 13
+    return target | rights | (PS if leaf and level.shift > 12 else 0)
+
+
+# --- what cannot be reached --------------------------------------------------------------------------
+
+
+def gaps(cpu: Cpu) -> list[Gap]:
+    """Where a rule of the walk cannot decide, though it does at such entries in other modes. The reason stands
+    beside the rule (`Rule.never`); it is empty where none is given, which is a mistake in the table of rules."""
+    found = universe(cpu)
+    cells = [cell for cell in found.reachable | found.lacking.keys() if cell.level and cell.dimension != BOTH]
+    places = {(cell.rule, cell.dimension, cell.level, cell.mode) for cell in cells}
+    kinds = {(cell.rule, cell.dimension[:6], _kind(cell.level)) for cell in cells}
+    return [
+        Gap(rule, dimension, level, mode, _reason(RULES[rule], dimension, fmt.name, level, *[OFF] * (guest is None)))
+        for guest, nested in _pairs(cpu)
+        for mode in (f"{_name(guest) or OFF}/{_name(nested) or NONE}",)
+        for dimension, fmt in ((GUEST, guest), (NESTED_PAGE, nested), (NESTED_TABLE, nested if guest else None))
+        if fmt is not None
+        for level in _levels(fmt)
+        for rule in RULES
+        if (rule, dimension[:6], _kind(level)) in kinds and (rule, dimension, level, mode) not in places
+    ]
+
+
+def _levels(fmt: Format) -> Iterator[str]:
+    """The names that a format's levels have in cells: of pointers to tables, and of pages."""
+    for level in fmt.levels:
+        for entry in sorted({0, level.leaf & PS} if level.leaf != P else {P}):
+            yield level_name(level, entry | P)
+
+
+def _kind(level: str) -> str:
+    return "large" if " " in level else "pte" if level == "pte" else "upper"
+
+
+def _reason(rule: Rule, *place: str) -> str:
+    """Why, by the first pattern of the rule whose words are all of that place's."""
+    words = {word for text in place for word in text.split()}
+    return next((why for where, why in rule.never if set(where.split()) <= words), "")
