@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
@@ -16,8 +16,10 @@ from harness.report import jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, Target, run
-from harness.scenario import files
+from harness.scenario import files, sweepfiles
 from harness.scenario.ops import Scenario
+from harness.scenario.sweep import Sweep
+from harness.sweeping import BUDGET, Plan, Record
 
 LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 INTERRUPTED: Final = 130
@@ -57,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=False,
                       help="L1 waits for the checker at every record (the default)")
     mode.add_argument("--pipelined", action="store_true", help="the checker follows behind L1: faster")
+    how_many = runner.add_mutually_exclusive_group()
+    how_many.add_argument("--budget", type=_count, default=BUDGET, metavar="N",
+                          help=f"cases of sweeps to run, shared among them (default: {BUDGET}; 0 for none)")
+    how_many.add_argument("--exhaustive", action="store_true", help="all cases of the sweeps that are selected")
+    runner.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of cases (default: 0)")
+    runner.add_argument("--record", type=Path, metavar="FILE",
+                        help="go on behind the cases of earlier runs that FILE has, and add those of this one")
     runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
     runner.set_defaults(command=_run)
@@ -67,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     coverage = commands.add_parser("coverage", help="show which cases of which rule were reached, and which not")
     coverage.add_argument("results", nargs="*", type=Path, metavar="RESULT.json",
-                          help="files of `run --json`, taken together (default: run the library)")
+                          help="files of `run --json`, taken together (default: run the library and its sweeps)")
     _target(coverage)
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write all cells as JSON")
     coverage.set_defaults(command=_coverage)
@@ -99,16 +108,55 @@ def _target(parser: argparse.ArgumentParser) -> None:
                         help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
 
 
+def _count(text: str) -> int:
+    number = int(text.replace("_", ""))
+    if number < 0:
+        raise ValueError
+    return number
+
+
 def _targeted(options: argparse.Namespace) -> Target:
     return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg))
 
 
-def _selected(options: argparse.Namespace) -> list[Scenario]:
-    found = files.load(options.paths or [LIBRARY])
+class _Picked(NamedTuple):
+    """What is to be run: scenarios, those among them that are single cases of a sweep, and whole sweeps."""
+
+    scenarios: list[Scenario]
+    sweeps: list[Sweep]
+
+
+def _selected(options: argparse.Namespace) -> _Picked:
+    paths = options.paths or [LIBRARY]
+    found, sweeps = files.load(paths), sweepfiles.load(paths)
     chosen = [scenario for scenario in found if _matches(options.expression, scenario.name)]
-    if not chosen:
-        raise UsageError(f"-k {options.expression!r} matches none of {len(found)} scenarios: see `twinwalk list`")
-    return chosen
+    chosen += _cases(options.expression, sweeps)
+    picked = _Picked(chosen, [sweep for sweep in sweeps if _matches(options.expression, sweep.name)])
+    if not any(picked):
+        raise UsageError(f"-k {options.expression!r} matches none of {len(found)} scenarios and {len(sweeps)} sweeps: "
+                         "see `twinwalk list`")
+    return picked
+
+
+def _cases(expression: str, sweeps: Sequence[Sweep]) -> Iterator[Scenario]:
+    """The cases of sweeps that an expression names in full, as `sweeps/joint[...]`."""
+    for term in expression.split(" or "):
+        name = term.strip()
+        for sweep in sweeps:
+            if name.startswith(f"{sweep.name}[") and name.endswith("]"):
+                try:
+                    yield sweep.scenario(sweep.case(name))
+                except ValueError as reason:
+                    raise UsageError(f"-k: {name}: {reason}") from None
+
+
+def _plan(options: argparse.Namespace, sweeps: Sequence[Sweep]) -> Plan | None:
+    """How many cases of which sweeps are run."""
+    if not sweeps:
+        return None
+    target = " ".join([options.machine, options.qemu or "the QEMU in PATH", options.cpu, *options.qemu_arg])
+    record = Record(options.record, target) if options.record else None
+    return Plan(sweeps, None if options.exhaustive else options.budget, options.seed, record)
 
 
 def _matches(expression: str, name: str) -> bool:
@@ -132,25 +180,27 @@ def _run(options: argparse.Namespace) -> int:
         jsonfile.check(options.json)
     if options.junit:
         junit.check(options.junit)
-    scenarios = _selected(options)
+    picked = _selected(options)
+    scenarios, plan = picked.scenarios, _plan(options, picked.sweeps)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
     journal = Journal(options.json)
     interrupted: BaseException | None = None
     try:
-        with terminal.Watch(scenarios, options.strict) as watch, journal:
+        with terminal.Watch(scenarios, options.strict, cases=plan.cases if plan else 0) as watch, journal:
             def take(result: Result) -> None:
-                journal.result(result)
-                watch.result(result)
+                if outcome.results and result is outcome.results[-1]:  # cases that agree are counted, not listed
+                    journal.result(result)
+                watch.result(result, outcome.cases.get(result.scenario))
 
             run(_targeted(options), scenarios, errata, options.pipelined, options.fail_fast, options.strict,
-                take, outcome)
+                take, outcome, plan)
     except (KeyboardInterrupt, TwinwalkError) as reason:
-        if not outcome.results:
+        if not outcome.results and not any(tally.done for tally in outcome.tallies):
             raise
         interrupted = reason  # what was checked is reported all the same
-    summary = summarize(outcome.identity, scenarios, outcome.results, errata, outcome.seconds, options.strict,
-                        outcome.coverage.cells)
+    summary = summarize(outcome.identity, [*scenarios, *outcome.cases.values()], outcome.results, errata,
+                        outcome.seconds, options.strict, outcome.coverage.cells, outcome.tallies)
     terminal.show(summary)
     if options.junit:
         try:
@@ -167,9 +217,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     chosen = _selected(options)
-    width = min(60, max(len(scenario.name) for scenario in chosen))
-    for scenario in chosen:
+    names = [scenario.name for scenario in chosen.scenarios] + [sweep.name for sweep in chosen.sweeps]
+    width = min(60, max(map(len, names)))
+    for scenario in chosen.scenarios:
         print(f"{scenario.name:{width}}  {scenario.title} ({scenario.manual})")
+    for sweep in chosen.sweeps:
+        print(f"{sweep.name:{width}}  {sweep.title} ({sweep.manual}): {sweep.space.size:,} cases")
     return 0
 
 
@@ -182,10 +235,10 @@ def _coverage(options: argparse.Namespace) -> int:
     if options.results:
         runs = [coverage.read(path) for path in options.results]
     else:
-        scenarios = files.load([LIBRARY])
+        scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
         errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
-        with terminal.Watch(scenarios) as watch:
-            outcome = run(_targeted(options), scenarios, errata, pipelined=True, on_result=watch.result)
+        with terminal.Watch(scenarios, cases=plan.cases) as watch:
+            outcome = run(_targeted(options), scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan)
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
     merged = coverage.merge(runs)

@@ -1,8 +1,13 @@
 """The `--json` object.
 
     machine      the machine's identity by name; null if it never came up
-    totals       scenarios, vmruns, probes, table_bytes_compared, divergences_new, divergences_known, seconds
-    divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null)
+    totals       scenarios, sweeps, sweep_cases, vmruns, probes, table_bytes_compared, divergences_new,
+                 divergences_known, seconds
+    sweeps       each: name, total (its cases), before (those of a record), done (in this run), pairs and triples
+                 (covered), pairs_total, triples_total, vmruns, probes, table_bytes_compared, divergences_new,
+                 divergences_known (by the id of the erratum)
+    divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null); of
+                 cases of sweeps only where there is a new one
     lost         each: scenario, reason, argv, log, last_record
     cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
 
@@ -19,6 +24,7 @@ from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
+from harness.lockstep.tally import Tally
 from harness.report import output
 from harness.report.summary import Summary
 
@@ -53,9 +59,28 @@ def document(summary: Summary) -> dict[str, Any]:
     return {
         "machine": dict(summary.machine) if summary.machine is not None else None,
         "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
+        "sweeps": [_sweep(tally) for tally in summary.sweeps],
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
         "lost": [_lost(result) for result in summary.lost],
         "cells": [list(cell) for cell in summary.cells],
+    }
+
+
+def _sweep(tally: Tally) -> dict[str, Any]:
+    return {
+        "name": tally.name,
+        "total": tally.total,
+        "before": tally.before,
+        "done": tally.done,
+        "pairs": tally.pairs,
+        "pairs_total": tally.pairs_total,
+        "triples": tally.triples,
+        "triples_total": tally.triples_total,
+        "vmruns": tally.vmruns,
+        "probes": tally.probes,
+        "table_bytes_compared": tally.table_bytes,
+        "divergences_new": tally.divergences_new,
+        "divergences_known": dict(tally.known),
     }
 
 

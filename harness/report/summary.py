@@ -10,15 +10,19 @@ from typing import Any, Final
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.tally import Tally
 from harness.model.coverage import Cell
 from harness.scenario.ops import Scenario
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a run; `seconds` is its whole time. With --strict every divergence counts as new."""
+    """Sums over a run; `seconds` is its whole time. With --strict every divergence counts as new. `scenarios`
+    are those of the library, `sweep_cases` those of `sweeps`."""
 
     scenarios: int
+    sweeps: int
+    sweep_cases: int
     vmruns: int
     probes: int
     table_bytes_compared: int
@@ -50,6 +54,8 @@ class Summary:
     strict: bool
     cells: tuple[Cell, ...] = ()
     """What was checked, in order (harness.model.coverage)."""
+    sweeps: tuple[Tally, ...] = ()
+    """How far each sweep came; `results` has only those of its cases of which there is more to say."""
 
     @property
     def lost(self) -> tuple[Result, ...]:
@@ -65,30 +71,39 @@ def summarize(
     seconds: float,
     strict: bool = False,
     cells: Iterable[Cell] = (),
+    sweeps: Sequence[Tally] = (),
 ) -> Summary:
     """`identity` is the machine's identity, a dataclass; `errata` those that divergences may name; `cells` what
     was checked."""
     by_name = {scenario.name: scenario for scenario in scenarios}
     everything = [d for result in results for d in result.divergences]
-    new = sum(is_new(d, strict) for d in everything)
     done = {result.scenario for result in results}
+    cases = {name for name in done if name.partition("[")[0] in {tally.name for tally in sweeps}}
+    new = sum(is_new(d, strict) for d in everything)
+    folded = [count for tally in sweeps for count in tally.known.values()]
+    counted: list[Result | Tally] = [*sweeps]
+    alone = [result for result in results if result.scenario not in cases]
+    counted += alone
     return Summary(
         machine=identity_of(identity),
         scenarios=by_name,
         results=tuple(results),
         totals=Totals(
-            scenarios=len(results),
-            vmruns=sum(result.vmruns for result in results),
-            probes=sum(result.probes for result in results),
-            table_bytes_compared=sum(result.table_bytes for result in results),
+            scenarios=len(alone),
+            sweeps=len(sweeps),
+            sweep_cases=sum(tally.done for tally in sweeps),
+            vmruns=sum(one.vmruns for one in counted),
+            probes=sum(one.probes for one in counted),
+            table_bytes_compared=sum(one.table_bytes for one in counted),
             divergences_new=new,
-            divergences_known=len(everything) - new,
+            divergences_known=len(everything) - new + sum(folded),
             seconds=seconds,
         ),
-        known=_known(everything, {erratum.id: erratum for erratum in errata}),
+        known=_known(everything, sweeps, {erratum.id: erratum for erratum in errata}),
         not_run=tuple(name for name in by_name if name not in done),
         strict=strict,
         cells=tuple(sorted(cells)),
+        sweeps=tuple(sweeps),
     )
 
 
@@ -103,15 +118,21 @@ def errata_of(divergence: Divergence) -> tuple[str, ...]:
     return tuple(divergence.erratum.split("+")) if divergence.erratum else ()
 
 
-def _known(divergences: Iterable[Divergence], errata: Mapping[str, Erratum]) -> tuple[Known, ...]:
+def _known(
+    divergences: Iterable[Divergence], sweeps: Iterable[Tally], errata: Mapping[str, Erratum]
+) -> tuple[Known, ...]:
     counts: Counter[str] = Counter()
     where: dict[str, set[str]] = {}
+    cases: Counter[str] = Counter()
     for one in divergences:
         for name in errata_of(one):
             counts[name] += 1
             where.setdefault(name, set()).add(one.scenario)
+    for tally in sweeps:
+        counts.update(tally.known)
+        cases.update(tally.known_cases)
     return tuple(
-        Known(errata.get(name) or _unlisted(name), counts[name], len(where[name]))
+        Known(errata.get(name) or _unlisted(name), counts[name], len(where.get(name, ())) + cases[name])
         for name in sorted(counts, key=lambda name: (-counts[name], name))
     )
 

@@ -76,9 +76,14 @@ class Screen:
 class Watch:
     """Shows a run as it goes: a context manager, whose `result` sees each result."""
 
-    def __init__(self, scenarios: Iterable[Scenario], strict: bool = False, screen: Screen | None = None) -> None:
+    def __init__(
+        self, scenarios: Iterable[Scenario], strict: bool = False, screen: Screen | None = None, cases: int = 0
+    ) -> None:
+        """`cases` of sweeps follow on `scenarios`."""
         self.screen = screen if screen is not None else Screen()
         self._scenarios = {scenario.name: scenario for scenario in scenarios}
+        self._cases = cases
+        self._total = len(self._scenarios) + cases
         self._strict = strict
         self._done = self._new = self._known = self._named = 0
         self._drawn: set[str] = set()
@@ -92,18 +97,21 @@ class Watch:
                 TextColumn("{task.fields[found]}"), TimeElapsedColumn(), console=self.screen.console,
                 transient=True, refresh_per_second=_REFRESH, redirect_stdout=False, redirect_stderr=False,
             )
-            self._task = self._progress.add_task("checking", total=len(self._scenarios), found="")
+            self._task = self._progress.add_task("checking", total=self._total, found="")
             self._progress.start()
         else:
-            self.screen.show([line(f"checking {len(self._scenarios)} scenarios")])
+            cases = f" and {self._cases:,} cases of sweeps" if self._cases else ""
+            self.screen.show([line(f"checking {len(self._scenarios)} scenarios{cases}")])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
 
-    def result(self, result: Result) -> None:
-        """Take note of a result; what is new in it is shown."""
+    def result(self, result: Result, case: Scenario | None = None) -> None:
+        """Take note of a result, perhaps that of a `case` of a sweep; what is new in it is shown."""
+        if case is not None:
+            self._scenarios[case.name] = case
         new = sum(is_new(d, self._strict) for d in result.divergences)
         self._done += 1
         self._new += new
@@ -138,7 +146,7 @@ class Watch:
         return f"{self._new} new, {self._known} known"
 
     def _line(self) -> None:
-        now, total = time.monotonic(), len(self._scenarios)
+        now, total = time.monotonic(), self._total
         tenth = total >= 100 and self._done * 10 // total > (self._done - 1) * 10 // total
         if tenth or now - self._spoken > _QUIET:
             self._spoken = now
@@ -156,6 +164,7 @@ def table(summary: Summary, width: int) -> list[Line]:
     """The machine, the totals, the errata that were met, the machines that were lost, the verdict."""
     lines = wrap(describe_machine(summary.machine), width, "machine  ")
     lines += [line(""), *_totals(summary)]
+    lines += _sweeps(summary)
     lines += _kinds(summary, width)
     if summary.known:
         lines += [line(""), line(_known_heading(summary), HEAD)]
@@ -174,6 +183,7 @@ def _totals(summary: Summary) -> Iterator[Line]:
     wanted = totals.scenarios + len(summary.not_run)
     rows = [
         ("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN),
+        *([("cases of sweeps", f"{totals.sweep_cases:,}", "", PLAIN)] if summary.sweeps else []),
         ("VMRUNs checked", f"{totals.vmruns:,}", "", PLAIN),
         ("probes checked", f"{totals.probes:,}", "", PLAIN),
         ("table bytes compared", f"{totals.table_bytes_compared:,}", "", PLAIN),
@@ -184,6 +194,26 @@ def _totals(summary: Summary) -> Iterator[Line]:
     column = max(len(figure) for _, figure, _, _ in rows)
     for name, figure, note, style in rows:
         yield Span(f"  {name:22}"), Span(f"{figure:>{column}}", style), Span(f" {note}" if note else "")
+
+
+def _sweeps(summary: Summary) -> list[Line]:
+    """How much of each sweep was done: cases, and pairs and triples of values, of how many."""
+    if not summary.sweeps:
+        return []
+    rows = [("Sweeps", "cases done", "of", "pairs", "of", "triples", "of")]
+    for tally in summary.sweeps:
+        numbers = (tally.done, tally.total, tally.pairs, tally.pairs_total, tally.triples, tally.triples_total)
+        rows.append((tally.name, *map("{:,}".format, numbers)))  # type: ignore[arg-type]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [line("")]
+    for number, (name, *figures) in enumerate(rows):
+        text = "  ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True))
+        lines.append(line(f"{'' if not number else '  '}{name:{widths[0] + (2 if not number else 0)}}  {text}",
+                          PLAIN if number else HEAD))
+    if any(tally.before for tally in summary.sweeps):
+        before = ", ".join(f"{tally.before:,} of {tally.name}" for tally in summary.sweeps if tally.before)
+        lines.append(line(f"  Pairs and triples include those of earlier runs, by the record: {before}", DIM))
+    return lines
 
 
 def _kinds(summary: Summary, width: int) -> list[Line]:

@@ -48,20 +48,21 @@ _TOP: Final = {
     "title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str,
     "nested_page": str, "op": list,
 }
-_REQUIRED: Final = ("title", "manual", "shows", "op")
+REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
-_KINDS: Final[dict[str, dict[str, Any]]] = {
+KINDS: Final[dict[str, dict[str, Any]]] = {
     "entry": {"entry": str, "frame": str} | _CHANGE,
     "vmcb": {"vmcb": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
-    "run": {"run": list, "cpl": int, "expect": list},
+    "run": {"run": list, "cpl": (int, str), "expect": list},
 }
+_AXES: Final = re.compile(r"^\s*\[\s*axis\s*[.\]]", re.MULTILINE)
 _OP_HEADER: Final = re.compile(r"^\s*\[\[\s*op\s*\]\]")
-_WORDS: Final = {(int, str): "a number", str: "a string", int: "a whole number", list: "a list", dict: "a table"}
+WORDS: Final = {(int, str): "a number", str: "a string", int: "a whole number", list: "a list", dict: "a table"}
 
 
-def find(paths: Sequence[Path]) -> list[Path]:
-    """The scenario files among `paths`, folders searched. Raises UsageError for what is not there."""
+def find(paths: Sequence[Path], sweeps: bool = False) -> list[Path]:
+    """The scenario files among `paths`, or the `sweeps`, folders searched. Raises UsageError for what is not there."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -72,7 +73,15 @@ def find(paths: Sequence[Path]) -> list[Path]:
             raise UsageError(f"{path}: no such file or folder")
     if not found:
         raise UsageError(f"no scenario files (*.toml) in {', '.join(map(str, paths))}")
-    return found
+    return [path for path in found if _is_sweep(path) == sweeps]
+
+
+def _is_sweep(path: Path) -> bool:
+    """A file with axes is a sweep."""
+    try:
+        return bool(_AXES.search(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        return False  # its reader will say so
 
 
 def load(paths: Sequence[Path]) -> list[Scenario]:
@@ -87,30 +96,41 @@ def load(paths: Sequence[Path]) -> list[Scenario]:
 
 def read(path: Path, name: str | None = None) -> list[Scenario]:
     """The scenarios of one file, called `name`, by default the file's. Raises UsageError with file and line."""
+    return parse(text_of(path), str(path), name or path.stem)
+
+
+def text_of(path: Path) -> str:
+    """What is in a file. Raises UsageError if it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as reason:
         raise UsageError(f"{path}: cannot be read: {reason}") from None
-    return parse(text, str(path), name or path.stem)
 
 
 def parse(text: str, source: str, stem: str) -> list[Scenario]:
     """As `read`, from text; `source` is named in messages, `stem` in the scenarios' names."""
+    data = tables(text, source)
+    file = File(source, stem, text.splitlines())
+    file.check(data, _TOP, None)
+    for key in REQUIRED:
+        if key not in data:
+            raise file.error(None, "", f"{key!r} is missing")
+    return [file.scenario(substitute(data, choice), choice) for choice in file.choices(data.get("each", {}))]
+
+
+def tables(text: str, source: str) -> dict[str, Any]:
+    """The TOML of a text. Raises UsageError, with the line, for what is none."""
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as reason:
         at = re.search(r"at line (\d+)", str(reason))
         raise UsageError(f"{source}:{at[1] if at else 1}: not TOML: {reason}") from None
-    file = _File(source, stem, text.splitlines())
-    file.check(data, _TOP, None)
-    for key in _REQUIRED:
-        if key not in data:
-            raise file.error(None, "", f"{key!r} is missing")
-    return [file.scenario(_substitute(data, choice), choice) for choice in file.choices(data.get("each", {}))]
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """The text of a file, for what is read from it and for messages about it."""
+
     source: str
     stem: str
     lines: list[str]
@@ -144,7 +164,7 @@ class _File:
             if key not in known:
                 raise self.error(op, key, f"unknown key {key!r}; there are {', '.join(known)}")
             if not isinstance(value, known[key]) or isinstance(value, bool):
-                raise self.error(op, key, f"{key!r} must be {_WORDS[known[key]]}, not {value!r}")
+                raise self.error(op, key, f"{key!r} must be {WORDS[known[key]]}, not {value!r}")
 
     def choices(self, each: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         """All combinations of what `each` lists; one empty one without it."""
@@ -185,12 +205,12 @@ class _File:
     def op(self, index: int, table: Any) -> Op:
         if not isinstance(table, dict):
             raise self.error(None, "op", "'op' must be a list of tables: write [[op]]")
-        kinds = [kind for kind in _KINDS if kind in table]
+        kinds = [kind for kind in KINDS if kind in table]
         if len(kinds) != 1:
-            raise self.error(index, "", f"an op has exactly one of {', '.join(_KINDS)}; this has "
+            raise self.error(index, "", f"an op has exactly one of {', '.join(KINDS)}; this has "
                                         f"{' and '.join(kinds) or ', '.join(table) or 'nothing'}")
         kind = kinds[0]
-        self.check(table, _KINDS[kind], index)
+        self.check(table, KINDS[kind], index)
         if kind == "run":
             return self.run(index, table)
         bits = (self.strings(index, table, key) for key in ("set", "clear"))
@@ -203,13 +223,13 @@ class _File:
             return EntryOp(table["entry"], change, table.get("frame"))
         return VmcbOp(table["vmcb"], change) if kind == "vmcb" else HostOp(table["host"], change)
 
-    def number(self, index: int, table: Mapping[str, Any]) -> int | None:
-        """`value`: a number, or text that is one (as `each` makes it)."""
-        value = table.get("value")
+    def number(self, index: int, table: Mapping[str, Any], key: str = "value") -> int | None:
+        """The value of `key`: a number, or text that is one (as `each` makes it)."""
+        value = table.get(key)
         try:
             return int(value, 0) if isinstance(value, str) else value
         except ValueError:
-            raise self.error(index, "value", f"'value' must be a number, not {value!r}") from None
+            raise self.error(index, key, f"{key!r} must be a number, not {value!r}") from None
 
     def run(self, index: int, table: Mapping[str, Any]) -> RunOp:
         probes = []
@@ -218,7 +238,7 @@ class _File:
                 probes.append(parse_probe(text))
             except ValueError as reason:
                 raise self.error(index, "run", str(reason)) from None
-        cpl = table.get("cpl", 0)
+        cpl = self.number(index, table, "cpl") or 0
         if cpl not in (0, 3):
             raise self.error(index, "cpl", f"cpl must be 0 or 3, not {cpl}")
         expect = self.strings(index, table, "expect")
@@ -233,14 +253,14 @@ class _File:
         return tuple(values)
 
 
-def _substitute(value: Any, choice: Mapping[str, str]) -> Any:
+def substitute(value: Any, choice: Mapping[str, str]) -> Any:
     """`value` with {name} replaced in all its strings."""
     if isinstance(value, str):
         for name, text in choice.items():
             value = value.replace(f"{{{name}}}", text)
         return value
     if isinstance(value, list):
-        return [_substitute(v, choice) for v in value]
+        return [substitute(v, choice) for v in value]
     if isinstance(value, dict):
-        return {k: v if k == "each" else _substitute(v, choice) for k, v in value.items()}
+        return {k: v if k == "each" else substitute(v, choice) for k, v in value.items()}
     return value

@@ -127,7 +127,7 @@ def test_one_that_makes_no_sense(strict: bool, machine: tcg.TcgMachine) -> None:
     results = [*lockstep.run(compiler.batch(batch)), *lockstep.run(map(compiler.compile, batch))]
     for result, scenario in zip(results, batch * 2, strict=True):
         assert (result.divergences, result.lost, bool(result.senseless)) == ([], None, scenario is senseless)
-    assert "senseless.toml:9: read at gVA" in results[1].senseless
+    assert "senseless.toml:9: an access of gVA" in results[1].senseless
 
 
 def test_alone_and_again(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.errors import MachineLost, UsageError
+from harness.lockstep.tally import Tally
 from harness.report import jsonfile
 from harness.report.output import MIN_FREE
 from tests.report.cases import NAME, divergence, result
@@ -21,18 +23,37 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "divergences", "lost", "cells"]
-    assert list(one["totals"]) == ["scenarios", "vmruns", "probes", "table_bytes_compared", "divergences_new",
-                                   "divergences_known", "seconds"]
+    assert list(one) == ["machine", "totals", "sweeps", "divergences", "lost", "cells"]
+    assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
+                                   "divergences_new", "divergences_known", "seconds"]
     names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]
     assert [list(d) for d in one["divergences"]] == [names] * 5
 
 
 def test_totals() -> None:
     assert document()["totals"] == {
-        "scenarios": 2, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192, "divergences_new": 2,
-        "divergences_known": 3, "seconds": 2.5,
+        "scenarios": 2, "sweeps": 0, "sweep_cases": 0, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192,
+        "divergences_new": 2, "divergences_known": 3, "seconds": 2.5,
     }
+
+
+def test_sweeps() -> None:
+    """Of a sweep's cases there are counts; only those of which there is more to say are listed."""
+    case = result(divergence(), scenario="sweeps/x[a,b]")
+    tally = Tally("sweeps/x", total=10**15, done=5, pairs=7, pairs_total=8, triples=9, triples_total=10, vmruns=6,
+                  probes=5, table_bytes=4096, known=Counter({"e1": 4}), known_cases=Counter({"e1": 3}))
+    one = document(results=[case], sweeps=[tally])
+    assert one["sweeps"] == [{
+        "name": "sweeps/x", "total": 10**15, "before": 0, "done": 5, "pairs": 7, "pairs_total": 8, "triples": 9,
+        "triples_total": 10, "vmruns": 6, "probes": 5, "table_bytes_compared": 4096, "divergences_new": 0,
+        "divergences_known": {"e1": 4},
+    }]
+    totals = one["totals"]
+    assert (totals["scenarios"], totals["sweeps"], totals["sweep_cases"], totals["vmruns"]) == (0, 1, 5, 6)
+    assert (totals["divergences_new"], totals["divergences_known"]) == (1, 4)
+    assert [d["scenario"] for d in one["divergences"]] == ["sweeps/x[a,b]"]
+    met = summary(results=[case], sweeps=[tally]).known
+    assert [(known.erratum.id, known.count, known.scenarios) for known in met] == [("e1", 4, 3)]
 
 
 def test_machine() -> None:

@@ -1,0 +1,45 @@
+"""How far a sweep came: counts in place of the results of its cases, which are many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from harness.lockstep.driver import Result
+
+
+@dataclass
+class Tally:
+    """How far one sweep came: `done` cases in this run and `before` positions of its sequence in earlier
+    ones, of `total`; pairs and triples of values that those of this run and of earlier ones have had."""
+
+    name: str
+    total: int
+    before: int = 0
+    done: int = 0
+    pairs: int = 0
+    pairs_total: int = 0
+    triples: int = 0
+    triples_total: int = 0
+    vmruns: int = 0
+    probes: int = 0
+    table_bytes: int = 0
+    divergences_new: int = 0
+    known: Counter[str] = field(default_factory=Counter)
+    """Divergences that errata explain, by the ids of the errata."""
+    known_cases: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Result, strict: bool) -> bool:
+        """Count a result; whether there is more to say of it than that."""
+        self.done += 1
+        self.vmruns += result.vmruns
+        self.probes += result.probes
+        self.table_bytes += result.table_bytes
+        new = [one for one in result.divergences if strict or one.erratum is None]
+        self.divergences_new += len(new)
+        if new or result.lost or result.senseless:
+            return True
+        ids = [name for one in result.divergences if one.erratum for name in one.erratum.split("+")]
+        self.known.update(ids)
+        self.known_cases.update(set(ids))
+        return False

@@ -1,0 +1,207 @@
+"""Budgets: which cases of which sweeps are run, in which order, and how far each sweep came.
+
+Every sweep has one fixed sequence of its cases for a seed (harness.scenario.cover); a budget is a prefix
+of it. Cases are run by the chunk, sorted by the world that they play in, since a machine does many of one
+world in one batch. A record file says after each chunk how far each sweep is, so that the next run goes on
+behind it; a run that is interrupted loses its last chunk and no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Final
+
+from harness.errors import UsageError
+from harness.lockstep.driver import Result
+from harness.lockstep.tally import Tally
+from harness.scenario.cover import Coverage, sequence
+from harness.scenario.ops import Scenario
+from harness.scenario.program import world_key
+from harness.scenario.sweep import Sweep
+
+BUDGET: Final = 12_000
+"""Cases of all sweeps together, where nobody says otherwise."""
+MAX_EXHAUSTIVE: Final = 10_000_000
+"""Cases: an hour's work. More is refused."""
+_CHUNK: Final = 20_000
+_VERSION: Final = 1
+"""Of the order of cases: one more whenever harness.scenario.cover makes another of the same sweep."""
+
+
+def shares(budget: int, sizes: Sequence[int]) -> list[int]:
+    """`budget` shared fairly: as much for each as for any other, but no more than its size."""
+    out = [0] * len(sizes)
+    hungry = [n for n, size in enumerate(sizes) if size]
+    while budget and hungry:
+        each, extra = divmod(budget, len(hungry))
+        for place, n in enumerate(hungry):
+            part = min(each + (place < extra), sizes[n] - out[n])
+            out[n] += part
+            budget -= part
+        hungry = [n for n in hungry if out[n] < sizes[n]]
+    return out
+
+
+class Record:
+    """A file that says how far earlier runs came: a line of JSON for each chunk of each sweep. `target` is
+    what was tested, in words: a record is of one target."""
+
+    def __init__(self, path: Path, target: str) -> None:
+        self.path, self._target = path, target
+        self._positions: dict[tuple[str, str, int], int] = {}
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            with path.open("a", encoding="utf-8") as file:
+                if text and not text.endswith("\n"):
+                    file.write("\n")  # a run that was killed left half a line
+        except (OSError, UnicodeDecodeError) as reason:
+            raise UsageError(f"--record: cannot use {path}: {reason}") from None
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                key, position = (entry["sweep"], entry["digest"], entry["seed"]), int(entry["next"])
+                target_then = entry["target"]
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines) or not line.startswith("{"):
+                    continue
+                raise UsageError(f"{path}:{number}: this is no line of a record of sweeps") from None
+            if target_then != target:
+                raise UsageError(f"{path}:{number}: this record is of another target, {target_then!r}, not of "
+                                 f"{target!r}: give --record another file")
+            self._positions[key] = max(position, self._positions.get(key, 0))
+
+    def position(self, sweep: Sweep, seed: int) -> int:
+        """Where in the sequence of `sweep` the next run begins."""
+        return self._positions.get((sweep.name, digest(sweep), seed), 0)
+
+    def note(self, sweep: Sweep, seed: int, position: int) -> None:
+        """All cases before `position` are done. Raises UsageError if that cannot be written."""
+        key = (sweep.name, digest(sweep), seed)
+        if position <= self._positions.get(key, 0):
+            return
+        self._positions[key] = position
+        entry = {"sweep": key[0], "digest": key[1], "seed": seed, "next": position, "target": self._target}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as reason:
+            raise UsageError(f"--record: cannot write {self.path}: {reason.strerror}") from None
+
+
+def digest(sweep: Sweep) -> str:
+    """By which a record knows that a sweep still has the same sequence of cases."""
+    axes = [[axis.name, [value.name for value in axis.values]] for axis in sweep.axes]
+    return blake2b(json.dumps([_VERSION, axes, sweep.space.size]).encode(), digest_size=16).hexdigest()
+
+
+class _Progress:
+    """One sweep on its way."""
+
+    def __init__(self, sweep: Sweep, seed: int, start: int, budget: int) -> None:
+        self.sweep, self.seed, self.left, self.next = sweep, seed, budget, start
+        self.tally = Tally(sweep.name, sweep.space.size, before=start)
+        self.coverage = Coverage(sweep.space)
+        self._cases = sequence(sweep.space, seed, start, self.coverage)
+        self._due: dict[str, int] = {}
+
+    def take(self, count: int) -> Iterator[Scenario]:
+        """The next cases as scenarios."""
+        for position, case in islice(self._cases, count):
+            scenario = self.sweep.scenario(case)
+            self.next = position + 1
+            self._due[scenario.name] = position
+            yield scenario
+        self.left = max(0, self.left - count)
+
+    def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
+        self._due.pop(scenario.name, None)
+        return self.tally.add(result, strict)
+
+    @property
+    def done(self) -> int:
+        """All cases before this position are done."""
+        return min(self._due.values(), default=self.next)
+
+    def close(self) -> None:
+        """Fill in what was covered: of a run that was cut short not all that was taken is done."""
+        had = self.coverage
+        if self._due:
+            had, due = Coverage(self.sweep.space), set(self._due.values())
+            for position, case in sequence(self.sweep.space, self.seed):
+                if position >= self.next:
+                    break
+                if position not in due:
+                    had.add(case)
+        tally = self.tally
+        tally.pairs, tally.pairs_total = had.pairs - had.pairs_left, had.pairs
+        tally.triples, tally.triples_total = had.triples - had.triples_left, had.triples
+
+
+class Plan:
+    """The part of a run that is sweeps: `budget` cases of them, None for all. Raises UsageError for more
+    than anybody can wait for."""
+
+    def __init__(
+        self, sweeps: Sequence[Sweep], budget: int | None, seed: int = 0, record: Record | None = None
+    ) -> None:
+        starts = [record.position(sweep, seed) if record else 0 for sweep in sweeps]
+        sizes = [max(0, sweep.space.size - start) for sweep, start in zip(sweeps, starts, strict=True)]
+        if budget is None:
+            _refuse_too_many(sweeps, sum(sizes))
+            budget = sum(sizes)
+        self.seed, self._record, self._since = seed, record, 0
+        self._sweeps = {
+            sweep.name: _Progress(sweep, seed, start, share)
+            for sweep, start, share in zip(sweeps, starts, shares(budget, sizes), strict=True)
+        }
+        self.cases = sum(one.left for one in self._sweeps.values())
+        """How many cases are to be run."""
+
+    @property
+    def tallies(self) -> list[Tally]:
+        return [one.tally for one in self._sweeps.values()]
+
+    def batches(self) -> Iterator[tuple[Scenario, ...]]:
+        """Scenarios that share a world, by the chunk."""
+        while left := sum(one.left for one in self._sweeps.values()):
+            chunk = [
+                scenario
+                for one in self._sweeps.values() if one.left
+                for scenario in one.take(-(-min(_CHUNK, left) * one.left // left))
+            ]
+            for _, batch in groupby(sorted(chunk, key=world_key), key=world_key):
+                yield tuple(batch)
+
+    def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
+        """Count a result; whether there is more to say of it."""
+        self._since += 1
+        if self._since >= _CHUNK:
+            self._note()
+        return self._sweeps[scenario.name.partition("[")[0]].took(scenario, result, strict)
+
+    def close(self) -> None:
+        """At the end of the run, however it came. Raises UsageError if the record cannot be written."""
+        for one in self._sweeps.values():
+            one.close()
+        self._note()
+
+    def _note(self) -> None:
+        self._since = 0
+        if self._record is not None:
+            for one in self._sweeps.values():
+                self._record.note(one.sweep, self.seed, one.done)
+
+
+def _refuse_too_many(sweeps: Sequence[Sweep], cases: int) -> None:
+    if cases > MAX_EXHAUSTIVE:
+        largest = max(sweeps, key=lambda sweep: sweep.space.size)
+        raise UsageError(
+            f"--exhaustive would be {cases:,} cases, {largest.space.size:,} of them of {largest.name}; at most "
+            f"{MAX_EXHAUSTIVE:,} are done: take smaller sweeps with -k, or as many cases as you have time for with "
+            "--budget N"
+        )
