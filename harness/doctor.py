@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.errors import TwinwalkError
 from harness.machine import guests, qemu
-from harness.target import Target
+from harness.run import Target
 
 
 @dataclass(frozen=True)

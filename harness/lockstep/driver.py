@@ -14,12 +14,10 @@ from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
-from harness.model import memory_type
 from harness.model.vmcb import ExitCode
-from harness.model.walk import Walk
 from harness.scenario.program import Program, where
 from harness.wire.channel import Channel
-from harness.wire.image import PAGE, Image, Region, tag, tags
+from harness.wire.image import PAGE, Image, Region, tags
 from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
 from harness.wire.program import Step, WireProbe
 from harness.wire.records import Record
@@ -174,8 +172,10 @@ class Lockstep:
         self._twin.reset(program.world)
         if synced:
             self._next("SYNC")
-            data = self._twin.image.data
+            data, arena = self._twin.image.data, self._twin.image.arena
             self._machine.memory[data.start : data.end] = tags(data)
+            unwatched = slice(arena.start + program.world.arena_used, arena.end - PAGE)
+            self._machine.memory[unwatched] = bytes(unwatched.stop - unwatched.start)
             self._channel.release()
 
     def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
@@ -185,7 +185,7 @@ class Lockstep:
     def _rewind(self, program: Program, step: Step, result: Result) -> None:
         """All is again as at the batch's start, as far as L1 watches."""
         words = self._twin.memory.words
-        far = [at for at in self._twin.touched_data() if words[at >> 3] != tag(at)]
+        far = [at for at in self._twin.touched_unwatched() if words[at >> 3] != self._twin.first(at)]
         self._twin.reset(program.world)
         if far and not result.divergences:
             result.senseless = f"{where(program.scenario, 0)}: it writes to sPA {far[0]:#x}, which no batch puts back"
@@ -198,8 +198,8 @@ class Lockstep:
         for region in (self._twin.image.arena, self._twin.image.data):
             self._compare_region(context, result, *region, "at the end")
         words = self._machine.memory.cast("Q")
-        for address in self._twin.touched_data():  # L1 resets only the pages it watches
-            words[address >> 3] = tag(address)
+        for address in self._twin.touched_unwatched():  # L1 resets only the pages it watches
+            words[address >> 3] = self._twin.first(address)
         self._channel.release()
 
     def _compare_live(self, program: Program, context: Context, result: Result, when: str) -> None:
@@ -279,22 +279,15 @@ class Lockstep:
         self, prediction: Prediction, record: Record, found: list[Divergence]
     ) -> list[Divergence]:
         """Add to each divergence with a walk what the machine made of the walk's entries, by the quadword:
-        by what the record shows, since live memory may be further on; and the memory types."""
+        by what the record shows, since live memory may be further on."""
         words, observed = self._twin.memory.words, record.diffs
 
         def after(address: int) -> int:
             address &= ~7
             return observed.get(address, prediction.old.get(address, words[address >> 3]))
 
-        def types(one: Divergence, walk: Walk) -> tuple[str, ...]:
-            try:
-                return memory_type.of_walk(*prediction.under[one.probe], walk)
-            except KeyError:  # no probe, or a PAT that no register can hold
-                return ()
-
         return [
-            one if one.walk is None else replace(
-                one, after=tuple(after(step[3]) for step in one.walk.trail), types=types(one, one.walk))
+            one if one.walk is None else replace(one, after=tuple(after(step[3]) for step in one.walk.trail))
             for one in found
         ]
 

@@ -91,9 +91,14 @@ class State:
         """Note that the quadword at `address` is not what it was at first."""
         self._touched[address] = None
 
-    def touched_data(self) -> list[int]:
-        """Quadwords of data pages that were written, though nobody watches their page."""
-        return [a for a in self._touched if a in self.image.data and a & ~0xFFF not in self.watched]
+    def touched_unwatched(self) -> list[int]:
+        """Quadwords that were written, though nobody watches their page."""
+        image, watched = self.image, self.watched
+        return [a for a in self._touched if a & ~0xFFF not in watched and (a in image.data or a in image.arena)]
+
+    def first(self, address: int) -> int:
+        """What a quadword holds that no world has a use for."""
+        return tag(address) if address in self.image.data else 0
 
     def changed(self, out: Prediction, address: int, old: int) -> None:
         """Note that L2, or a walk of it, changed the quadword at `address` from `old`."""

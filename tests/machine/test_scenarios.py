@@ -13,11 +13,11 @@ from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
+from harness.run import Target
 from harness.run import run as run_all
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, world_key
-from harness.target import Target
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
@@ -175,3 +175,20 @@ def test_many(machine: tcg.TcgMachine) -> None:
     results = check(machine, [scenario] * 20, strict=False)
     assert [r.divergences for r in results] == [[]] * 20
     assert sum(r.vmruns for r in results) == 800
+
+
+def test_what_l2_wrote_where_nobody_watches_is_gone(machine: tcg.TcgMachine) -> None:
+    """L1 resets the pages that it watches; the checker sees to the others."""
+    far = machine.image.arena.start + (1 << 20)
+    stray = one(f'entry = "nested.a.pte"\nvalue = {far | 7:#x}', "write a", name="stray")
+    first, second = check(machine, [stray, one("read a", name="next")])
+    assert first.divergences == [] and second.divergences == []
+
+
+def test_what_a_machine_wrote_that_cannot_be_followed_is_gone(machine: tcg.TcgMachine) -> None:
+    """The model gives up on a program, the machine goes on and writes: the next program is none the wiser."""
+    far = machine.image.arena.start + (1 << 20)
+    lost = one(f'entry = "nested.b.pte"\nvalue = {far | 7:#x}', f'entry = "nested.a.pte"\nvalue = {1 << 39 | 7:#x}',
+               "read a", run("write b"), name="lost")
+    first, second = check(machine, [lost, one("read a", name="next")])
+    assert first.senseless and second.divergences == []
