@@ -12,13 +12,13 @@ from itertools import repeat
 
 from harness.lockstep.driver import Lockstep
 from harness.lockstep.twin import Twin
-from harness.machine import tcg
+from harness.machine.l1 import L1Machine
 from harness.model import vmrun
 from harness.model.access import Access
 from harness.model.walk import translate
-from harness.run import Target
 from harness.scenario.ops import RunOp, Scenario, parse_probe
 from harness.scenario.program import Compiler, Program
+from harness.target import Target
 from harness.wire.program import Step, encode
 
 _RUNS_PER_PROGRAM = 500
@@ -46,7 +46,7 @@ def bench(target: Target, pairs: int) -> Iterator[Figure]:
         compiler = Compiler(machine.image, machine.cpu)
         scenario = Scenario("bench", "a read", "", "", (RunOp((parse_probe("read a"),)),) * _RUNS_PER_PROGRAM)
         program = compiler.compile(scenario)
-        twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+        twin = Twin(machine.image, machine.cpu, machine.liberties)
         yield _walks(twin, program)
         unchecked = _unchecked(machine, program)
         yield Figure("unchecked", unchecked, "pairs/s", "VMRUN and #VMEXIT back to back, no record")
@@ -59,10 +59,7 @@ def bench(target: Target, pairs: int) -> Iterator[Figure]:
 
 def _first_verdict(target: Target) -> Figure:
     """A whole command that runs one scenario, from its start to its end."""
-    argv = [sys.executable, "-m", "harness.cli", "run", "--cpu", target.cpu, "-k", "first-light"]
-    if target.qemu:
-        argv += ["--qemu", target.qemu]
-    argv += [f"--qemu-arg={arg}" for arg in target.qemu_args]
+    argv = [sys.executable, "-m", "harness.cli", "run", *target.arguments(), "-k", "first-light"]
     start = time.monotonic()
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
     return Figure("one scenario, whole command", time.monotonic() - start, "s", "set-up done; first verdict and end")
@@ -80,7 +77,7 @@ def _walks(twin: Twin, program: Program) -> Figure:
     return Figure("model, two-dimensional walks", rate, "walks/s", "24 references each")
 
 
-def _unchecked(machine: tcg.TcgMachine, program: Program) -> float:
+def _unchecked(machine: L1Machine, program: Program) -> float:
     run = next(step for step in program.steps if step.code == "RUN")
     before = program.steps[: program.steps.index(run)]
     spin = Step("SPIN", a=run.a, b=_SPINS, c=run.c)
@@ -95,7 +92,7 @@ def _unchecked(machine: tcg.TcgMachine, program: Program) -> float:
     return _SPINS / seconds
 
 
-def _checked(machine: tcg.TcgMachine, twin: Twin, program: Program, strict: bool, pairs: int) -> float:
+def _checked(machine: L1Machine, twin: Twin, program: Program, strict: bool, pairs: int) -> float:
     lockstep = Lockstep(machine, machine.channel, twin, strict)
     start = time.perf_counter()
     done = 0

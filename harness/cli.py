@@ -12,14 +12,16 @@ from typing import Final, NamedTuple
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
+from harness.machine import kvm_on_tcg
 from harness.report import jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
-from harness.run import Outcome, Target, run
+from harness.run import Outcome, run
 from harness.scenario import files, sweepfiles
 from harness.scenario.ops import Scenario
 from harness.scenario.sweep import Sweep
 from harness.sweeping import BUDGET, Plan, Record
+from harness.target import AUTO, MACHINES, Target
 
 LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 INTERRUPTED: Final = 130
@@ -101,11 +103,20 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", choices=["tcg"], default="tcg", help="where L1 runs")
+    parser.add_argument("--machine", choices=["auto", *MACHINES], default="auto",
+                        help=f"where L1 runs: on QEMU's SVM, or on KVM above it (default: auto, which is {AUTO})")
     parser.add_argument("--qemu", metavar="PATH", help="the QEMU to test")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
     parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
                         help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
+    host = parser.add_argument_group("for --machine kvm-on-tcg")
+    host.add_argument("--kernel", type=Path, metavar="PATH",
+                      help="L0's kernel: a bzImage, or a build tree (default: the distribution's, fetched with apt)")
+    host.add_argument("--modules", type=Path, metavar="DIR", help="the folder that its modules lie in")
+    host.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
+                      help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
+    host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
+                      help="the pages that back L1's memory in L0 (default: 2m)")
 
 
 def _count(text: str) -> int:
@@ -116,7 +127,12 @@ def _count(text: str) -> int:
 
 
 def _targeted(options: argparse.Namespace) -> Target:
-    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg))
+    machine = AUTO if options.machine == "auto" else options.machine
+    host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
+    if machine != "kvm-on-tcg" and host != kvm_on_tcg.DEFAULT:
+        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
+    return Target(machine, options.qemu, options.cpu, tuple(options.qemu_arg), host,
+                  lambda text: print(f"twinwalk: {text}", file=sys.stderr, flush=True))
 
 
 class _Picked(NamedTuple):

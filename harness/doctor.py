@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.errors import TwinwalkError
 from harness.machine import guests, qemu
-from harness.run import Target
+from harness.target import Target
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,34 +19,21 @@ from harness.lockstep.errata import Erratum
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.tally import Tally
 from harness.lockstep.twin import Twin
-from harness.machine import tcg
+from harness.machine.l1 import Identity
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, Program
 from harness.sweeping import Plan
+from harness.target import Target
 
 MAX_LOST = 5
 """Reboots before a run is given up."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is to be tested: the machine, and the binaries and options it is made of."""
-
-    machine: str = "tcg"
-    qemu: str | None = None
-    cpu: str = "max"
-    qemu_args: tuple[str, ...] = ()
-
-    def start(self) -> AbstractContextManager[tcg.TcgMachine]:
-        """Boot it; raises LaunchFailed, saying what to do."""
-        return tcg.start(self.qemu, self.cpu, self.qemu_args)
 
 
 @dataclass
 class Outcome:
     """What a run came to. `identity` is None if the machine never came up; `coverage` is of all that was checked."""
 
-    identity: tcg.Identity | None = None
+    identity: Identity | None = None
     results: list[Result] = field(default_factory=list)
     """Of scenarios; of cases of sweeps only those of which there is more to say than that they were done."""
     cases: dict[str, Scenario] = field(default_factory=dict)
@@ -217,9 +203,9 @@ def _boot_and_run(
     try:
         with target.start() as machine:
             out.identity = machine.identity
-            known = [e for e in errata if e.holds_for("qemu-tcg", machine.identity.qemu_version)]
+            known = [e for e in errata if any(e.holds_for(*layer) for layer in machine.identity.layers)]
             compiler = Compiler(machine.image, machine.cpu)
-            twin = Twin(machine.image, machine.cpu, tcg.LIBERTIES)
+            twin = Twin(machine.image, machine.cpu, machine.liberties)
             lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage)
             for result in lockstep.run(queue.programs(compiler, twin)):
                 yield from queue.take(result)

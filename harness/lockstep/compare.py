@@ -48,6 +48,8 @@ class Divergence:
     walk: Walk | None = None
     after: tuple[int, ...] = ()
     """The entries of `walk` as the machine left them, in the order of its steps."""
+    types: tuple[str, ...] = ()
+    """The memory type of each step of `walk`, and behind them that of the page: see harness.model.memory_type."""
     erratum: str | None = None
 
     def explained_by(self, erratum: str) -> Divergence:

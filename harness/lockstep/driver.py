@@ -14,7 +14,9 @@ from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
+from harness.model import memory_type
 from harness.model.vmcb import ExitCode
+from harness.model.walk import Walk
 from harness.scenario.program import Program, where
 from harness.wire.channel import Channel
 from harness.wire.image import PAGE, Image, Region, tags
@@ -279,15 +281,22 @@ class Lockstep:
         self, prediction: Prediction, record: Record, found: list[Divergence]
     ) -> list[Divergence]:
         """Add to each divergence with a walk what the machine made of the walk's entries, by the quadword:
-        by what the record shows, since live memory may be further on."""
+        by what the record shows, since live memory may be further on; and the memory types."""
         words, observed = self._twin.memory.words, record.diffs
 
         def after(address: int) -> int:
             address &= ~7
             return observed.get(address, prediction.old.get(address, words[address >> 3]))
 
+        def types(one: Divergence, walk: Walk) -> tuple[str, ...]:
+            try:
+                return memory_type.of_walk(*prediction.under[one.probe], walk)
+            except KeyError:  # no probe, or a PAT that no register can hold
+                return ()
+
         return [
-            one if one.walk is None else replace(one, after=tuple(after(step[3]) for step in one.walk.trail))
+            one if one.walk is None else replace(
+                one, after=tuple(after(step[3]) for step in one.walk.trail), types=types(one, one.walk))
             for one in found
         ]
 

@@ -60,6 +60,7 @@ class L2:
         self.state, self.out, self.step = state, out, step
         self.regs = vmrun.load(state.vmcb, state.host)
         self.paging = state.paging(self.regs)
+        self.caching = vmrun.caching(self.regs, state.vmcb, state.host)
         self.page = self.step.b & ~0xFFF
         self.base = 0 if state.mode.long else state.vmcb["cs.base"]
         self.mask = (1 << 8 * state.mode.native) - 1
@@ -100,6 +101,7 @@ class L2:
     def do(self, probe: WireProbe, index: int) -> int:
         """Do one probe; returns its result."""
         kind, size, address, value = probe
+        self.out.under[index] = self.paging, self.caching
         self.at(stub.label(kind, size), value)
         if kind in ("read", "write", "rmw", "push", "pop"):
             result = self._data(kind, size, address, value, index)
@@ -286,6 +288,7 @@ class L2:
             if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
                 self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
             before, self.paging = self.paging, self.state.paging(regs)
+            self.caching = vmrun.caching(regs, vmcb, self.state.host)
             if keys_on and PKE_NOT_FLUSHED in self.state.quirks:
                 self.paging = self.paging._replace(pkru=before.pkru)
             self.enter_again()

@@ -7,6 +7,7 @@ from typing import Final
 
 from harness.model.access import Access
 from harness.model.events import Event
+from harness.model.memory_type import Caching
 from harness.model.walk import Paging, Walk
 
 WHOLE: Final = (1 << 128) - 1
@@ -23,6 +24,7 @@ class Prediction:
     `permitted` the bits, by the sPA of their quadword, that may be set or not. `accesses` are all walks of L2
     in their order, also those that no probe names; `paging` is the translation that L2 left under, `event`
     what was last delivered to it, also if that was cut short.
+    `under` has, by probe, the translation and the memory types in force.
     """
 
     first_probe: int
@@ -42,3 +44,4 @@ class Prediction:
     accesses: list[tuple[Paging, Access, Walk]] = field(default_factory=list)
     paging: Paging | None = None
     event: Event | None = None
+    under: dict[int, tuple[Paging, Caching]] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -38,24 +38,34 @@ def build_l1(compiler: str | None = None) -> Path:
 
     `compiler` is by default $CC, else gcc. Raises LaunchFailed if it is missing or fails.
     """
-    command = compiler or os.environ.get("CC") or "gcc"
     folder = SOURCES / "l1"
     sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
     others = sorted(p for p in folder.iterdir() if p.suffix in (".inc", ".ld"))
-    script = folder / "l1.ld"
+    return _build("l1", sources, others, (*_FLAGS, f"-Wl,-T,{folder / 'l1.ld'}"), compiler)
+
+
+def build_pages() -> Path:
+    """The program for L0 that makes pages present and says where they are. Raises LaunchFailed."""
+    return _build("pages", [SOURCES / "l0" / "pages.c"], [], _FLAGS, None)
+
+
+def _build(
+    name: str, sources: Sequence[Path], others: Sequence[Path], flags: Sequence[str], compiler: str | None
+) -> Path:
+    command = compiler or os.environ.get("CC") or "gcc"
     header = c_header()
     digest = hashlib.sha256("\0".join([command, *_FLAGS, header]).encode())
     for path in (*sources, *others):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache_dir() / f"l1-{digest.hexdigest()[:20]}.elf"
+    target = cache_dir() / f"{name}-{digest.hexdigest()[:20]}.elf"
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             Path(scratch, "wire.h").write_text(header)
-            output = Path(scratch, "l1.elf")
-            argv = [command, *_FLAGS, "-I", scratch, "-I", str(folder), f"-Wl,-T,{script}", *map(str, sources)]
+            output = Path(scratch, "built.elf")
+            argv = [command, *flags, "-I", scratch, "-I", str(sources[0].parent), *map(str, sources)]
             argv += ["-o", str(output)]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -80,3 +90,10 @@ def load_image(path: Path) -> Image:
         return Image.from_symbols(symbols)
     except KeyError as name:
         raise LaunchFailed(f"{path} is not the probe hypervisor: it has no symbol {name}") from None
+
+
+def loaded(path: Path) -> int:
+    """The address behind all that a guest image is loaded to."""
+    with path.open("rb") as file:
+        ends = [s["p_paddr"] + s["p_memsz"] for s in ELFFile(file).iter_segments() if s["p_type"] == "PT_LOAD"]
+        return int(max(ends))

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -60,10 +61,12 @@ def version(binary: str) -> tuple[int, int, int]:
 
 class Qemu:
     """QEMU as a context manager: started paused, ended with the block, and with this process at the
-    latest, however it ends. Guest memory and monitor need no files: they are passed as descriptors."""
+    latest, however it ends. Guest memory and monitor need no files: they are passed as descriptors, as are
+    `fds`, which `args` may name."""
 
-    def __init__(self, binary: str, args: list[str], memory_size: int) -> None:
+    def __init__(self, binary: str, args: list[str], memory_size: int, fds: Sequence[int] = ()) -> None:
         self.binary = binary
+        self._fds = fds
         self._args = args
         self._size = memory_size
         self.argv: list[str] = []
@@ -101,8 +104,8 @@ class Qemu:
             parent = os.getpid()
             try:
                 self._process = subprocess.Popen(
-                    self.argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, pass_fds=fds,
-                    start_new_session=True, preexec_fn=lambda: _die_with(parent),
+                    self.argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+                    pass_fds=(*fds, *self._fds), start_new_session=True, preexec_fn=lambda: _die_with(parent),
                 )
             except OSError as reason:
                 ours.close()

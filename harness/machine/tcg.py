@@ -6,16 +6,13 @@ import mmap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, qemu
+from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.model.dirty import Liberties, Takes
-from harness.model.registers import Cpu
-from harness.wire.channel import Channel
-from harness.wire.image import Image, tags
-from harness.wire.layout import FEATURES, PROTOCOL
+from harness.wire.image import Image
 
 LIBERTIES: Final = Liberties(walk_faulted=Takes.ALWAYS, page_not_reached=Takes.ALWAYS, other_page=Takes.ALWAYS)
 """QEMU sets accessed bits as it goes down, the guest's leaf bits before it walks the page's own gPA, and
@@ -23,38 +20,20 @@ those of an access's first page before it walks the second: the manual permits a
 target/i386/tcg, 7.2 to 11)."""
 
 _BOOT_TIMEOUT: Final = 8.0
-_HANG_TIMEOUT: Final = 5.0
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What was tested, for reports and errata."""
+class TcgMachine(L1Machine):
+    """L1 right on QEMU."""
 
-    machine: str
-    qemu: str
-    qemu_version: tuple[int, int, int]
-    cpu_model: str
-    maxphyaddr: int
-    svm_revision: int
-    asids: int
-    svm_features: int
-    features: tuple[str, ...]
-
-
-class TcgMachine:
-    """A booted L1, ready for programs."""
-
-    def __init__(self, process: qemu.Qemu, image: Image) -> None:
-        self.image = image
+    def __init__(self, process: qemu.Qemu, image: Image, cpu_model: str) -> None:
+        version = qemu.version(process.binary)
+        identity = Identity("tcg", process.binary, version, cpu_model, (Layer("qemu-tcg", version),))
+        super().__init__(image, memoryview(mmap.mmap(process.memory_fd, image.ram_end)), identity, LIBERTIES)
         self._process = process
-        self.memory = memoryview(mmap.mmap(process.memory_fd, image.ram_end))
-        self.channel = Channel(self.memory, image)
-        self.identity = Identity("tcg", process.binary, (0, 0, 0), "", 0, 0, 0, 0, ())
-        self.cpu = Cpu()
 
-    def boot(self, cpu_model: str) -> None:
+    def boot(self) -> None:
         """Let L1 run until it says hello. Raises LaunchFailed if it does not."""
-        self._check_cpu(cpu_model)
+        check_cpu(self._process, self.identity.cpu_model)
         self._process.command("cont")
         start = time.monotonic()
         while (hello := self.channel.hello()) is None:
@@ -66,45 +45,24 @@ class TcgMachine:
                     f"{self.channel.panic()} {self._process.log_tail()}"
                 )
             time.sleep(0.001)
-        if hello["protocol"] != PROTOCOL:
-            raise LaunchFailed(
-                f"the guest speaks protocol {hello['protocol']}, this is {PROTOCOL}: delete {guests.cache_dir()}"
-            )
-        features = tuple(name for bit, name in enumerate(FEATURES) if hello["features"] >> bit & 1)
-        self.identity = Identity(
-            "tcg", self._process.binary, qemu.version(self._process.binary), cpu_model, hello["maxphyaddr"],
-            hello["svm_revision"], hello["asids"], hello["svm_features"], features,
-        )
-        self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features))
-        data = tags(self.image.data)
-        for start_of in (self.image.data.start, self.image.data.start + self.image.mirror_offset):
-            self.memory[start_of : start_of + len(data)] = data
+        self.greet(hello)
 
-    def _check_cpu(self, cpu_model: str) -> None:
-        """Before anything runs: does this CPU have what L1 needs?"""
-        for flag in ("svm", "npt", "nx", "lm"):
-            path = self._process.command("query-cpus-fast")[0]["qom-path"]
-            if not self._process.command("qom-get", path=path, property=flag):
-                raise LaunchFailed(f"CPU model {cpu_model!r} has no {flag}: use `--cpu max`, or add `,+{flag}` to it")
-
-    def idle(self, waited: float) -> None:
-        """See harness.lockstep.driver.Machine."""
+    def _see_whether_it_lives(self, waited: float) -> None:
         status = self._process.exit_status()
         if status is not None:
             how = f"exited with status {status}" if status else "ended: L1 reset the machine, by a triple fault perhaps"
             raise self.lost(f"QEMU {how}")
-        if panic := self.channel.panic():
-            raise self.lost(panic)
-        if waited > _HANG_TIMEOUT:
-            raise self.lost(f"no record for {_HANG_TIMEOUT:.0f} s: L1 or L2 hangs")
 
-    def lost(self, reason: str) -> MachineLost:
-        """See harness.lockstep.driver.Machine."""
-        return replace(self._process.lost(reason), last_record=self.channel.last_record())
+    def _lost(self, reason: str) -> MachineLost:
+        return self._process.lost(reason)
 
-    def close(self) -> None:
-        """Let go of the guest's memory; it is unmapped with the last view of it."""
-        self.channel.close()
+
+def check_cpu(process: qemu.Qemu, cpu_model: str) -> None:
+    """Before anything runs: does this CPU have what L1 needs? Raises LaunchFailed."""
+    for flag in ("svm", "npt", "nx", "lm"):
+        path = process.command("query-cpus-fast")[0]["qom-path"]
+        if not process.command("qom-get", path=path, property=flag):
+            raise LaunchFailed(f"CPU model {cpu_model!r} has no {flag}: use `--cpu max`, or add `,+{flag}` to it")
 
 
 @contextmanager
@@ -116,9 +74,9 @@ def start(binary: str | None = None, cpu_model: str = "max", extra: Sequence[str
     image = guests.load_image(kernel)
     args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", cpu_model, "-kernel", str(kernel), *extra]
     with qemu.Qemu(path, args, image.ram_end) as process:
-        machine = TcgMachine(process, image)
+        machine = TcgMachine(process, image, cpu_model)
         try:
-            machine.boot(cpu_model)
+            machine.boot()
             yield machine
         finally:
             machine.close()

@@ -165,10 +165,23 @@ _VMRUN: Final = (
          "VMRUN is refused if the supervisor shadow stack check is enabled without nested paging."),
 )
 
+_COMPUTED: Final = (  # shown beside a walk, compared with nothing: see harness.model.memory_type
+    Rule("type.pat", "7.8.2, 7.8.4",
+         "PAT, PCD and PWT of the leaf select the field of PAT, or of gPAT, that is a page's memory type; PCD and PWT "
+         "of CR3 or of the entry above that of a table."),
+    Rule("type.combined", "15.25.8",
+         "With nested paging the guest's type and the nested one are combined by table 15-19; WC+ is where they "
+         "disagree over caching."),
+    Rule("type.mtrr", "15.25.8, 7.8.5",
+         "The type by PAT is combined with that of the MTRRs for the sPA by table 15-20."),
+    Rule("type.disabled", "15.25.8, 7.4",
+         "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD."),
+)
+
 _LOCKSTEP: Final = (
     Rule("lockstep", "",
          "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
 )
 
-RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_LOCKSTEP)}
+RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_LOCKSTEP)}
 """Every rule by its id."""

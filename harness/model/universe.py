@@ -77,8 +77,20 @@ _SHADOW_STATES: Final = (
     _State(lambda paging: paging._replace(sss=True), frozenset({"cet", "sss"})),
 )
 
-FEATURES: Final = ("la57", "smep", "smap", "pku", "gmet", "sss", "cet")
+_CHECKS_NEED: Final = {
+    "vmrun.s-cet": {"cet"}, "vmrun.cet-wp": {"cet"}, "vmrun.v-nmi": {"vnmi"}, "vmrun.sss": {"sss"},
+    "vmrun.x2avic": {"avic", "x2avic"}, "vmrun.avic-pointers": {"avic"}, "vmrun.avic-index": {"avic"},
+}
+"""Rules by which VMRUN is refused that need a feature of the CPU."""
+
+FEATURES: Final = ("la57", "smep", "smap", "pku", "gmet", "sss", "cet", "vnmi", "avic", "x2avic")
 """CPUID features that cells may need."""
+
+NO_CELLS: Final = {
+    "vmrun.no-long-mode": "L1 itself needs long mode",
+    "vmrun.cet-vm": "L1 leaves U_CET at 0, and L2 has no virtual-8086 mode",
+} | dict.fromkeys(("type.pat", "type.combined", "type.mtrr", "type.disabled"), "computed, and compared with nothing")
+"""Rules that no run can put to the test, and why."""
 
 _EXITS: Final = {
     "exit.vmmcall": "VMEXIT_VMMCALL",
@@ -138,8 +150,8 @@ def _everything(cpu: Cpu) -> Iterator[tuple[Cell, frozenset[str]]]:
             for outcome in _deliveries(nested is not None):
                 yield Cell("exit.delivered", "", "", mode, outcome), needs
     for rule in RULES:
-        if rule.startswith("vmrun."):
-            yield Cell(rule, "", "", "", "refused"), frozenset()
+        if rule.startswith("vmrun.") and rule not in NO_CELLS:
+            yield Cell(rule, "", "", "", "refused"), frozenset(_CHECKS_NEED.get(rule, ()))
 
 
 def _deliveries(nested: bool) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
+from harness.model.memory_type import Caching
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, Vmcb
 from harness.model.walk import Paging
@@ -107,6 +108,13 @@ def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
         gmet="gmet" in cpu.features and bool(vmcb["np_control"] & NP_GMET),
         sss="sss" in cpu.features and bool(vmcb["np_control"] & NP_SSS),
     )
+
+
+def caching(regs: Registers, vmcb: Vmcb, host: Host) -> Caching:
+    """What decides over memory types while L2 runs with `regs`. Without nested paging L1's registers have no
+    part in it, but for its PAT, which then is L2's too (sections 15.25.2 and 15.25.8)."""
+    cr0 = regs.cr0 | (host.cr0 if vmcb["np_control"] & NP_ENABLE else 0)
+    return Caching(regs.g_pat, host.pat, bool(cr0 & CR0.CD))
 
 
 def save(vmcb: Vmcb, regs: Registers) -> None:

@@ -50,6 +50,11 @@ class Finding:
         return next((d.after for d in self.divergences if d.walk is not None), ())
 
     @cached_property
+    def types(self) -> tuple[str, ...]:
+        """The memory types of that walk."""
+        return next((d.types for d in self.divergences if d.walk is not None), ())
+
+    @cached_property
     def observed(self) -> Outcome | str | None:
         """What the machine made of the probe, where that is not what the model says; else None."""
         for one in self.divergences:

@@ -1,7 +1,8 @@
 """A finding as text: what is wrong, the rule, and both walks side by side.
 
-The left column is the model's: each entry of the walk as it must be after the #VMEXIT. The right one is
-the machine's: the same entry as it is in memory. The first step that differs is marked.
+The left column is the model's: each entry of the walk as it must be after the #VMEXIT, with the memory type
+that it is read with if that is not WB, and the page's. The right one is the machine's: the same entry as it is in
+memory. The first step that differs is marked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 from harness.lockstep.compare import Divergence
 from harness.model.access import ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
 from harness.model.entries import NX, RW, US, A, D, P
+from harness.model.memory_type import WB
 from harness.model.rules import RULES
 from harness.model.walk import FINAL, GUEST, NESTED, Step
 from harness.report import words
@@ -97,6 +99,7 @@ class _Drawing:
         self.walk = finding.walk
         self.steps = finding.walk.steps
         self.after = finding.after
+        self.types = finding.types
         self.rows = [self._values(index, step) for index, step in enumerate(self.steps)]
         self.mark = self._mark()
         self.digits = max(len(f"{v:x}") for row in self.rows for v in row if v is not None)
@@ -279,7 +282,7 @@ class _Drawing:
         what = f"guest {step.level}" if step.dimension == GUEST else f"  {step.level}"
         name = f"{_MARGIN}{mark}{what:11} {step.address:>{self.spa}x}  "
         cells = side_by_side(
-            self._entry(step, model, PLAIN),
+            [*self._entry(step, model, PLAIN), *self._type(index)],
             self._entry(step, machine, style) if machine is not None else (Span("?"),),
             self.cell,
         )
@@ -298,12 +301,16 @@ class _Drawing:
             slots[5] = f"{shown.pop('PAT'):3}"
         return [Span(f"{entry:>{self.digits}x} {' '.join(slots)}", style), *(Span(f, style) for f in shown.values())]
 
+    def _type(self, index: int) -> Cell:
+        """The memory type that the entry is read with, where that is not the usual one."""
+        return [Span(name, DIM) for name in self.types[index : index + 1] if name != WB]
+
     def _outcomes(self) -> list[Line]:
         observed = self.finding.observed
         mark = _FIRST if self.mark.index is None else _NONE if observed is None else _ALSO
         machine = "the same" if observed is None else str(observed)
         values = [d for d in self.finding.divergences if d.field == "value"]
-        model = str(self.walk.outcome)
+        model = " ".join((str(self.walk.outcome), *self.types[len(self.steps) :]))  # the page's memory type
         if values and observed is None:
             model, machine = f"{model}, value {words.value(values[0], values[0].expected)}", (
                 f"value {words.value(values[0], values[0].observed)}")

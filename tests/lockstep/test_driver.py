@@ -197,6 +197,7 @@ def test_the_walk_is_attached_with_the_machines_view(image: Image, cpu: Cpu, com
     (result,) = run_on_fake(image, cpu, twin, [compiler.compile(one("write a"))], NoDirty())
     for divergence in result.divergences:
         assert divergence.walk is not None and len(divergence.after) == len(divergence.walk.steps) == 24
+        assert divergence.types == ("WB",) * 25
         assert divergence.probe == 0
         address = int(divergence.field.split()[3], 16)
         at = [s.address for s in divergence.walk.steps].index(address)

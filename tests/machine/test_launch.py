@@ -10,7 +10,7 @@ import pytest
 
 from harness import cli
 from harness.errors import LaunchFailed, TwinwalkError
-from harness.machine import qemu, tcg
+from harness.machine import l1, qemu, tcg
 from harness.wire import layout
 from tests.machine.processes import named, unique
 
@@ -92,7 +92,7 @@ class TestOptions:
         assert "no-such-option" in text and "it was started as" in text
 
     def test_another_protocol(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tcg, "PROTOCOL", layout.PROTOCOL + 1)
+        monkeypatch.setattr(l1, "PROTOCOL", layout.PROTOCOL + 1)
         assert f"protocol {layout.PROTOCOL}" in failure()
 
     def test_a_guest_that_does_not_come_up(self, monkeypatch: pytest.MonkeyPatch) -> None:

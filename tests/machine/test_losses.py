@@ -24,6 +24,7 @@ from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
 from harness.scenario.program import Compiler
+from harness.target import Target
 from harness.wire.program import Step, encode
 from tests.conftest import ROOT
 from tests.machine.processes import gone, named, unique, wait_for
@@ -202,7 +203,7 @@ def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
 
     scenarios = [one("read a", name=f"s{n}") for n in range(4)]
     scenarios[1] = one('host = "cr4"\nvalue = 0x600', "read a", name="s1")
-    outcome = runner.run(runner.Target(), scenarios)
+    outcome = runner.run(Target(), scenarios)
     assert [r.scenario for r in outcome.results] == ["s0", "s1", "s2", "s3"]
     assert [r.lost is not None for r in outcome.results] == [False, True, False, False]
     assert outcome.lost and outcome.not_run == 0 and outcome.exit_code() == 3
@@ -213,7 +214,7 @@ def test_a_machine_that_is_lost_again_and_again() -> None:
     from harness import run as runner
 
     bad = [one('host = "cr4"\nvalue = 0x600', run("read a"), name=f"s{n}") for n in range(7)]
-    outcome = runner.run(runner.Target(), bad)
+    outcome = runner.run(Target(), bad)
     assert len(outcome.results) == runner.MAX_LOST and outcome.not_run == 7 - runner.MAX_LOST
     assert outcome.exit_code() == 3
 

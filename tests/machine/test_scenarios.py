@@ -13,11 +13,11 @@ from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
-from harness.run import Target
 from harness.run import run as run_all
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, world_key
+from harness.target import Target
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 

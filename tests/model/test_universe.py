@@ -8,7 +8,7 @@ from harness.model import universe as universe_module
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.rules import _LOCKSTEP, RULES
-from harness.model.universe import FEATURES, GUEST_STATES, gaps, universe
+from harness.model.universe import FEATURES, GUEST_STATES, NO_CELLS, gaps, universe
 
 FULL = Cpu(40, True, 16, frozenset({"nx", "page1g", *FEATURES}))
 
@@ -18,7 +18,9 @@ def reachable() -> frozenset[Cell]:
     return universe(FULL).reachable
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in {rule.id for rule in _LOCKSTEP}])
+@pytest.mark.parametrize("rule", [
+    rule for rule in RULES if rule not in {rule.id for rule in _LOCKSTEP} | NO_CELLS.keys()
+])
 def test_every_rule_has_cells(rule: str, reachable: frozenset[Cell]) -> None:
     known = reachable | universe(FULL).lacking.keys()
     assert any(cell.rule == rule for cell in known), (
@@ -27,6 +29,12 @@ def test_every_rule_has_cells(rule: str, reachable: frozenset[Cell]) -> None:
         "and in FEATURES), to ACCESSES the kind of access, to _walks the entry bits; one of #VMEXIT goes to _EXITS. "
         "Where harness/model/coverage.py must tell its cases apart, do so in _denied and _passed."
     )
+
+
+def test_rules_without_cells(reachable: frozenset[Cell]) -> None:
+    """They are rules, have a reason, and no cells."""
+    assert NO_CELLS.keys() <= RULES.keys() and all(NO_CELLS.values())
+    assert not {cell.rule for cell in reachable} & NO_CELLS.keys()
 
 
 def test_every_cell_is_of_a_rule(reachable: frozenset[Cell]) -> None:

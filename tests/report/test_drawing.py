@@ -8,7 +8,7 @@ from harness.model.entries import NX, PS, RW, D
 from harness.report.styled import plain
 from harness.report.walks import draw
 from tests.model.tables import WRITE
-from tests.report.cases import SCENARIO, Case, divergence, entry, only
+from tests.report.cases import SCENARIO, Case, divergence, entry, only, rows
 
 NARROW = """\
 nested-write[pte]: `write a+0x8` went through; it must end in #NPF.
@@ -98,3 +98,16 @@ def test_drawing(width: int, text: str) -> None:
         entry(walk, at, want, want & ~D, after=after),
     )
     assert plain(draw(finding, SCENARIO, width)) + "\n" == text
+
+
+def test_memory_types() -> None:
+    """A step's own type stands behind its flags unless it is WB; the page's behind where it was reached."""
+    case = Case()
+    walk = case.walk()
+    types = ["WB"] * len(walk.steps) + ["WC+"]
+    types[4] = "WT"
+    one = divergence(walk, field="value", expected=1, observed=2, after=case.after(walk), types=tuple(types))
+    lines = rows(only(one))
+    assert [text for text in lines if " WT " in text] == [next(text for text in lines if "guest pml4e" in text)]
+    assert "sPA 0x654000 WC+," in " ".join(" ".join(lines).split())
+    assert not any("WB" in text for text in lines)

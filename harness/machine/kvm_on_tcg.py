@@ -1,0 +1,179 @@
+"""The machine `kvm-on-tcg`: a real Linux kernel with kvm_amd, on an AMD CPU that QEMU TCG plays, runs L1."""
+
+from __future__ import annotations
+
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from harness.errors import LaunchFailed, MachineLost
+from harness.machine import guests, initramfs, kernel, l0, pieces, qemu
+from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.model.dirty import Liberties, Takes
+from harness.wire.image import PAGE, Image
+
+LIBERTIES: Final = Liberties(
+    walk_faulted=Takes.SOMETIMES, page_not_reached=Takes.SOMETIMES, other_page=Takes.SOMETIMES
+)
+"""KVM's walker of L1's nested table sets A and D only once the whole walk has succeeded (walk_addr_generic() in
+arch/x86/kvm/mmu/paging_tmpl.h), while the CPU sets the bits of L2's own tables as it goes: so both are seen."""
+
+_LARGE: Final = 2 << 20
+_FRAME: Final = (1 << 55) - 1
+"""The bits of an entry of /proc/PID/pagemap that are the frame's number."""
+
+_BOOT_TIMEOUT: Final = 40.0
+_LOOK: Final = 0.5
+"""Seconds between two looks at the QEMU in L0 while nothing comes from L1."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the machine is made of: L0's kernel and its modules (None: the distribution's), parameters of kvm and
+    kvm_amd such as `npt=0`, and the size of the pages that back L1's memory: `2m` or `4k`."""
+
+    kernel: Path | None = None
+    modules: Path | None = None
+    parameters: tuple[str, ...] = ()
+    pages: str = "2m"
+
+
+DEFAULT: Final = Options()
+
+
+class KvmOnTcgMachine(L1Machine):
+    """L1 in QEMU in L0."""
+
+    def __init__(self, image: Image, memory: memoryview, identity: Identity, host: l0.L0) -> None:
+        super().__init__(image, memory, identity, LIBERTIES)
+        self.l0 = host
+        self._next_look = _LOOK
+
+    def boot(self) -> None:
+        """Wait until L1 says hello. Raises LaunchFailed if it does not."""
+        start = time.monotonic()
+        while (hello := self.channel.hello()) is None:
+            waited = time.monotonic() - start
+            try:
+                self._see_whether_it_lives(waited)
+            except MachineLost as lost:
+                raise LaunchFailed(f"L1 did not come up in L0: {lost}") from None
+            if waited > _BOOT_TIMEOUT:
+                raise LaunchFailed(f"L1 did not come up in {_BOOT_TIMEOUT:.0f} s: {self.channel.panic()}\n"
+                                   f"{self._lost('it hangs')}")
+            time.sleep(0.01)
+        self.greet(hello)
+
+    def _see_whether_it_lives(self, waited: float) -> None:
+        if (status := self.l0.process.exit_status()) is not None:
+            raise self.lost(f"L0 panicked, or QEMU below it ended with status {status}")
+        if waited < self._next_look:
+            if waited < _LOOK:
+                self._next_look = _LOOK
+            return
+        self._next_look = waited + _LOOK
+        if ended := self.l0.run("cat /tmp/qemu.status 2>/dev/null; true").decode().strip():
+            raise self.lost(f"the QEMU in L0 ended with status {ended}" if ended != "0" else
+                            "the QEMU in L0 ended: L1 reset the machine, by a triple fault perhaps")
+
+    def _lost(self, reason: str) -> MachineLost:
+        if self.l0.process.exit_status() is None:
+            try:
+                words = self.l0.try_run("tail -n 8 /tmp/qemu.log; dmesg | tail -n 12", 5.0)[1]
+                reason = f"{reason}\nin L0:\n" + "\n".join(
+                    f"    {line}" for line in words.decode(errors="replace").splitlines()
+                )
+            except MachineLost:
+                pass
+        return self.l0.lost(reason)
+
+
+@contextmanager
+def start(
+    binary: str | None = None,
+    cpu_model: str = "max",
+    extra: Sequence[str] = (),
+    options: Options = DEFAULT,
+    say: Callable[[str], None] = lambda text: None,
+    observe: Callable[[l0.L0], None] = lambda host: None,
+) -> Iterator[KvmOnTcgMachine]:
+    """Boot L0, and L1 in it; both are gone at the block's end. `observe` is called with L0 up, and L1 not yet
+    started. Raises LaunchFailed, saying what to do."""
+    path = qemu.find(binary)
+    version = qemu.version(path)
+    elf = guests.build_l1()
+    image = guests.load_image(elf)
+    linux = kernel.find(options.kernel, options.modules, say)
+    root = initramfs.build(linux, elf, initramfs.l0_qemu(), options.parameters, say)
+    with l0.start(path, cpu_model, linux.image, root, extra) as host:
+        release, number = _version(host)
+        layers = (Layer("kvm", number), Layer("qemu-tcg", version))
+        identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
+                            tuple(options.parameters), options.pages)
+        file, pages = _pages(host, image, guests.loaded(elf), options.pages)
+        memory = pieces.view(host.process.memory_fd, image.ram_end, pages)
+        observe(host)
+        _start_qemu(host, image, file)
+        machine = KvmOnTcgMachine(image, memory, identity, host)
+        try:
+            machine.boot()
+            yield machine
+        finally:
+            machine.close()
+
+
+def _version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
+    """L0's release as uname has it, and the version of the upstream kernel that it is made from."""
+    text = host.run("uname -r; cat /proc/version_signature 2>/dev/null; uname -v").decode()
+    release, _, rest = text.partition("\n")
+    number = r"(\d+(?:\.\d+)+)"
+    upstream = re.search(rf"(?:Debian|Ubuntu \S+) {number}", rest) or re.match(number, release)
+    return release, tuple(map(int, upstream[1].split("."))) if upstream else ()
+
+
+def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list[tuple[int, int]]]:
+    """Make the pages that L1 uses present. Returns the file in L0 that backs L1's memory, and for each page of
+    4 KiB its address in L1's memory and in L0's. Raises LaunchFailed."""
+    data = image.data
+    used = [(0, loaded), tuple(image.vmcbs), tuple(image.arena), tuple(data),
+            (data.start + image.mirror_offset, data.end + image.mirror_offset)]
+    ranges = _rounded(used)
+    file = "/dev/hugepages/l1" if size == "2m" else "/dev/shm/l1"
+    host.run(f"echo {image.ram_end // _LARGE} >/proc/sys/vm/nr_overcommit_hugepages; "
+             "echo 0 >/proc/sys/vm/compact_unevictable_allowed")
+    words = " ".join(f"{start} {end - start}" for start, end in ranges)
+    status, output, errors = host.try_run(f"pages {file} {image.ram_end} {words}")
+    if status:
+        raise LaunchFailed(f"L0 cannot back L1's memory with {size} pages: {errors.decode(errors='replace').strip()}\n"
+                           f"{host.run('grep -i huge /proc/meminfo').decode()}")
+    frames = iter(struct.unpack(f"<{len(output) // 8}Q", output))
+    addresses = [at for start, end in ranges for at in range(start, end, PAGE)]
+    return file, [(at, (next(frames) & _FRAME) * PAGE) for at in addresses]
+
+
+def _rounded(used: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """`used` in whole large pages, none twice."""
+    out: list[tuple[int, int]] = []
+    for start, end in sorted((a // _LARGE * _LARGE, -(-b // _LARGE) * _LARGE) for a, b in used):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
+
+
+def _start_qemu(host: l0.L0, image: Image, file: str) -> None:
+    """The QEMU in L0 with L1 in it. Neither PIT nor HPET: L1 needs no timer, and their ticks make KVM open
+    windows for interrupts while L1 runs with interrupts off."""
+    size = image.ram_end
+    host.run(
+        f"{{ qemu -L /firmware -nodefaults -no-user-config -display none -vga none -no-reboot -serial none "
+        f"-machine pc,accel=kvm,memory-backend=ram,pit=off,hpet=off -cpu host -m {size >> 20}M "
+        f"-object memory-backend-file,id=ram,size={size},share=on,reserve=off,mem-path={file} "
+        "-kernel /l1.elf >/tmp/qemu.log 2>&1; echo $? >/tmp/qemu.status; } >/dev/null 2>&1 &"
+    )

@@ -1,0 +1,43 @@
+"""What is to be tested: the machine, the binaries and the options it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final
+
+from harness.machine import kvm_on_tcg, tcg
+from harness.machine.l1 import L1Machine
+
+MACHINES: Final = ("tcg", "kvm-on-tcg")
+AUTO: Final = "tcg"
+"""What `auto` is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be tested: the machine, and the binaries and options it is made of. `say` is told what takes
+    a while."""
+
+    machine: str = AUTO
+    qemu: str | None = None
+    cpu: str = "max"
+    qemu_args: tuple[str, ...] = ()
+    l0: kvm_on_tcg.Options = kvm_on_tcg.DEFAULT
+    say: Callable[[str], None] = lambda text: None
+
+    def start(self) -> AbstractContextManager[L1Machine]:
+        """Boot it; raises LaunchFailed, saying what to do."""
+        if self.machine == "kvm-on-tcg":
+            return kvm_on_tcg.start(self.qemu, self.cpu, self.qemu_args, self.l0, self.say)
+        return tcg.start(self.qemu, self.cpu, self.qemu_args)
+
+    def arguments(self) -> list[str]:
+        """The command line's options that make this target."""
+        options: list[tuple[str, object]] = [("--machine", self.machine), ("--cpu", self.cpu), ("--qemu", self.qemu)]
+        options += [("--qemu-arg", arg) for arg in self.qemu_args]
+        if self.machine == "kvm-on-tcg":
+            options += [("--kernel", self.l0.kernel), ("--modules", self.l0.modules), ("--l1-pages", self.l0.pages)]
+            options += [("--kvm-param", parameter) for parameter in self.l0.parameters]
+        return [f"{option}={value}" for option, value in options if value is not None]
