@@ -337,7 +337,9 @@ class L2:
         for address, old in dirty.write_back(state.memory.words, required).items():
             state.changed(out, address, old)
         for address, bits, _ in permitted:
-            out.permitted[address] = out.permitted.get(address, 0) | bits
+            quadword = address & ~7  # two entries of 32-bit paging are one
+            state.changed(out, quadword, state.memory.words[quadword >> 3])
+            out.permitted[quadword] = out.permitted.get(quadword, 0) | bits << (address & 4) * 8
 
     def fault(self, walk: Walk) -> None:
         """A walk faulted: #NPF leaves L2; an exception leaves it if L1 intercepts it, and goes through
