@@ -217,8 +217,6 @@ static void set_host_mode(uint32_t mode)
 static void make_other_tables(void)
 {
 	l1_pml5[0] = (uint64_t)l1_pml4 | 3;
-	for (uint64_t i = 0; i < 4; i++)
-		l1_pae_pdpt[i] = ((uint64_t)l1_pd + i * PAGE) | 1;
 	for (uint64_t i = 0; i < 1024; i++)
 		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
 }
@@ -232,6 +230,8 @@ static void vmrun(uint64_t vmcb)
 	l1_legacy.efer = rdmsr(MSR_EFER) & ~(uint64_t)(EFER_LME | EFER_LMA);
 	l1_legacy.cr4 = read_cr4();
 	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt;
+	for (uint64_t i = 0; i < 4; i++)	/* anew: QEMU TCG sets A in them, a reserved bit */
+		l1_pae_pdpt[i] = ((uint64_t)l1_pd + i * PAGE) | 1;
 	l1_legacy.pg = host_mode == TW_HOST_MODE_OFF ? 0 : CR0_PG;
 	if (host_mode == TW_HOST_MODE_LEGACY) {
 		l1_legacy.cr4 = (l1_legacy.cr4 & ~(uint64_t)CR4_PAE) | CR4_PSE;

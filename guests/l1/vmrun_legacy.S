@@ -112,7 +112,9 @@ l1_vmrun_legacy:
 	mov l1_regs + TW_AT_REGS_RDI, %edi
 	mov l1_regs + TW_AT_REGS_RBP, %ebp
 	mov vmcb_address, %eax
+	.balign 16			/* no page's end up to VMRUN, so that no walk comes after the MOVB */
 	vmload %eax
+	movb $1, l1_pae_pdpt		/* QEMU TCG sets A in a PDPTE of PAE mode; KVM wants that bit 0 at #VMEXIT */
 	vmrun %eax
 	mov %eax, l1_host_after + TW_AT_HOST_RAX
 	movl $0, l1_host_after + TW_AT_HOST_RAX + 4
