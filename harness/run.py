@@ -13,13 +13,14 @@ from itertools import chain
 
 from harness.errors import LaunchFailed, MachineLost, UsageError
 from harness.lockstep.compare import Divergence
+from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.tally import Tally
 from harness.lockstep.twin import Twin
-from harness.machine.l1 import Identity
+from harness.machine.l1 import Identity, L1Machine
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, Program
 from harness.sweeping import Plan
@@ -196,6 +197,10 @@ class _Doubt:
             result.divergences += self.found
 
 
+def _contexts(machine: L1Machine) -> Contexts | None:
+    return Contexts(machine.trace, machine.image.ram_end, machine.lost) if machine.trace is not None else None
+
+
 def _boot_and_run(
     target: Target, queue: _Queue, errata: Sequence[Erratum], pipelined: bool, out: Outcome
 ) -> Iterator[tuple[Scenario, Result]]:
@@ -206,7 +211,8 @@ def _boot_and_run(
             known = [e for e in errata if any(e.holds_for(*layer) for layer in machine.identity.layers)]
             compiler = Compiler(machine.image, machine.cpu)
             twin = Twin(machine.image, machine.cpu, machine.liberties)
-            lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage)
+            lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage,
+                                _contexts(machine))
             for result in lockstep.run(queue.programs(compiler, twin)):
                 yield from queue.take(result)
     except LaunchFailed as failed:

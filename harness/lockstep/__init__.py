@@ -6,6 +6,7 @@
     twin      the program run on the model: a prediction for each VMRUN
     rehearse  a program on the model alone, before a machine sees it
     compare   the checks C1 to C3: a record against the twin's prediction
+    contexts  the check C4: the MMU context of the hypervisor under L1, by its kernel's trace
     errata    divergences that are known
     coverage  what was put to the test: the model's cells, as predictions are checked
     driver    feeds programs to a machine, and its records to the checks

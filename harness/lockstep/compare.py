@@ -51,6 +51,8 @@ class Divergence:
     types: tuple[str, ...] = ()
     """The memory type of each step of `walk`, and behind them that of the page: see harness.model.memory_type."""
     erratum: str | None = None
+    events: tuple[str, ...] = ()
+    """C4: what the kernel under L1 said around it, the event in question marked `>`."""
 
     def explained_by(self, erratum: str) -> Divergence:
         return replace(self, erratum=erratum)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
+from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
@@ -26,6 +28,9 @@ from harness.wire.records import Record
 
 MAX_DIVERGENCES = 200
 """Kept for one scenario: a machine that is wrong everywhere has been found out by then."""
+
+_HELD = 64
+"""Results that may wait for the trace of their contexts, which comes milliseconds behind the records."""
 
 
 class Machine(Protocol):
@@ -58,19 +63,25 @@ class Result:
     lost: MachineLost | None = None
     senseless: str = ""
     """Why the model cannot say what must come of it: the scenario makes no sense, and nothing is decided."""
+    contexts: int = 0
+    """Entries of the processor into L1 or L2 whose MMU context was checked."""
+    trace_events: int = 0
 
 
 class Lockstep:
     """Runs programs on `machine` and on `twin`. Strict: L1 waits at every record until it has been
     checked, and live memory is compared too; pipelined: it waits only where the ring is full.
     `errata` are those that hold for this machine: they name what is found, and hide nothing. `coverage`, if
-    given, collects what was checked."""
+    given, collects what was checked. With `contexts` the MMU contexts of the hypervisor under L1 are checked
+    too (C4)."""
 
     def __init__(
         self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = (),
-        coverage: Coverage | None = None,
+        coverage: Coverage | None = None, contexts: Contexts | None = None,
     ) -> None:
         self._machine = machine
+        self._contexts = contexts
+        self._enter = b"", b""
         self._errata = errata
         self._channel = channel
         self._twin = twin
@@ -82,6 +93,7 @@ class Lockstep:
         """A result for each program, in order, as soon as it is there. When the machine is lost, the
         last result says so, and nothing follows."""
         todo, waiting = iter(programs), deque[tuple[Program, int]]()
+        held: deque[Result] = deque()
         pending: Program | None = next(todo, None)
         while pending is not None or waiting:
             while pending is not None and self._channel.has_room(len(pending.encoded) // 32):
@@ -91,13 +103,59 @@ class Lockstep:
                     break
             program, end = waiting.popleft()
             result = Result(program.scenario.name)
+            held.append(result)
             try:
                 self._check(program, end, result)
+                self._follow(wait=self._strict or len(held) > _HELD)
             except MachineLost as lost:
-                result.lost = lost
-                yield result
+                yield from self._lose(held, result, lost)
                 return
+            yield from self._done(held)
+        try:
+            self._follow(wait=True)
+        except MachineLost as lost:
+            yield from self._lose(held, held[-1], lost)
+            return
+        yield from self._done(held)
+
+    def _follow(self, wait: bool) -> None:
+        """Check the contexts whose trace has come; with `wait`, all that are due."""
+        if self._contexts is not None:
+            if wait:
+                self._contexts.settle()
+            else:
+                self._contexts.poll()
+
+    def _done(self, held: deque[Result]) -> Iterator[Result]:
+        """Results, from the first, that wait for no context any more."""
+        due = self._contexts.due if self._contexts is not None else None
+        while held and held[0] is not due:
+            result = held.popleft()
+            result.divergences = [explain([one], self._errata)[0] if one.check == "C4" else one
+                                  for one in result.divergences]
             yield result
+
+    def _lose(self, held: deque[Result], result: Result, lost: MachineLost) -> Iterator[Result]:
+        """What is left of the results when the machine is lost in that of `result`: those that are decided,
+        and then the first that is not, with the loss."""
+        if self._contexts is not None and result is not held[0]:
+            with suppress(MachineLost):
+                self._contexts.poll()
+        for one in self._done(held):
+            if one is result:
+                held.appendleft(one)
+                break
+            yield one
+        held[0].lost = lost
+        yield held[0]
+
+    def _note(self, context: Context, result: Result, record: Record) -> None:
+        """C4 goes by the records alone, also where the model of L2 cannot follow."""
+        if self._contexts is not None:
+            if record.kind == RECORDS["ENTER"]:
+                self._enter = record.control, record.save
+            elif record.kind == RECORDS["EXIT"]:
+                self._contexts.ran(result, context, self._enter, record)
 
     def _check(self, program: Program, end: int, result: Result) -> None:
         """One program; `end` is the number of the slot behind it."""
@@ -124,12 +182,14 @@ class Lockstep:
         first, count, begun = 0, len(step.probes), twin.begin(step)
         while True:
             record = self._next("ENTER")
+            self._note(context, result, record)
             self._add(result, check_enter(context, twin.vmcb_bytes(), first, record))
             self._compare_live(program, context, result, "before VMRUN")
             channel.release()
             vmcb = bytes(twin.memory.bytes[step.a : step.a + PAGE])
             prediction = twin.predict(step, first)
             record = self._next("EXIT")
+            self._note(context, result, record)
             result.vmruns += 1
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
@@ -170,7 +230,7 @@ class Lockstep:
         else:
             result.senseless = f"{where(program.scenario, step.origin)}: {reason}"
         synced = program.steps[-1].code == "SYNC"
-        self._channel.skip_to(end - synced, self._machine.idle)
+        self._channel.skip_to(end - synced, self._machine.idle, lambda record: self._note(context, result, record))
         self._twin.reset(program.world)
         if synced:
             self._next("SYNC")

@@ -24,6 +24,8 @@ class Tally:
     vmruns: int = 0
     probes: int = 0
     table_bytes: int = 0
+    contexts: int = 0
+    trace_events: int = 0
     divergences_new: int = 0
     known: Counter[str] = field(default_factory=Counter)
     """Divergences that errata explain, by the ids of the errata."""
@@ -35,6 +37,8 @@ class Tally:
         self.vmruns += result.vmruns
         self.probes += result.probes
         self.table_bytes += result.table_bytes
+        self.contexts += result.contexts
+        self.trace_events += result.trace_events
         new = [one for one in result.divergences if strict or one.erratum is None]
         self.divergences_new += len(new)
         if new or result.lost or result.senseless:

@@ -11,4 +11,7 @@
     initramfs   what L0's root holds
     l0          L0: booted, told what to do
     pieces      memory that lies in pieces, seen as one
+    btf         where the members of L0's structures are
+    ring        L0's trace ring in its binary form
+    trace       what L0's kernel tells of KVM: VMRUNs, #VMEXITs, MMU contexts
 """

@@ -7,13 +7,14 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, initramfs, kernel, l0, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.machine.trace import Trace, Unobservable
 from harness.model.dirty import Liberties, Takes
 from harness.wire.image import PAGE, Image
 
@@ -100,10 +101,8 @@ def start(
     extra: Sequence[str] = (),
     options: Options = DEFAULT,
     say: Callable[[str], None] = lambda text: None,
-    observe: Callable[[l0.L0], None] = lambda host: None,
 ) -> Iterator[KvmOnTcgMachine]:
-    """Boot L0, and L1 in it; both are gone at the block's end. `observe` is called with L0 up, and L1 not yet
-    started. Raises LaunchFailed, saying what to do."""
+    """Boot L0, and L1 in it; both are gone at the block's end. Raises LaunchFailed, saying what to do."""
     path = qemu.find(binary)
     version = qemu.version(path)
     elf = guests.build_l1()
@@ -117,9 +116,10 @@ def start(
                             tuple(options.parameters), options.pages)
         file, pages = _pages(host, image, guests.loaded(elf), options.pages)
         memory = pieces.view(host.process.memory_fd, image.ram_end, pages)
-        observe(host)
+        trace, identity = _observe(host, identity)
         _start_qemu(host, image, file)
         machine = KvmOnTcgMachine(image, memory, identity, host)
+        machine.trace = trace
         try:
             machine.boot()
             yield machine
@@ -134,6 +134,35 @@ def _version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
     number = r"(\d+(?:\.\d+)+)"
     upstream = re.search(rf"(?:Debian|Ubuntu \S+) {number}", rest) or re.match(number, release)
     return release, tuple(map(int, upstream[1].split("."))) if upstream else ()
+
+
+class _Files:
+    """See harness.machine.trace.Files."""
+
+    def __init__(self, host: l0.L0) -> None:
+        self._host = host
+
+    def read(self, path: str) -> bytes:
+        status, output, _ = self._host.try_run(f"cat {path}")
+        if status:
+            raise FileNotFoundError(path)
+        return output
+
+    def write(self, path: str, text: str) -> None:
+        status, _, errors = self._host.try_run(f"echo '{text}' >{path}")
+        if status:
+            raise OSError(errors.decode(errors="replace").strip())
+
+    def follow(self, path: str) -> None:
+        self._host.run(f"cat {path} >/dev/ports/twinwalk.trace0 2>/dev/null &")
+
+
+def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:
+    """Begin to trace KVM, if this kernel can be traced."""
+    try:
+        return Trace(_Files(host), host.traces[0], host.lost), replace(identity, contexts="observed")
+    except Unobservable as reason:
+        return None, replace(identity, contexts=f"not observed: {reason}")
 
 
 def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list[tuple[int, int]]]:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests
+from harness.machine.trace import Trace
 from harness.model.dirty import Liberties
 from harness.model.registers import Cpu
 from harness.wire.channel import Channel
@@ -39,6 +40,8 @@ class Identity:
     kernel_version: tuple[int, ...] = ()
     kvm_parameters: tuple[str, ...] = ()
     l1_pages: str = ""
+    contexts: str = ""
+    """Whether the MMU contexts of the KVM under L1 are observed, or why not."""
     maxphyaddr: int = 0
     svm_revision: int = 0
     asids: int = 0
@@ -55,6 +58,7 @@ class L1Machine:
         self.channel = Channel(memory, image)
         self.identity = identity
         self.liberties = liberties
+        self.trace: Trace | None = None
         self.cpu = Cpu()
 
     def greet(self, hello: Mapping[str, int]) -> None:

@@ -178,10 +178,30 @@ _COMPUTED: Final = (  # shown beside a walk, compared with nothing: see harness.
          "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD."),
 )
 
+_CONTEXT: Final = (
+    Rule("context.direct-l1", "",
+         "While L1 runs on a host whose nested paging is usable, its MMU context is a direct map of L1-physical "
+         "memory."),
+    Rule("context.vmrun", "",
+         "The hypervisor under L1 takes NP_ENABLE and nCR3 (without nested paging CR3) from the VMCB that L1 runs."),
+    Rule("context.nested", "",
+         "From a VMRUN with NP_ENABLE=1 to its #VMEXIT the MMU context shadows the table at nCR3, in the format of "
+         "L1's mode at VMRUN, whatever exits L0 handles itself in between."),
+    Rule("context.direct-l2", "",
+         "From a VMRUN with NP_ENABLE=0 to its #VMEXIT the MMU context stays a direct map, one that is L2's, while the "
+         "host's nested paging is usable."),
+    Rule("context.guest-table", "",
+         "Without usable nested paging in the host every guest that has paging on runs on a shadow of its own tables."),
+    Rule("context.back", "",
+         "A #VMEXIT that L1 sees switches back to the MMU context that L1 had before VMRUN."),
+)
+
 _LOCKSTEP: Final = (
     Rule("lockstep", "",
          "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
 )
 
-RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_LOCKSTEP)}
+_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_CONTEXT, *_LOCKSTEP)
+
+RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in _ALL}
 """Every rule by its id."""

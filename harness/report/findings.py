@@ -19,11 +19,19 @@ from harness.scenario.ops import Probe, Scenario
 _REFUSED: Final = "VMEXIT_INVALID"
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+")
 _HALF_REFUSED: Final = "VMEXIT 0xffffffff,"
+_CONTEXTS: Final = {
+    "context.direct-l1": "of L1",
+    "context.direct-l2": "of L2, which runs without nested paging,",
+    "context.nested": "of L2, which runs on L1's nested table,",
+    "context.guest-table": "of a guest on a host without usable nested paging",
+    "context.back": "of L1 after #VMEXIT",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one probe, or one VMRUN where `probe` is -1, came to: at least one divergence.
+    """What one probe, or one VMRUN where `probe` is -1, came to: at least one divergence. MMU contexts (C4) are
+    a finding of their own.
 
     `entries` has every divergence of the same op that is about a table entry, by its sPA: a walk may go
     through an entry that an earlier probe is to blame for.
@@ -79,16 +87,16 @@ class Finding:
 def findings(divergences: Iterable[Divergence]) -> list[Finding]:
     """Divergences of one scenario, those of one probe together, in the order of their first ones. In each,
     what became of the probe comes before what is in its tables, and that before registers."""
-    groups: dict[tuple[int, int], list[Divergence]] = {}
+    groups: dict[tuple[int, int, bool], list[Divergence]] = {}
     entries: dict[int, dict[int, Divergence]] = {}
     for one in divergences:
-        groups.setdefault((one.op, one.probe), []).append(one)
+        groups.setdefault((one.op, one.probe, one.check == "C4"), []).append(one)
         address = words.entry_address(one.field)
         if address is not None:
             entries.setdefault(one.op, {}).setdefault(address, one)
     return [
         Finding(group[0].scenario, op, probe, tuple(sorted(group, key=_weight)), entries.get(op, {}))
-        for (op, probe), group in groups.items()
+        for (op, probe, _), group in groups.items()
     ]
 
 
@@ -126,6 +134,8 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
     found = words.probe_of(scenario, finding.op, finding.probe)
     probe, who = (found[0], f"`{found[0]}`") if found is not None else (None, "L2")
     address = words.entry_address(one.field)
+    if one.check == "C4":
+        return _context(one)
     if one.field == "outcome":
         return _outcome(one, who)
     if address is not None:
@@ -144,6 +154,13 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
 def kind(finding: Finding) -> str:
     """What is wrong, without the probe and the addresses: the same for findings of the same sort."""
     return f"{_NUMBER.sub('...', headline(finding, None))} (rule {finding.first.rule})"
+
+
+def _context(one: Divergence) -> str:
+    """C4: which context, and what of it."""
+    if one.rule == "context.vmrun":
+        return f"The hypervisor under L1 did not run what L1's VMCB says: {one.field}."
+    return f"The MMU context {_CONTEXTS.get(one.rule, 'under L1')} is wrong: {one.field}."
 
 
 def _outcome(one: Divergence, who: str) -> str:

@@ -2,12 +2,13 @@
 
     machine      the machine's identity by name; null if it never came up
     totals       scenarios, sweeps, sweep_cases, vmruns, probes, table_bytes_compared, divergences_new,
-                 divergences_known, seconds
+                 divergences_known, seconds, contexts_checked, trace_events (both 0 where no KVM is under L1)
     sweeps       each: name, total (its cases), before (those of a record), done (in this run), pairs and triples
                  (covered), pairs_total, triples_total, vmruns, probes, table_bytes_compared, divergences_new,
                  divergences_known (by the id of the erratum)
     divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null); of
-                 cases of sweeps only where there is a new one
+                 cases of sweeps only where there is a new one; with check C4 also events, what KVM's kernel
+                 said around it, the event in question marked `>`
     lost         each: scenario, reason, argv, log, last_record
     cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
 
@@ -91,6 +92,8 @@ def entry(result: Result) -> dict[str, Any]:
         "vmruns": result.vmruns,
         "probes": result.probes,
         "table_bytes_compared": result.table_bytes,
+        "contexts_checked": result.contexts,
+        "trace_events": result.trace_events,
         "divergences": [_divergence(one) for one in result.divergences],
         "lost": _lost(result) if result.lost is not None else None,
     }
@@ -107,7 +110,7 @@ def _divergence(one: Divergence) -> dict[str, Any]:
         "observed": _text(one.observed),
         "rule": one.rule,
         "erratum": one.erratum,
-    }
+    } | ({"events": list(one.events)} if one.events else {})
 
 
 def _text(value: int | str) -> str:

@@ -29,6 +29,9 @@ class Totals:
     divergences_new: int
     divergences_known: int
     seconds: float
+    contexts_checked: int = 0
+    """Entries of the processor into L1 or L2 whose MMU context was checked: on machines with KVM."""
+    trace_events: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def summarize(
             divergences_new=new,
             divergences_known=len(everything) - new + sum(folded),
             seconds=seconds,
+            contexts_checked=sum(one.contexts for one in counted),
+            trace_events=sum(one.trace_events for one in counted),
         ),
         known=_known(everything, sweeps, {erratum.id: erratum for erratum in errata}),
         not_run=tuple(name for name in by_name if name not in done),

@@ -187,6 +187,8 @@ def _totals(summary: Summary) -> Iterator[Line]:
         ("VMRUNs checked", f"{totals.vmruns:,}", "", PLAIN),
         ("probes checked", f"{totals.probes:,}", "", PLAIN),
         ("table bytes compared", f"{totals.table_bytes_compared:,}", "", PLAIN),
+        *([("MMU contexts checked", f"{totals.contexts_checked:,}", f"in {totals.trace_events:,} trace events", PLAIN)]
+          if totals.contexts_checked else []),
         ("divergences: new", f"{totals.divergences_new:,}", "", BAD if totals.divergences_new else GOOD),
         ("divergences: known", f"{totals.divergences_known:,}", "", KNOWN if totals.divergences_known else PLAIN),
         ("seconds", f"{totals.seconds:,.2f}", "", PLAIN),

@@ -41,6 +41,17 @@ def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100) -
     lines += rule(finding.first, width)
     if finding.walk is not None and finding.walk.trail and _about_walk(finding):
         lines += [line(""), *_Drawing(finding, width).lines()]
+    if finding.first.events:
+        lines += [line(""), *events(finding.first, width)]
+    return lines
+
+
+def events(one: Divergence, width: int) -> list[Line]:
+    """What the kernel under L1 said around a divergence of C4, the event in question marked."""
+    lines = [line(f"{_MARGIN}what KVM did:", HEAD)]
+    for text in one.events:
+        lines += wrap(text[len(_FIRST) :], width, f"{_MARGIN}{text[: len(_FIRST)]}", " " * 16,
+                      style=BAD if text.startswith(_FIRST) else PLAIN)
     return lines
 
 

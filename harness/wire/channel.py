@@ -104,14 +104,17 @@ class Channel:
                 time.sleep(_NAP)
         return self._record(checked)
 
-    def skip_to(self, slot: int, idle: Callable[[float], None]) -> None:
-        """Release, unseen, all records of ops before the one in `slot`. `idle` as for `next_record`."""
+    def skip_to(self, slot: int, idle: Callable[[float], None], see: Callable[[Record], None]) -> None:
+        """Release all records of ops before the one in `slot`, each when `see` has had a look. `idle` as
+        for `next_record`."""
         start = time.monotonic()
         while True:
             done = self._words[self._op_done] >= slot
             if self._words[self._record_posted] != self._checked:
-                if self._record(self._checked).op >= slot:
+                record = self._record(self._checked)
+                if record.op >= slot:
                     return
+                see(record)
                 self.release()
                 start = time.monotonic()
             elif done:

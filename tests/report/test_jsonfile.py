@@ -25,7 +25,8 @@ def test_names() -> None:
     one = document()
     assert list(one) == ["machine", "totals", "sweeps", "divergences", "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
-                                   "divergences_new", "divergences_known", "seconds"]
+                                   "divergences_new", "divergences_known", "seconds", "contexts_checked",
+                                   "trace_events"]
     names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]
     assert [list(d) for d in one["divergences"]] == [names] * 5
 
@@ -33,8 +34,20 @@ def test_names() -> None:
 def test_totals() -> None:
     assert document()["totals"] == {
         "scenarios": 2, "sweeps": 0, "sweep_cases": 0, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192,
-        "divergences_new": 2, "divergences_known": 3, "seconds": 2.5,
+        "divergences_new": 2, "divergences_known": 3, "seconds": 2.5, "contexts_checked": 0, "trace_events": 0,
     }
+
+
+def test_contexts() -> None:
+    """C4: how many were checked, and with a divergence what KVM did around it."""
+    wrong = divergence(check="C4", field="role.direct", expected=0, observed=1, rule="context.nested", probe=-1,
+                       events=("  VMRUN", "> run"))
+    case = result(wrong)
+    case.contexts, case.trace_events = 5, 8
+    tally = Tally("sweeps/x", total=9, contexts=100, trace_events=150)
+    one = document(results=[case], sweeps=[tally])
+    assert (one["totals"]["contexts_checked"], one["totals"]["trace_events"]) == (105, 158)
+    assert one["divergences"][0]["events"] == ["  VMRUN", "> run"]
 
 
 def test_sweeps() -> None:

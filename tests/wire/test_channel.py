@@ -202,7 +202,8 @@ def test_a_record_that_comes_late(peer: Peer, channel: Channel) -> None:
 
 
 def test_skipping_to_a_slot(peer: Peer, channel: Channel) -> None:
-    """Records of earlier ops go unseen, also such that come while it waits; those behind are left."""
+    """Records of earlier ops go by, also such that come while it waits; those behind are left."""
+    seen: list[int] = []
     channel.post(bytes(8 * 32))
     for op in (1, 2, 2):
         peer.post(op=op)
@@ -216,16 +217,20 @@ def test_skipping_to_a_slot(peer: Peer, channel: Channel) -> None:
         else:
             peer.take()
 
-    channel.skip_to(5, idle)
+    def see(record: Record) -> None:
+        seen.append(record.op)
+
+    channel.skip_to(5, idle, see)
+    assert seen == [1, 2, 2, 4]
     assert peer.field("record_checked") == 4
-    channel.skip_to(8, give_up)
+    channel.skip_to(8, give_up, see)
     for op in (6, 8):
         peer.post(op=op)
-    channel.skip_to(8, give_up)
+    channel.skip_to(8, give_up, see)
     assert channel.next_record(give_up).op == 8
     channel.release()
     with pytest.raises(Waited):
-        channel.skip_to(9, give_up)
+        channel.skip_to(9, give_up, see)
 
 
 def test_last_record(peer: Peer, channel: Channel) -> None:
