@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 P: Final = 1 << 0
 RW: Final = 1 << 1
@@ -36,7 +36,9 @@ class Level(NamedTuple):
     `shift` is the lowest address bit of the index. An entry with a bit of `leaf` set maps a page of
     1 << shift bytes (a PTE always does: its `leaf` is P); else it points to a table. A set bit of
     `reserved_table` or `reserved_leaf` respectively is a reserved-bit fault. `granted` are the rights
-    that the entry does not decide over, `accessed` the bit that use of it as a pointer sets.
+    that the entry does not decide over, `accessed` the bit that use of it as a pointer sets. `plain` are
+    the bits of which an entry has P alone if it points to a table and nothing is wrong with it: most
+    entries are that, and the walk asks one question of them. 0 is always right: it then asks them all.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Level(NamedTuple):
     reserved_leaf: int
     granted: int = 0
     accessed: int = A
+    plain: int = 0
 
 
 class Format(NamedTuple):
@@ -61,6 +64,13 @@ class Format(NamedTuple):
     entry_shift: int = 3
     index_mask: int = 0x1FF
     root_mask: int = FRAME
+
+    @classmethod
+    def of(cls, name: str, levels: tuple[Level, ...], address_bits: int, **shape: int) -> Self:
+        """A format of these levels, with their `plain` filled in."""
+        plain = (0 if level.leaf == P else P | level.leaf | level.reserved_table for level in levels)
+        return cls(name, tuple(level._replace(plain=bits) for level, bits in zip(levels, plain, strict=True)),
+                   address_bits, **shape)
 
 
 LEVEL_NAMES: Final = ("pte", "pde", "pdpte", "pml4e", "pml5e")
@@ -94,7 +104,7 @@ def long_mode(maxphyaddr: int, nxe: bool, page1g: bool = True, la57: bool = Fals
         Level("pde", 21, PS, high, high | _below(21)),
         Level("pte", 12, P, 0, high),
     )
-    return Format("5-level", (top, *levels), 57) if la57 else Format("4-level", levels, 48)
+    return Format.of("5-level", (top, *levels), 57) if la57 else Format.of("4-level", levels, 48)
 
 
 @lru_cache(maxsize=64)
@@ -102,7 +112,7 @@ def pae(maxphyaddr: int, nxe: bool) -> Format:
     """The tables of legacy PAE mode (section 5.2.3). PDPTEs have no rights and no accessed bit; under
     nested paging they are read like any other entry (section 15.25.10)."""
     high = _high(maxphyaddr, nxe) | 0x7FF << 52 & ~FRAME & ~NX
-    return Format(
+    return Format.of(
         "PAE",
         (
             Level("pdpte", 30, 0, high | NX | 0x1E6, 0, ALL_RIGHTS, 0),
@@ -119,7 +129,7 @@ def legacy(maxphyaddr: int, pse: bool) -> Format:
     """The two levels of 32-bit entries of legacy mode without PAE (section 5.2.2); `pse` is CR4.PSE,
     without which there are no 4M pages. Bits 20:13 of a 4M entry are address bits 39:32 (PSE-36)."""
     beyond = 0x1F_E000 & ~((1 << max(0, min(maxphyaddr, 40) - 32)) - 1 << 13)
-    return Format(
+    return Format.of(
         "32-bit",
         (
             Level("pde", 22, PS if pse else 0, 0, 1 << 21 | beyond),

@@ -125,24 +125,28 @@ def walk_nested(
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
     table = paging.ncr3 & root_mask
-    indexed = gpa if address_bits > 32 else gpa & 0xFFFF_FFFF
+    indexed = (gpa if address_bits > 32 else gpa & 0xFFFF_FFFF) << entry_shift
+    index_mask <<= entry_shift
     rights = ALL_RIGHTS
+    no_execute = 0
     write, fetch, user, _, _, shadow = access
-    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
-        address = table + ((indexed >> shift & index_mask) << entry_shift)
+    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed, plain in levels:
+        address = table + (indexed >> shift & index_mask)
         entry = ram[address >> 3]
         if entry_shift == 2:
             entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((NESTED, name, purpose, address, entry))
-        if not entry & P:
-            raise _nested_fault("present", paging, gpa, access, purpose, 0)
-        rights &= entry ^ NX | granted
-        if entry & leaf:
-            if entry & reserved_leaf:
+        rights &= entry | granted
+        no_execute |= entry
+        if entry & plain != P:
+            if not entry & P:
+                raise _nested_fault("present", paging, gpa, access, purpose, 0)
+            if entry & leaf:
+                if entry & reserved_leaf:
+                    raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
+                break
+            if entry & reserved_table:
                 raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
-            break
-        if entry & reserved_table:
-            raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
         if accessed:
             updates.append((address, accessed, TABLE))
         table = entry & FRAME
@@ -157,7 +161,7 @@ def walk_nested(
         raise _nested_fault("user", paging, gpa, access, purpose, ErrorCode.P)
     if write and not rights & RW:
         raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)
-    if fetch and not rights & NX:
+    if fetch and no_execute & NX:
         raise _nested_fault("execute", paging, gpa, access, purpose, ErrorCode.P)
     updates.append((address, A | D if write else A, TABLE))
     offset = (1 << shift) - 1
@@ -186,24 +190,29 @@ def _walk_guest(
         raise _Fault("canonical", GeneralProtection())
     nested = paging.nested
     table = paging.gcr3 & root_mask
+    indexed = gva << entry_shift
+    index_mask <<= entry_shift
     rights = ALL_RIGHTS
-    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed in levels:
-        address = table + ((gva >> shift & index_mask) << entry_shift)
+    no_execute = 0
+    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed, plain in levels:
+        address = table + (indexed >> shift & index_mask)
         if nested is not None:
             address = walk_nested(paging, nested, ram, address, _TABLE_ACCESS, name, trail, updates)
         entry = ram[address >> 3]
         if entry_shift == 2:
             entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((GUEST, name, "", address, entry))
-        if not entry & P:
-            raise _guest_fault("present", paging, gva, access, 0)
-        rights &= entry ^ NX | granted
-        if entry & leaf:
-            if entry & reserved_leaf:
+        rights &= entry | granted
+        no_execute |= entry
+        if entry & plain != P:
+            if not entry & P:
+                raise _guest_fault("present", paging, gva, access, 0)
+            if entry & leaf:
+                if entry & reserved_leaf:
+                    raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
+                break
+            if entry & reserved_table:
                 raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
-            break
-        if entry & reserved_table:
-            raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
         if accessed:
             updates.append((address, accessed, TABLE))
         table = entry & FRAME
@@ -226,7 +235,7 @@ def _walk_guest(
                 raise _guest_fault("smap", paging, gva, access, code)
         if write and paging.wp and not rights & RW:
             raise _guest_fault("write", paging, gva, access, code)
-    if fetch and not rights & NX:
+    if fetch and no_execute & NX:
         raise _guest_fault("execute", paging, gva, access, code)
     if code & ErrorCode.PK:
         raise _guest_fault("key", paging, gva, access, code)

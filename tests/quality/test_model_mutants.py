@@ -60,9 +60,10 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", 'elif not rights & US:\n        raise _nested_fault("user"',
         'elif False:\n        raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
     "nested R/W ignored": Mutant(
-        "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1", "outcome"),
+        "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1",
+        "outcome"),
     "nested NX ignored": Mutant(
-        "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/nested-no-execute",), "C1", "outcome"),
+        "model.walk", "if fetch and no_execute & NX:", "if False:", ("walk/nested-no-execute",), "C1", "outcome"),
     "guest tables are only read": Mutant(
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
         (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
@@ -71,14 +72,16 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "    elif purpose == FINAL and not rights & US:\n        raise _nested", ("walk/table-supervisor",), "C1",
         "outcome"),
     "only the nested leaf's rights count": Mutant(
-        "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/nested-read-only",), "C1", "outcome"),
+        "model.walk", "rights &= entry | granted", "rights = entry | granted", ("walk/nested-read-only",), "C1",
+        "outcome"),
     "only the guest leaf's rights count": Mutant(
-        "model.walk", "rights &= entry ^ NX", "rights = entry ^ NX", ("walk/guest-read-only",), "C1", "outcome", 2),
+        "model.walk", "rights &= entry | granted", "rights = entry | granted", ("walk/guest-read-only",), "C1",
+        "outcome", 2),
     "guest U/S ignored": Mutant(
         "model.walk", "    elif user:\n        if not rights & US:", "    elif user:\n        if False:",
         ("walk/guest-supervisor",), "C1", "outcome"),
     "guest NX ignored": Mutant(
-        "model.walk", "if fetch and not rights & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome", 2),
+        "model.walk", "if fetch and no_execute & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome", 2),
     "CR0.WP taken for set": Mutant(
         "model.walk", "if write and paging.wp and not", "if write and not",
         (one('vmcb = "cr0"\nclear = ["wp"]', clear_bits("guest.a.pte", "rw"), ALL),), "C1", "outcome"),
