@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
-from harness.model.dirty import TABLE
+from harness.model.dirty import CUT, TABLE
 from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
 from harness.model.events import EXCEPTION
 from harness.model.registers import CR4, EFER
@@ -67,14 +67,6 @@ def _no_legacy_nested(paging: Paging) -> Paging:
     return paging._replace(nested=None) if legacy else paging
 
 
-def _nested_id_nxe(paging: Paging) -> Paging:
-    """Whether #NPF reports a fetch depends on L1's EFER.NXE alone, not on its CR4.SMEP."""
-    if paging.nested is None:
-        return paging
-    nxe = not paging.nested.levels[-1].reserved_leaf & NX
-    return paging._replace(nested_id=paging.nested_id and nxe)
-
-
 def _reserved_without_p(paging: Paging, walk: Walk) -> Walk:
     """A reserved-bit fault is reported with P=0."""
     match walk.outcome:
@@ -96,7 +88,7 @@ def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
         if name == "pdpte" and entry & P and entry & PS and address not in known and fmt is not None:
             level = next(level for level in fmt.levels if level.name == name)
             if not entry & level.reserved_table & (NX | FRAME):
-                updates.append((address, A, TABLE))
+                updates.append((address, A, TABLE if dimension == "guest" else CUT))
     return walk._replace(updates=updates)
 
 
@@ -125,7 +117,6 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8),
     "pae-pdpte": _in_both(_pae_pdpte),
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
-    "nested-id-nxe": Quirk(paging=_nested_id_nxe),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
     "implicit-obeys-ac": Quirk(access=_implicit_obeys_ac),

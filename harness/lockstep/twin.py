@@ -9,8 +9,9 @@ from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import on_refusal
 from harness.lockstep.state import State
 from harness.model import consistency, events, vmrun
+from harness.model.access import ErrorCode
 from harness.model.events import EVENT_VALID, Event
-from harness.model.registers import RFLAGS
+from harness.model.registers import EFER, RFLAGS
 from harness.model.vmcb import SAVE, STATE, ExitCode
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
@@ -99,6 +100,9 @@ class Twin(State):
         elif code == ExitCode.EXCEPTION + events.GP:
             undefined.append("exitinfo2")
         out.free = dict.fromkeys(undefined, WHOLE) | l2.undefined
+        if leave.info1 & ErrorCode.ID and code == ExitCode.NPF and not self.host.efer & EFER.NXE:
+            # 15.25.6 has I/D for every fetch, and an error code like that of #PF, where it needs NXE or SMEP (8.4.2)
+            out.free["exitinfo1"] = ErrorCode.ID
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID

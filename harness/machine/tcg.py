@@ -14,9 +14,9 @@ from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.model.dirty import Liberties, Takes
 from harness.wire.image import Image
 
-LIBERTIES: Final = Liberties(walk_faulted=Takes.ALWAYS, page_not_reached=Takes.ALWAYS, other_page=Takes.ALWAYS)
+LIBERTIES: Final = Liberties(*(Takes.ALWAYS,) * 4)
 """QEMU sets accessed bits as it goes down, the guest's leaf bits before it walks the page's own gPA, and
-those of an access's first page before it walks the second: the manual permits all three (mmu_translate in
+those of an access's first page before it walks the second: the manual permits it all (mmu_translate in
 target/i386/tcg, 7.2 to 11)."""
 
 _BOOT_TIMEOUT: Final = 8.0

@@ -13,13 +13,17 @@ from typing import Final, NamedTuple
 
 from harness.model.memory import Words
 
-TABLE: Final = 0
-"""The entry led to a table (or is the nested leaf of a page) that was read or written."""
-PAGE: Final = 1
-"""The entry is the guest's leaf: it led to the page that the access is for."""
+NESTED_TABLE: Final = "nested"
+"""The nested entry served a nested walk that ended well."""
+CUT: Final = "cut"
+"""The nested entry served the nested walk that faulted, further down."""
+TABLE: Final = "table"
+"""The guest's entry led to a table."""
+PAGE: Final = "page"
+"""The guest's entry is its leaf: it led to the page that the access is for."""
 
-Update = tuple[int, int, int]
-"""sPA of an entry, the bits to set, and TABLE or PAGE."""
+Update = tuple[int, int, str]
+"""sPA of an entry, the bits to set, and what the entry was used for: one of the four above."""
 
 
 class Takes(Enum):
@@ -31,14 +35,18 @@ class Takes(Enum):
 
 
 class Liberties(NamedTuple):
-    """What a machine makes of the room that the manual leaves; the default is the widest.
+    """What a machine makes of the room that the manual leaves where a walk faults; the default is the
+    widest. There is none for nested walks that ended well: those of the guest's tables set their bits
+    before the guest's entries are looked at (section 15.25.6, steps 1 and 2).
 
-    `walk_faulted`: bits of entries that were used before the walk faulted further down.
+    `nested_cut`: bits of the entries that a nested walk used before it faulted itself.
+    `guest_cut`: bits of the guest's table entries, where the walk faults further down in either dimension.
     `page_not_reached`: bits of the guest's leaf entry when the nested walk of the page itself faults.
     `other_page`: all bits of one page's walk, where an access touches two and the other one faults.
     """
 
-    walk_faulted: Takes = Takes.SOMETIMES
+    nested_cut: Takes = Takes.SOMETIMES
+    guest_cut: Takes = Takes.SOMETIMES
     page_not_reached: Takes = Takes.SOMETIMES
     other_page: Takes = Takes.SOMETIMES
 
@@ -53,10 +61,11 @@ def resolve(
         return [], list(updates) if liberties.other_page is Takes.SOMETIMES else []
     if not faulted:
         return list(updates), []
+    room = {CUT: liberties.nested_cut, TABLE: liberties.guest_cut, PAGE: liberties.page_not_reached}
     required: list[Update] = []
     permitted: list[Update] = []
     for update in updates:
-        takes = liberties.page_not_reached if update[2] == PAGE else liberties.walk_faulted
+        takes = room.get(update[2], Takes.ALWAYS)
         if takes is Takes.ALWAYS:
             required.append(update)
         elif takes is Takes.SOMETIMES:

@@ -88,8 +88,8 @@ _WALK: Final = (
          "level, and U/S decides over nothing else.",
          (_DATA, _PDPTE)),
     Rule("nested.sss", "15.25.14",
-         "With the supervisor shadow stack check enabled L2's supervisor shadow stacks need a page with U/S=0 in the "
-         "nested leaf and U/S=1 at every nested level above it.",
+         "With the supervisor shadow stack check enabled L2's supervisor shadow stacks need a page with U/S=0 and NX=1 "
+         "in the nested leaf, and R/W=1 at every nested level above it.",
          (("table", "L2's tables are no shadow stacks"), ("off", "without paging L2 has no shadow stacks"))),
 )
 

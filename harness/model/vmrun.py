@@ -80,19 +80,15 @@ def table_format(cr0: int, cr4: int, efer: int, cpu: Cpu) -> Format | None:
     return pae(cpu.maxphyaddr, nxe) if cr4 & CR4.PAE else legacy(cpu.maxphyaddr, bool(cr4 & CR4.PSE))
 
 
-def _reports_fetch(cr4: int, efer: int) -> bool:
-    """Whether a page-fault error code says that the access was a fetch (section 8.4.2)."""
-    return bool((efer & EFER.NXE and cr4 & CR4.PAE) or cr4 & CR4.SMEP)
-
-
 def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
     """The translation in force for L2 with `regs`.
 
     The nested dimension has the format that L1 has at VMRUN; L1's EFER.NXE decides over NX in it; its
-    CR0.WP and CR4.SMAP have no part in it, its CR4.SMEP only in whether a fetch is reported as one
-    (sections 15.25.3, 15.25.5 and 15.25.7).
+    CR0.WP, CR4.SMEP and CR4.SMAP have no part in it (sections 15.25.3, 15.25.5 and 15.25.7). The supervisor
+    shadow stack check is ignored where L1 has no NX bit to mark such pages with (15.25.14).
     """
-    nested = table_format(host.cr0, host.cr4, host.efer, cpu) if vmcb["np_control"] & NP_ENABLE else None
+    control = vmcb["np_control"]
+    nested = table_format(host.cr0, host.cr4, host.efer, cpu) if control & NP_ENABLE else None
     return Paging(
         guest=table_format(regs.cr0, regs.cr4, regs.efer, cpu),
         gcr3=regs.cr3,
@@ -100,13 +96,12 @@ def paging(regs: Registers, vmcb: Vmcb, host: Host, cpu: Cpu) -> Paging:
         smep=bool(regs.cr4 & CR4.SMEP),
         smap=bool(regs.cr4 & CR4.SMAP),
         ac=bool(regs.rflags & RFLAGS.AC),
-        guest_id=_reports_fetch(regs.cr4, regs.efer),
+        guest_id=bool((regs.efer & EFER.NXE and regs.cr4 & CR4.PAE) or regs.cr4 & CR4.SMEP),  # 8.4.2
         nested=nested,
         ncr3=vmcb["ncr3"],
-        nested_id=_reports_fetch(host.cr4, host.efer),
         pkru=host.pkru if regs.cr4 & CR4.PKE and regs.efer & EFER.LMA else 0,
-        gmet="gmet" in cpu.features and bool(vmcb["np_control"] & NP_GMET),
-        sss="sss" in cpu.features and bool(vmcb["np_control"] & NP_SSS),
+        gmet="gmet" in cpu.features and bool(control & NP_GMET),
+        sss="sss" in cpu.features and bool(control & NP_SSS and host.cr4 & CR4.PAE and host.efer & EFER.NXE),
     )
 
 

@@ -19,7 +19,7 @@ from harness.model.access import (
     Reached,
     StackFault,
 )
-from harness.model.dirty import PAGE, TABLE, Update
+from harness.model.dirty import CUT, NESTED_TABLE, PAGE, TABLE, Update
 from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, PSE36_SHIFT, RW, US, A, D, Format, Level, P
 from harness.model.memory import Words
 from harness.model.registers import PKRU_AD, PKRU_WD
@@ -35,8 +35,8 @@ _TABLE_ACCESS: Final = Access(write=True, fetch=False, user=True)
 class Paging(NamedTuple):
     """Everything but memory that decides a translation: taken from the VMCB and from L1 at VMRUN.
 
-    `guest` is None where L2 has paging off, `nested` where NP_ENABLE is 0. `guest_id` and
-    `nested_id` say whether a fetch is reported as one in the error code. `pkru` is PKRU where CR4.PKE
+    `guest` is None where L2 has paging off, `nested` where NP_ENABLE is 0. `guest_id` says whether #PF
+    reports a fetch as one. `pkru` is PKRU where CR4.PKE
     puts it in force, else 0. `gmet` and `sss` are the VMCB's guest mode execute trap and supervisor
     shadow stack check, each where the CPU has it.
     """
@@ -50,7 +50,6 @@ class Paging(NamedTuple):
     guest_id: bool
     nested: Format | None
     ncr3: int
-    nested_id: bool
     pkru: int = 0
     gmet: bool = False
     sss: bool = False
@@ -109,6 +108,8 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
         outcome = Reached(spa, gpa)
     except _Fault as fault:
         rule, outcome = fault.rule, fault.outcome
+        if isinstance(outcome, NestedPageFault):
+            updates = _cut_short(trail, updates)
     return Walk(outcome, rule, trail, updates)
 
 
@@ -148,27 +149,36 @@ def walk_nested(
             if entry & reserved_table:
                 raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
         if accessed:
-            updates.append((address, accessed, TABLE))
+            updates.append((address, accessed, NESTED_TABLE))
         table = entry & FRAME
     # Every access is a user access in the nested dimension, whatever L2's CPL (but see 15.25.13 and 15.25.14).
-    if paging.gmet:
-        if fetch and not user and rights & US:
-            raise _nested_fault("gmet", paging, gpa, access, purpose, ErrorCode.P)
-    elif shadow and paging.sss and not user:
+    code = ErrorCode.P | (ErrorCode.SSS if paging.sss and entry & NX and not entry & US else 0)
+    if shadow and paging.sss and not user:
         if not _is_supervisor_shadow_stack(levels, trail, purpose):
-            raise _nested_fault("sss", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.SSS)
-    elif not rights & US:
-        raise _nested_fault("user", paging, gpa, access, purpose, ErrorCode.P)
-    if write and not rights & RW:
-        raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)
+            raise _nested_fault("sss", paging, gpa, access, purpose, code)
+    else:
+        if paging.gmet:
+            if fetch and not user and rights & US:
+                raise _nested_fault("gmet", paging, gpa, access, purpose, code)
+        elif not rights & US:
+            raise _nested_fault("user", paging, gpa, access, purpose, code)
+        if write and not rights & RW:
+            raise _nested_fault("write", paging, gpa, access, purpose, code)
     if fetch and no_execute & NX:
-        raise _nested_fault("execute", paging, gpa, access, purpose, ErrorCode.P)
-    updates.append((address, A | D if write else A, TABLE))
+        raise _nested_fault("execute", paging, gpa, access, purpose, code)
+    updates.append((address, A | D if write else A, NESTED_TABLE))
     offset = (1 << shift) - 1
     frame = entry & FRAME & ~offset
     if shift == PSE36_SHIFT:
         frame |= (entry >> 13 & 0xFF) << 32
     return frame | gpa & offset
+
+
+def _cut_short(trail: Trail, updates: list[Update]) -> list[Update]:
+    """`updates` with those of the nested walk that faulted, the last one of `trail`, told from the others."""
+    purpose = trail[-1][2]
+    cut = {step[3] for step in trail if step[0] is NESTED and step[2] is purpose}
+    return [(at, bits, CUT if kind is NESTED_TABLE and at in cut else kind) for at, bits, kind in updates]
 
 
 def _walk_guest(
@@ -264,11 +274,11 @@ def _is_shadow_stack(levels: tuple[Level, ...], trail: Trail, user: bool) -> boo
 
 
 def _is_supervisor_shadow_stack(levels: tuple[Level, ...], trail: Trail, purpose: str) -> bool:
-    """Whether the nested entries of `trail` mark the page for `purpose` as a supervisor's shadow stack
-    (section 15.25.14): U/S=0 in the leaf, U/S=1 in all above it that have one."""
+    """Whether the nested entries of `trail` designate the page for `purpose` as a supervisor's shadow stack
+    (section 15.25.14): NX=1 and U/S=0 in the leaf, R/W=1 in all above it that have one."""
     read = (step[4] for step in trail if step[2] is purpose)
     *tables, leaf = (entry | level.granted for level, entry in zip(levels, read, strict=False))
-    return not leaf & US and all(entry & US for entry in tables)
+    return bool(leaf & NX) and not leaf & US and all(entry & RW for entry in tables)
 
 
 def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> _Fault:
@@ -292,6 +302,8 @@ def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: 
         code |= ErrorCode.U
     if access.write:
         code |= ErrorCode.W
-    if access.fetch and paging.nested_id:
+    if access.fetch:
         code |= ErrorCode.ID
+    if access.shadow_stack:
+        code |= ErrorCode.SS
     return _Fault(f"nested.{rule}", NestedPageFault(code, gpa))

@@ -117,7 +117,7 @@ class TestPredictions:
         entry = program.world.entries["guest.a.pte"]
         seen = {}
         for takes in Takes:
-            twin = Twin(image, cpu, Liberties(takes, takes))
+            twin = Twin(image, cpu, Liberties(*[takes] * 4))
             (out,) = predictions(twin, program)
             seen[takes] = (twin.memory.words[entry >> 3] & 0x60, out.permitted.get(entry, 0))
         assert seen == {Takes.ALWAYS: (0x60, 0), Takes.SOMETIMES: (0, 0x60), Takes.NEVER: (0, 0)}

@@ -118,7 +118,6 @@ class Space:
         smap: bool = False,
         ac: bool = False,
         guest_id: bool | None = None,
-        nested_id: bool | None = None,
     ) -> Paging:
         return Paging(
             guest=long_mode(self.maxphyaddr, self.guest_nxe, self.page1g),
@@ -130,7 +129,6 @@ class Space:
             guest_id=self.guest_nxe or smep if guest_id is None else guest_id,
             nested=long_mode(self.maxphyaddr, self.host_nxe, self.page1g) if self.nested else None,
             ncr3=self.ncr3,
-            nested_id=self.host_nxe if nested_id is None else nested_id,
         )
 
     def walk(self, gva: int, access: Access = READ, paging: Paging | None = None) -> Walk:
@@ -139,6 +137,6 @@ class Space:
     def walk_and_write(self, gva: int, access: Access = READ, takes: Takes = Takes.ALWAYS) -> Walk:
         """Walk, and write back what a machine would that takes every liberty so."""
         walk = self.walk(gva, access)
-        required, _ = resolve(walk.updates, not isinstance(walk.outcome, Reached), Liberties(takes, takes))
+        required, _ = resolve(walk.updates, not isinstance(walk.outcome, Reached), Liberties(*[takes] * 4))
         write_back(self.memory.words, required)
         return walk

@@ -49,7 +49,7 @@ class Tables:
     def walk(self, address: int, access: Access = READ) -> Walk:
         one = self.dimension == "guest"
         guest, nested = (self.fmt, None) if one else (None, self.fmt)
-        paging = Paging(guest, ROOT, True, False, False, False, True, nested, ROOT, True)
+        paging = Paging(guest, ROOT, True, False, False, False, True, nested, ROOT)
         return translate(paging, self.memory.words, address, access)
 
     def faulted(self, address: int, access: Access, code: int) -> PageFault | NestedPageFault:
@@ -170,7 +170,7 @@ class TestPae:
         memory = Memory(1 << 20)
         memory.words[(0x1000 | low) + 8 * 3 >> 3] = 0x3000 | P
         memory.words[0x3000 + 8 * (self.GVA >> 21 & 0x1FF) >> 3] = USER | PS
-        paging = Paging(fmt, 0x1000 | low | 0x1F, True, False, False, False, True, None, 0, True)
+        paging = Paging(fmt, 0x1000 | low | 0x1F, True, False, False, False, True, None, 0)
         outcome = translate(paging, memory.words, self.GVA, READ).outcome
         assert outcome == Reached(self.GVA & 0x1F_FFFF, self.GVA & 0x1F_FFFF)
 
@@ -179,7 +179,7 @@ class TestPae:
         guest = Tables(pae(40, True))
         guest.map(self.GVA, 0x20_0000)
         nested = long_mode(40, True)
-        paging = Paging(guest.fmt, ROOT, True, False, False, False, True, nested, 0x10_0000, True)
+        paging = Paging(guest.fmt, ROOT, True, False, False, False, True, nested, 0x10_0000)
         walk = translate(paging, guest.memory.words, self.GVA, FETCH)
         assert walk.outcome == NestedPageFault(E.U | E.W | E.GUEST_TABLE, ROOT + 24)
         assert walk.steps[0].dimension == NESTED and walk.steps[0].purpose == "pdpte"
@@ -274,7 +274,7 @@ class TestLegacy:
     def test_gpa_of_a_guest_entry(self) -> None:
         """15.25.6: EXITINFO2 is the entry's gPA, aligned to four bytes here."""
         gva = self.GVA | 1 << 22  # an odd index
-        paging = Paging(legacy(40, True), ROOT, True, False, False, False, False, long_mode(40, True), 0x10_0000, True)
+        paging = Paging(legacy(40, True), ROOT, True, False, False, False, False, long_mode(40, True), 0x10_0000)
         outcome = translate(paging, Memory(4 << 20).words, gva, READ).outcome
         assert outcome == NestedPageFault(E.U | E.W | E.GUEST_TABLE, ROOT + 4 * (gva >> 22))
         assert outcome.address & 7 == 4

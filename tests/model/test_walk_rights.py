@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.model.access import Access, Reached, StackFault
-from harness.model.entries import RW, US, D, P
+from harness.model.entries import NX, RW, US, D, P
 from harness.model.walk import FINAL, Walk, translate
 from tests.model.tables import GVA, E, Space
 
@@ -146,16 +146,34 @@ class TestGmet:
         assert codes == [E.U | E.FINAL, E.U | E.W | E.FINAL, E.ID | E.FINAL, E.U | E.ID | E.FINAL]
 
 
-def test_supervisor_shadow_stack_check() -> None:
-    """Section 15.25.14: U/S=0 in the nested leaf, U/S=1 above it; EXITINFO1 bit 37 says that this failed."""
-    space, entries = user_page()
-    space.change(entries["pte"], set=D, clear=RW | US)
-    nested = nested_leaf(space)
-    assert code(walk(space, SHADOW_READ)) is None
-    found = walk(space, SHADOW_READ, sss=True)
-    assert (found.rule, code(found)) == ("nested.sss", E.P | E.U | E.FINAL | E.SSS)
-    space.change(nested["pte"], clear=US)
-    assert code(walk(space, SHADOW_READ, sss=True)) is None
-    assert code(walk(space, READ, sss=True)) == E.P | E.U | E.FINAL
-    space.change(nested["pde"], clear=US)
-    assert code(walk(space, SHADOW_READ, sss=True)) == E.P | E.U | E.FINAL | E.SSS
+class TestSupervisorShadowStackCheck:
+    """Section 15.25.14: NX=1 and U/S=0 in the nested leaf, R/W=1 above it; EXITINFO1 bit 37 (15.25.6)."""
+
+    def page(self, set: int = 0, clear: int = 0, level: str = "pte") -> Space:
+        """A supervisor's shadow stack of L2, with that change to a nested entry of it."""
+        space, entries = user_page()
+        nested = nested_leaf(space)
+        space.change(entries["pte"], set=D, clear=RW | US)
+        space.change(nested[level], set, clear)
+        return space
+
+    def test_designated(self) -> None:
+        for clear in (US, US | RW):
+            space = self.page(NX, clear)
+            assert code(walk(space, SHADOW_WRITE, sss=True)) is None
+            assert code(walk(space, SHADOW_WRITE)) == E.P | E.W | E.U | E.SS | E.FINAL
+
+    @pytest.mark.parametrize(("set", "clear"), [(0, 0), (0, US), (NX, 0)])
+    def test_not_designated(self, set: int, clear: int) -> None:
+        found = walk(self.page(set, clear), SHADOW_READ, sss=True)
+        assert (found.rule, code(found)) == ("nested.sss", E.P | E.U | E.SS | E.FINAL)
+
+    def test_a_table_above_is_read_only(self) -> None:
+        space = self.page(0, RW, "pde")
+        space.change(nested_leaf(space)["pte"], NX, US)
+        assert code(walk(space, SHADOW_READ, sss=True)) == E.P | E.U | E.SS | E.FINAL | E.SSS
+
+    def test_others_find_a_page_out_of_reach(self) -> None:
+        space = self.page(NX, US)
+        assert code(walk(space, READ, sss=True)) == E.P | E.U | E.FINAL | E.SSS
+        assert code(walk(space, READ)) == E.P | E.U | E.FINAL

@@ -170,7 +170,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if access.fetch and paging.guest_id:", "if False:", ("walk/guest-no-execute",), "C1",
         "exitinfo1"),
     "#NPF without I/D": Mutant(
-        "model.walk", "if access.fetch and paging.nested_id:", "if False:", ("walk/nested-no-execute",), "C1",
+        "model.walk", "if access.fetch:\n        code", "if False:\n        code", ("walk/nested-no-execute",), "C1",
         "exitinfo1"),
     "permission fault without P": Mutant(
         "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)',

@@ -56,7 +56,7 @@ class Case:
         """As the twin does: a walk, and its bits written back."""
         walk = self.space.walk(GVA | offset, access)
         faulted = not isinstance(walk.outcome, Reached)
-        required, _ = resolve(walk.updates, faulted, Liberties(Takes.ALWAYS, Takes.ALWAYS))
+        required, _ = resolve(walk.updates, faulted, Liberties(*[Takes.ALWAYS] * 4))
         write_back(self.space.memory.words, required)
         return walk
 
