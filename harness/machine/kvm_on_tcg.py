@@ -15,12 +15,10 @@ from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, initramfs, kernel, l0, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.trace import Trace, Unobservable
-from harness.model.dirty import Liberties, Takes
+from harness.model.dirty import Liberties
 from harness.wire.image import PAGE, Image
 
-LIBERTIES: Final = Liberties(
-    walk_faulted=Takes.SOMETIMES, page_not_reached=Takes.SOMETIMES, other_page=Takes.SOMETIMES
-)
+LIBERTIES: Final = Liberties()
 """KVM's walker of L1's nested table sets A and D only once the whole walk has succeeded (walk_addr_generic() in
 arch/x86/kvm/mmu/paging_tmpl.h), while the CPU sets the bits of L2's own tables as it goes: so both are seen."""
 
