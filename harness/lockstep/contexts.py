@@ -107,11 +107,15 @@ class Contexts:
             return int.from_bytes(data[at.offset - base : at.offset - base + at.width], "little")
 
         before = record.before
-        self._pairs.append(Pair(
+        self.note(Pair(
             sink, where, record.vmcb, get("rip"), bool(get("np_control") & NP_ENABLE), get("ncr3"),
             Mode(before["cr0"], before["cr3"], before["cr4"], before["efer"]),
             Mode(get("cr0"), get("cr3"), get("cr4"), get("efer")), record.exitcode,
         ))
+
+    def note(self, pair: Pair) -> None:
+        """Note a VMRUN whose visit is to be checked once its events have come."""
+        self._pairs.append(pair)
 
     @property
     def due(self) -> Sink | None:

@@ -50,7 +50,8 @@ class Files(Protocol):
 
 
 class Bits(NamedTuple):
-    """Bit-fields of a word by name: the first bit, and a mask as wide as the field."""
+    """Bit-fields of a word by name: the first bit, and a mask as wide as the field. `access`, which has three bits
+    or since 7.1 four, is told by `access_all` too: whether all are set."""
 
     fields: tuple[tuple[str, int, int], ...]
 
@@ -60,7 +61,11 @@ class Bits(NamedTuple):
         return cls(tuple((n, m.bit, (1 << m.width) - 1) for n, m in members.items() if m.width < 32))
 
     def decode(self, word: int) -> dict[str, int]:
-        return {name: word >> bit & mask for name, bit, mask in self.fields}
+        out = {name: word >> bit & mask for name, bit, mask in self.fields}
+        for name, bit, mask in self.fields:
+            if name == "access":
+                out["access_all"] = int(word >> bit & mask == mask)
+        return out
 
 
 class Probe:

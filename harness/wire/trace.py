@@ -57,7 +57,7 @@ class InUse(NamedTuple):
         role = self.role
         kind = "direct" if role.get("direct") else f"shadow of {self.root:#x} ({self.walked.get('level', '?')} levels)"
         bits = " ".join(name for name, bit in role.items()
-                        if bit == 1 and name not in ("direct", "guest_mode", "access", "level", "word", "smm"))
+                        if bit == 1 and name not in ("direct", "guest_mode", "access", "access_all", "level", "smm"))
         return (f"{'L2' if self.guest_mode else 'L1'} {self.mmu} {kind}, root level {role.get('level')} "
                 f"at {self.root_hpa:#x}{' ' if bits else ''}{bits}")
 
