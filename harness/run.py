@@ -16,7 +16,7 @@ from harness.lockstep.compare import Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result
-from harness.lockstep.errata import Erratum
+from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.tally import Tally
 from harness.lockstep.twin import Twin
@@ -208,7 +208,7 @@ def _boot_and_run(
     try:
         with target.start() as machine:
             out.identity = machine.identity
-            known = [e for e in errata if any(e.holds_for(*layer) for layer in machine.identity.layers)]
+            known = of_layers(errata, machine.identity.layers)
             compiler = Compiler(machine.image, machine.cpu)
             twin = Twin(machine.image, machine.cpu, machine.liberties)
             lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage,

@@ -9,21 +9,21 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.quirks import QUIRKS
+from harness.lockstep.quirks import QUIRKS, below
 from harness.model.entries import A, D
 
 Version = tuple[int, ...]
 
 _KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": str, "checks": list, "fields": list,
                 "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
-                "reference": str, "consequences": bool, "quirk": str}
+                "reference": str, "consequences": bool, "quirk": str, "surfaces": bool}
 _REQUIRED: Final = ("id", "title", "machine", "explanation", "reference")
 
 
@@ -35,7 +35,8 @@ class Erratum:
     be; `expected` and `observed` are regular expressions over the two as text (integers in hex).
     `since` and `until` are versions, both included; None is no bound. With `consequences`, accessed
     and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`, in place
-    of a predicate, names a variation of the walk (harness.lockstep.quirks) under which all agrees.
+    of a predicate, names a variation of the walk (harness.lockstep.quirks) under which all agrees. One that
+    `surfaces` is seen through a hypervisor that runs L1 on this machine, where it is a quirk in L2's own walks only.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Erratum:
     observed: str = ""
     consequences: bool = False
     quirk: str = ""
+    surfaces: bool = False
 
     def holds_for(self, machine: str, version: Version) -> bool:
         """Whether this erratum is of `machine` in `version`; a bound of two numbers covers all of its
@@ -76,6 +78,18 @@ class Erratum:
         if self.differs and not (numbers and int(expected) ^ int(observed) in self.differs):
             return False
         return bool(re.search(self.expected, _text(expected)) and re.search(self.observed, _text(observed)))
+
+
+def of_layers(errata: Iterable[Erratum], layers: Sequence[tuple[str, Version]]) -> list[Erratum]:
+    """The errata of a machine made of `layers`, each with its version: that which runs L1 first, then those below
+    it, of which only those count that surface. In the order of the layers."""
+    errata = list(errata)
+    out = [erratum for erratum in errata if erratum.holds_for(*layers[0])]
+    for layer in layers[1:]:
+        for erratum in errata:
+            if erratum.surfaces and erratum.holds_for(*layer):
+                out.append(replace(erratum, quirk=below(erratum.quirk)) if erratum.quirk else erratum)
+    return out
 
 
 def quirks_of(errata: Iterable[Erratum]) -> dict[str, str]:

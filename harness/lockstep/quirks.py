@@ -23,6 +23,7 @@ from harness.model.walk import Paging, Walk
 RMW_READS_FIRST: Final = "rmw-reads-first"
 JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
+SOFTWARE_EVENT_LOST: Final = "software-event-lost"
 """Quirks of how L2's instructions are carried out: see harness.lockstep.l2."""
 
 
@@ -59,6 +60,13 @@ def _pae_pdpte(fmt: Format, level: Level) -> Level:
     if fmt.name != "PAE" or level.name != "pdpte":
         return level
     return level._replace(reserved_table=level.reserved_table & ~0x1E6, accessed=A)
+
+
+def _nested_pdpte(fmt: Format, level: Level) -> Level:
+    """The reserved bits of a PDPTE of PAE mode are not looked at, but for those beyond the physical addresses."""
+    if fmt.name != "PAE" or level.name != "pdpte":
+        return level
+    return level._replace(reserved_table=level.reserved_table & ~0x1E6)
 
 
 def _no_legacy_nested(paging: Paging) -> Paging:
@@ -116,6 +124,7 @@ def _vector(vmcb: Vmcb) -> int:
 QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8),
     "pae-pdpte": _in_both(_pae_pdpte),
+    "nested-pdpte-unchecked": Quirk(paging=lambda p: p._replace(nested=_levels(p.nested, _nested_pdpte))),
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
@@ -124,6 +133,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     PKE_NOT_FLUSHED: Quirk(),
     RMW_READS_FIRST: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
+    SOFTWARE_EVENT_LOST: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),
     "g-pat-unchecked": _unchecked("vmrun.g-pat"),
@@ -135,6 +145,28 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "eventinj-reserved-unchecked": _unchecked("vmrun.eventinj", lambda vmcb, host: _vector(vmcb) not in (2, 31)),
     "eventinj-mode-unchecked": _unchecked("vmrun.eventinj-mode"),
 }
+
+
+def _of_guest(quirk: Quirk) -> Quirk:
+    """`quirk` of a CPU on which a hypervisor runs L1: what that CPU walks is L2's own tables and the hypervisor's
+    shadow of L1's nested table; L1's table, and VMRUN, are the hypervisor's business."""
+    def paging(whole: Paging) -> Paging:
+        return quirk.paging(whole._replace(nested=None))._replace(nested=whole.nested)
+
+    def walk(whole: Paging, result: Walk) -> Walk:
+        changed = quirk.walk(whole._replace(nested=None), result)
+        return changed._replace(outcome=result.outcome) if isinstance(result.outcome, NestedPageFault) else changed
+
+    return Quirk(paging, quirk.access, walk)
+
+
+_BELOW: Final = " below a hypervisor"
+QUIRKS.update({name + _BELOW: _of_guest(quirk) for name, quirk in list(QUIRKS.items())})
+
+
+def below(name: str) -> str:
+    """The quirk `name` of the CPU that a hypervisor which runs L1 is on itself."""
+    return name if QUIRKS[name] == Quirk() else name + _BELOW
 
 
 def on_paging(paging: Paging, names: Iterable[str]) -> Paging:

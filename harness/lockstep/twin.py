@@ -6,7 +6,7 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.l2 import L2, Leave
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import on_refusal
+from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, on_refusal
 from harness.lockstep.state import State
 from harness.model import consistency, events, vmrun
 from harness.model.access import ErrorCode
@@ -55,7 +55,7 @@ class Twin(State):
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         l2 = L2(self, out, step)
         try:
-            if injected is not None:
+            if injected is not None and not (SOFTWARE_EVENT_LOST in self.quirks and injected.software):
                 l2.deliver(injected)
             l2.enter()
             for index in range(first, len(step.probes)):

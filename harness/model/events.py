@@ -53,6 +53,11 @@ class Event(NamedTuple):
         value = EVENT_VALID | self.kind << 8 | self.vector
         return value if self.error is None else value | _HAS_ERROR | self.error << 32
 
+    @property
+    def software(self) -> bool:
+        """Whether an instruction raises such an event: INT n, INT3 or INTO."""
+        return self.kind == SOFTWARE or (self.kind == EXCEPTION and self.vector in (3, 4))
+
     @classmethod
     def exception(cls, vector: int, error: int = 0) -> Self:
         """The exception of that vector, as the processor raises it."""
