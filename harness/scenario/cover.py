@@ -16,7 +16,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Final
 
-from harness.scenario.space import Case, Space
+from harness.scenario.space import Case, Partial, Space
 
 _ROUNDS: Final = 4
 _FIRST_VALUE: Final = 0.5
@@ -116,13 +116,12 @@ class _Case:
         self.space, self.random = space, random
         self.values: list[int] = []
         self.mask = 0
-        self._open = {id(group): group.everything for group in space.groups}
+        self._part = Partial(space)
 
     def put(self, value: int) -> None:
         axis = self.space.axis_of[value]
-        group = self.space.group_of[axis]
-        self._open[id(group)] &= group.where[axis][value - self.space.first[axis]]
-        assert self._open[id(group)], "constraints do not permit this value here"
+        self._part.put(axis, value - self.space.first[axis])
+        assert self._part.open, "constraints do not permit this value here"
         self.values.append(value)
         self.mask |= 1 << value
 
@@ -136,11 +135,10 @@ class _Case:
     def best(self, axis: int, missing: list[list[int]]) -> int:
         """The value of `axis` that fits and, with the values that are there, has the most of what is missing:
         `missing` has rows by the numbers of candidates."""
-        group, first, mask = self.space.group_of[axis], self.space.first[axis], self.mask
-        still, most = self._open[id(group)], -1
+        first, mask, room, most = self.space.first[axis], self.mask, self._part.room, -1
         best: list[int] = []
-        for value, where in enumerate(group.where[axis], first):
-            if still & where:
+        for value in range(first, self.space.first[axis + 1]):
+            if room(axis, value - first):
                 gain = 0
                 for row in missing:
                     new = row[value] & mask

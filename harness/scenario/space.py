@@ -1,17 +1,18 @@
 """The cases of a sweep: one value of each axis, wherever no constraint forbids the combination.
 
-A case is a tuple of indices, a value for each axis. Cases are numbered without being listed: axes that
-constraints tie together are solved once for each such group, with values between which no constraint
-makes a difference taken as one. So the product is known exactly, however large, and any case of it can
-be had by its number.
+A case is a tuple of indices, a value for each axis. Cases are numbered without being listed. The values of
+a few axes, the hub, are listed with each other; under each such choice the other axes fall into blocks that
+no constraint ties to each other, and each block is solved by itself, with values between which no constraint
+makes a difference taken as one. So the product is known exactly, however large, and any case of it can be
+had by its number.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from itertools import accumulate, pairwise, product
 from math import prod
 from typing import Final, NamedTuple
 
@@ -19,7 +20,7 @@ Case = tuple[int, ...]
 Label = Hashable
 
 MAX_SOLUTIONS: Final = 200_000
-"""Of one group of axes: more, and constraints tie too much together to be solved one by one."""
+"""Of the hub, or of one block under all choices of the hub: more, and constraints tie too much together."""
 
 
 class Constraint(NamedTuple):
@@ -30,6 +31,9 @@ class Constraint(NamedTuple):
     labels: tuple[tuple[Label, ...], ...]
     holds: Callable[[tuple[Label, ...]], bool]
 
+    def label(self, axis: int, value: int) -> Label:
+        return self.labels[self.axes.index(axis)][value]
+
 
 class TooTangled(ValueError):
     """Constraints tie together `axes`, which have more than MAX_SOLUTIONS solutions."""
@@ -39,117 +43,188 @@ class TooTangled(ValueError):
         self.axes = axes
 
 
-class Group:
-    """Axes that constraints tie together. Values with the same labels are of one class; a solution is a
-    class for each axis. `where` has for each value of each axis the set of solutions with it, a bit each;
-    `size` is the number of combinations of values."""
+class _Solved(NamedTuple):
+    """A block under one choice of the hub: its solutions, a class for each axis; by which place the solution
+    of a number is found; and the sum of their weights."""
 
-    def __init__(self, axes: tuple[int, ...], sizes: Sequence[int], constraints: Sequence[Constraint]) -> None:
+    solutions: tuple[tuple[int, ...], ...]
+    before: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.before[-1]
+
+
+class Block:
+    """Axes that constraints tie together under a choice of the hub. Values with the same labels are of one
+    class; a solution is a class for each axis, and weighs as much as it has combinations of values."""
+
+    def __init__(
+        self, axes: tuple[int, ...], sizes: Sequence[int], constraints: Sequence[Constraint],
+        hub: Sequence[Mapping[int, int]],
+    ) -> None:
         self.axes = axes
-        self._class: list[list[int]] = []  # by axis and value
+        self.classes: dict[int, list[int]] = {}
         self._members: list[list[list[int]]] = []  # by axis and class
-        labels: list[list[tuple[Label, ...]]] = []
         for axis in axes:
-            seen = [tuple(one.labels[one.axes.index(axis)][value] for one in constraints if axis in one.axes)
+            seen = [tuple(one.label(axis, value) for one in constraints if axis in one.axes)
                     for value in range(sizes[axis])]
-            kinds = list(dict.fromkeys(seen))
-            labels.append(kinds)
-            self._class.append([kinds.index(label) for label in seen])
+            kinds = {label: number for number, label in enumerate(dict.fromkeys(seen))}
+            self.classes[axis] = [kinds[label] for label in seen]
             self._members.append([[v for v in range(sizes[axis]) if seen[v] == kind] for kind in kinds])
-        self._solutions = self._solve(labels, constraints)
-        self._number = {solution: number for number, solution in enumerate(self._solutions)}
-        weights = [prod(map(len, self._chosen(solution))) for solution in self._solutions]
-        self._before = [0, *accumulate(weights)]
-        self.size = self._before[-1]
-        self.everything = (1 << len(self._solutions)) - 1
-        self.where: dict[int, list[int]] = {}
-        for place, axis in enumerate(axes):
-            sets = [sum(1 << n for n, solution in enumerate(self._solutions) if solution[place] == kind)
-                    for kind in range(len(self._members[place]))]
-            self.where[axis] = [sets[kind] for kind in self._class[place]]
+        combinations = prod(map(len, self._members))
+        if combinations * len(hub) > MAX_SOLUTIONS * 10:
+            raise TooTangled(axes)
+        solved: dict[tuple[tuple[int, ...], ...], _Solved] = {}
+        self.solved: list[_Solved] = []
+        """By the number of a choice of the hub."""
+        checks = [(cache(one.holds), one) for one in constraints]
+        for choice in hub:
+            found = tuple(
+                solution for solution in product(*(range(len(members)) for members in self._members))
+                if all(holds(self._labels(one, solution, choice)) for holds, one in checks)
+            )
+            if found not in solved:
+                weights = (prod(map(len, self._chosen(solution))) for solution in found)
+                solved[found] = _Solved(found, (0, *accumulate(weights)))
+            self.solved.append(solved[found])
+        if sum(len(one.solutions) for one in solved.values()) > MAX_SOLUTIONS:
+            raise TooTangled(axes)
+        self._fits: dict[tuple[int, ...], int] = {}
 
-    def _solve(self, labels: list[list[tuple[Label, ...]]], constraints: Sequence[Constraint]) -> list[tuple[int, ...]]:
-        """Axis by axis; a constraint is looked at as soon as all of its axes have a class."""
-        seen_by = [[one for one in constraints if axis in one.axes] for axis in self.axes]
-        found: list[tuple[int, ...]] = [()]
-        for depth in range(len(self.axes)):
-            due = [(lru_cache(None)(one.holds), [(p, seen_by[p].index(one)) for p in map(self.axes.index, one.axes)])
-                   for one in constraints if max(map(self.axes.index, one.axes)) == depth]
-            longer = ((*part, kind) for part in found for kind in range(len(labels[depth])))
-            found = [part for part in longer
-                     if all(holds(tuple(labels[p][part[p]][n] for p, n in at)) for holds, at in due)]
-            if len(found) > MAX_SOLUTIONS:
-                raise TooTangled(self.axes)
-        return found
+    def _labels(self, one: Constraint, solution: tuple[int, ...], choice: Mapping[int, int]) -> tuple[Label, ...]:
+        return tuple(
+            labels[choice[axis] if axis in choice else self._members[(at := self.axes.index(axis))][solution[at]][0]]
+            for axis, labels in zip(one.axes, one.labels, strict=True)
+        )
 
     def _chosen(self, solution: tuple[int, ...]) -> list[list[int]]:
         """By axis, the values that a solution leaves the choice of."""
         return [members[kind] for members, kind in zip(self._members, solution, strict=True)]
 
-    def at(self, rank: int) -> list[int]:
-        """Values for the axes, by a number up to `size` - 1."""
-        number = bisect_right(self._before, rank) - 1
-        rank -= self._before[number]
+    def at(self, choice: int, rank: int) -> list[int]:
+        """Values for the axes, by a number, under a choice of the hub."""
+        solutions, before = self.solved[choice]
+        number = bisect_right(before, rank) - 1
+        rank -= before[number]
         values = []
-        for members in self._chosen(self._solutions[number]):
+        for members in self._chosen(solutions[number]):
             rank, index = divmod(rank, len(members))
             values.append(members[index])
         return values
 
-    def rank(self, values: Sequence[int]) -> int:
-        """The number of these values. Raises KeyError for those that constraints forbid."""
-        solution = tuple(kinds[value] for kinds, value in zip(self._class, values, strict=True))
-        number = self._number[solution]
+    def rank(self, choice: int, values: Sequence[int]) -> int:
+        """The number of these values. Raises ValueError for those that constraints forbid."""
+        solutions, before = self.solved[choice]
+        solution = tuple(self.classes[axis][value] for axis, value in zip(self.axes, values, strict=True))
+        number = solutions.index(solution)
         rank = 0
         for members, value in reversed(list(zip(self._chosen(solution), values, strict=True))):
             rank = rank * len(members) + members.index(value)
-        return self._before[number] + rank
+        return before[number] + rank
+
+    def fits(self, part: tuple[int, ...]) -> int:
+        """The choices of the hub, a bit each, under which there is a solution with these classes; -1 is any."""
+        found = self._fits.get(part)
+        if found is None:
+            wanted = [(place, kind) for place, kind in enumerate(part) if kind >= 0]
+            good = {id(one): any(all(solution[p] == k for p, k in wanted) for solution in one.solutions)
+                    for one in self.solved}
+            found = self._fits[part] = sum(1 << n for n, one in enumerate(self.solved) if good[id(one)])
+        return found
+
+
+class Partial:
+    """Values of some axes, and what they leave room for: `open` are the choices of the hub that still go."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self.open = space.everything
+        self._parts = [(-1,) * len(block.axes) for block in space.blocks]
+
+    def room(self, axis: int, value: int) -> int:
+        """The choices of the hub that go with a further value: none if it does not fit."""
+        at = self._space.block_of.get(axis)
+        if at is None:
+            return self.open & self._space.hub_with[axis][value]
+        return self.open & self._space.blocks[at].fits(self._part(at, axis, value))
+
+    def put(self, axis: int, value: int) -> None:
+        self.open = self.room(axis, value)
+        at = self._space.block_of.get(axis)
+        if at is not None:
+            self._parts[at] = self._part(at, axis, value)
+
+    def _part(self, at: int, axis: int, value: int) -> tuple[int, ...]:
+        block, part = self._space.blocks[at], self._parts[at]
+        place = block.axes.index(axis)
+        return (*part[:place], block.classes[axis][value], *part[place + 1 :])
 
 
 class Space:
-    """All cases over axes of `sizes` values that `constraints` permit. Raises TooTangled."""
+    """All cases over axes of `sizes` values that `constraints` permit; the axes of `hub` are those that tie
+    most others together. Raises TooTangled."""
 
-    def __init__(self, sizes: Sequence[int], constraints: Sequence[Constraint] = ()) -> None:
-        self.sizes = tuple(sizes)
-        self.groups = [
-            Group(_ordered(axes, mine), sizes, mine)
-            for axes in _tied(len(sizes), constraints)
-            for mine in [[one for one in constraints if one.axes[0] in axes]]
+    def __init__(self, sizes: Sequence[int], constraints: Sequence[Constraint] = (), hub: Sequence[int] = ()) -> None:
+        self.sizes, self.hub = tuple(sizes), tuple(hub)
+        if prod(sizes[axis] for axis in hub) > MAX_SOLUTIONS:
+            raise TooTangled(self.hub)
+        of_hub = [one for one in constraints if set(one.axes) <= set(hub)]
+        choices = [dict(zip(hub, values, strict=True)) for values in product(*(range(sizes[axis]) for axis in hub))]
+        self._choices = [
+            choice for choice in choices
+            if all(one.holds(tuple(one.label(axis, choice[axis]) for axis in one.axes)) for one in of_hub)
         ]
-        self.group_of = {axis: group for group in self.groups for axis in group.axes}
-        self.size = prod(group.size for group in self.groups)
+        rest = [one for one in constraints if not set(one.axes) <= set(hub)]
+        self.blocks = [
+            Block(axes, sizes, [one for one in rest if set(one.axes) & set(axes)], self._choices)
+            for axes in _tied([axis for axis in range(len(sizes)) if axis not in hub], rest)
+        ]
+        self.block_of = {axis: at for at, block in enumerate(self.blocks) for axis in block.axes}
+        self.hub_with = {
+            axis: [sum(1 << n for n, choice in enumerate(self._choices) if choice[axis] == value)
+                   for value in range(sizes[axis])]
+            for axis in hub
+        }
+        self._number = {tuple(choice.values()): n for n, choice in enumerate(self._choices)}
+        sizes_then = [prod(block.solved[n].size for block in self.blocks) for n in range(len(self._choices))]
+        self._before = [0, *accumulate(sizes_then)]
+        self.size = self._before[-1]
         """How many cases there are."""
+        self.everything = sum(1 << n for n, size in enumerate(sizes_then) if size)
 
     def at(self, rank: int) -> Case:
         """The case of that number, 0 to `size` - 1."""
-        case = [0] * len(self.sizes)
-        for group in self.groups:
-            rank, number = divmod(rank, group.size)
-            for axis, value in zip(group.axes, group.at(number), strict=True):
-                case[axis] = value
-        return tuple(case)
+        number = bisect_right(self._before, rank) - 1
+        rank -= self._before[number]
+        case = dict(self._choices[number])
+        for block in self.blocks:
+            rank, inside = divmod(rank, block.solved[number].size)
+            case.update(zip(block.axes, block.at(number, inside), strict=True))
+        return tuple(case[axis] for axis in range(len(self.sizes)))
 
     def rank(self, case: Case) -> int:
-        """The number of `case`. Raises KeyError for one that constraints forbid."""
+        """The number of `case`. Raises ValueError for one that constraints forbid."""
+        number = self._number.get(tuple(case[axis] for axis in self.hub))
+        if number is None:
+            raise ValueError(f"no case {case}")
         rank = 0
-        for group in reversed(self.groups):
-            rank = rank * group.size + group.rank([case[axis] for axis in group.axes])
-        return rank
+        for block in reversed(self.blocks):
+            inside = block.rank(number, [case[axis] for axis in block.axes])
+            rank = rank * block.solved[number].size + inside
+        return self._before[number] + rank
 
     def __contains__(self, case: object) -> bool:
         try:
             return isinstance(case, tuple) and self.rank(case) >= 0
-        except KeyError:
+        except ValueError:
             return False
 
     @cached_property
     def first(self) -> tuple[int, ...]:
         """A number for each value of each axis, its place in one row of all: where each axis' values begin,
         and behind the last where that ends."""
-        row = [0]
-        for size in self.sizes:
-            row.append(row[-1] + size)
-        return tuple(row)
+        return (0, *accumulate(self.sizes))
 
     @cached_property
     def axis_of(self) -> tuple[int, ...]:
@@ -160,57 +235,49 @@ class Space:
     def together(self) -> list[int]:
         """By a value's number: the set of values, as bits by their numbers, of other axes with which it has
         a case. The value itself is among them if it has one at all."""
-        if not self.size:
-            return [0] * len(self.axis_of)
         rows = []
         for one, axis in enumerate(self.axis_of):
-            group, mine = self.group_of[axis], self._where(one)
-            row = 0
-            for other, its_axis in enumerate(self.axis_of):
-                if its_axis == axis:
-                    good = one == other and mine
-                elif self.group_of[its_axis] is group:
-                    good = mine & self._where(other)
-                else:
-                    good = mine and self._where(other)
-                row |= 1 << other if good else 0
-            rows.append(row)
+            with_one = self._with(one)
+            rows.append(sum(
+                1 << other for other, its_axis in enumerate(self.axis_of)
+                if (other == one and with_one.open) or (its_axis != axis and self._goes(with_one, other))
+            ))
         return rows
 
     def third(self, one: int, other: int) -> int:
         """The values, as bits by their numbers, that have a case with both of two values of different axes."""
-        if not self.together[one] >> other & 1:
+        if one == other or not self.together[one] >> other & 1:
             return 0
         candidates = self.together[one] & self.together[other] & ~(1 << one) & ~(1 << other)
-        group = self.group_of[self.axis_of[one]]
-        if self.group_of[self.axis_of[other]] is group and len(group.axes) > 2:
-            both = self._where(one) & self._where(other)
-            for axis in group.axes:
-                for value in range(self.first[axis], self.first[axis + 1]):
-                    if candidates >> value & 1 and not both & self._where(value):
-                        candidates &= ~(1 << value)
+        both = self._with(one, other)
+        for axis, start in enumerate(self.first[:-1]):
+            if both.open == self.everything and self.block_of.get(axis) not in self._blocks(one, other):
+                continue  # all that goes with each goes with both
+            for value in range(start, self.first[axis + 1]):
+                if candidates >> value & 1 and not self._goes(both, value):
+                    candidates &= ~(1 << value)
         return candidates
 
-    def _where(self, value: int) -> int:
-        axis = self.axis_of[value]
-        return self.group_of[axis].where[axis][value - self.first[axis]]
+    def _with(self, *values: int) -> Partial:
+        part = Partial(self)
+        for value in values:
+            part.put(self.axis_of[value], value - self.first[self.axis_of[value]])
+        return part
+
+    def _goes(self, part: Partial, value: int) -> bool:
+        return bool(part.room(self.axis_of[value], value - self.first[self.axis_of[value]]))
+
+    def _blocks(self, *values: int) -> set[int | None]:
+        return {self.block_of.get(self.axis_of[value]) for value in values}
 
 
-def _tied(axes: int, constraints: Iterable[Constraint]) -> list[tuple[int, ...]]:
+def _tied(axes: Iterable[int], constraints: Iterable[Constraint]) -> list[tuple[int, ...]]:
     """The axes in groups: those of one constraint are in one."""
-    group = list(range(axes))
+    axes = list(axes)
+    group = {axis: axis for axis in axes}
     for one in constraints:
-        names = {group[axis] for axis in one.axes}
-        group = [min(names) if name in names else name for name in group]
-    return [tuple(axis for axis in range(axes) if group[axis] == name) for name in sorted(set(group))]
-
-
-def _ordered(axes: Iterable[int], constraints: Iterable[Constraint]) -> tuple[int, ...]:
-    """`axes` in an order in which each constraint can be looked at early."""
-    order: dict[int, None] = {}
-    left = list(constraints)
-    while left:
-        nearest = min(left, key=lambda one: len(set(one.axes) - order.keys()))
-        left.remove(nearest)
-        order.update(dict.fromkeys(nearest.axes))
-    return tuple(order | dict.fromkeys(axes))
+        names = {group[axis] for axis in one.axes if axis in group}
+        for axis, name in group.items():
+            if name in names:
+                group[axis] = min(names)
+    return [tuple(axis for axis in axes if group[axis] == name) for name in sorted(set(group.values()))]

@@ -98,7 +98,7 @@ class Sweep:
     def space(self) -> Space:
         """Its cases. Raises space.TooTangled."""
         sizes = [len(axis.values) for axis in self.axes]
-        return Space(sizes, list(self._constraints()))
+        return Space(sizes, list(self._constraints()), self._world_axes(*WORLD))
 
     def case_name(self, case: Case) -> str:
         """The name of one case: `sweeps/joint[4-level,4K,...]`, a value for each axis in the file's order."""

@@ -126,8 +126,8 @@ class _Reader:
         if not space.size:
             raise self.error("axis", "no combination is left")
         for number, axis in enumerate(self.axes):
-            for value, where in zip(axis.values, space.group_of[number].where[number], strict=True):
-                if not where:
+            for index, value in enumerate(axis.values):
+                if not space.together[space.first[number] + index]:
                     raise self.error(axis.name, f"{value.name!r} of {axis.name!r} is in no combination that is left")
 
     def error(self, key: str, reason: str) -> UsageError:
