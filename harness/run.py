@@ -97,7 +97,8 @@ def run(
                     alone += 1
                 if notable:
                     out.results.append(result)
-                senseless = senseless or result.senseless
+                if result.senseless and not senseless:
+                    senseless = f"{result.senseless} (in {scenario.name})"
                 on_result(result)
                 losses += result.lost is not None
                 if fail_fast and (result.lost or any(strict or d.erratum is None for d in result.divergences)):

@@ -23,7 +23,7 @@ from harness.scenario.ops import Scenario
 from harness.scenario.program import world_key
 from harness.scenario.sweep import Sweep
 
-BUDGET: Final = 12_000
+BUDGET: Final = 8_000
 """Cases of all sweeps together, where nobody says otherwise."""
 MAX_EXHAUSTIVE: Final = 10_000_000
 """Cases: an hour's work. More is refused."""

@@ -57,6 +57,10 @@ class Divergence:
     def explained_by(self, erratum: str) -> Divergence:
         return replace(self, erratum=erratum)
 
+    def seen_as(self, after: tuple[int, ...], types: tuple[str, ...]) -> Divergence:
+        """With the entries of `walk` as the machine left them, and its memory types."""
+        return replace(self, after=after, types=types)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -153,19 +157,27 @@ def _fields(
     control: tuple[bytes, bytes], save: tuple[bytes, bytes], free: Mapping[str, int]
 ) -> Iterator[tuple[str, int, int]]:
     """Fields that differ, as (name, expected, observed); bytes that are in no field by their offset."""
-    for base, table, (want, got) in ((0, CONTROL, control), (SAVE, STATE, save)):
-        if want == got:
-            continue
-        covered: set[int] = set()
-        for name, at in table.items():
-            place = Field(at.offset - base, at.width)
-            covered.update(range(place.offset, place.offset + place.width))
+    for base, owners, (want, got) in ((0, _CONTROL_BYTES, control), (SAVE, _SAVE_BYTES, save)):
+        differs = int.from_bytes(want, "little") ^ int.from_bytes(got, "little")
+        while differs:
+            offset = (differs & -differs).bit_length() - 1 >> 3
+            name, place = owners.get(offset) or (f"reserved+{base + offset:03X}h", Field(offset, 1))
+            differs &= ~((1 << 8 * (place.offset + place.width)) - 1)
             one, other = _get(want, place), _get(got, place)
             if (one ^ other) & ~free.get(name, 0):
                 yield name, one, other
-        for offset, (byte, seen) in enumerate(zip(want, got, strict=True)):
-            if byte != seen and offset not in covered:
-                yield f"reserved+{base + offset:03X}h", byte, seen
+
+
+def _owners(table: Mapping[str, Field], base: int) -> dict[int, tuple[str, Field]]:
+    """By each byte of an area that is in a field: which, and where in the area."""
+    return {
+        at.offset - base + n: (name, Field(at.offset - base, at.width))
+        for name, at in table.items() for n in range(at.width)
+    }
+
+
+_CONTROL_BYTES: Final = _owners(CONTROL, 0)
+_SAVE_BYTES: Final = _owners(STATE, SAVE)
 
 
 def _memory(

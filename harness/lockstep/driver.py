@@ -6,7 +6,7 @@ import ctypes
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
@@ -15,6 +15,7 @@ from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import Active
 from harness.lockstep.twin import Twin
 from harness.model import memory_type
 from harness.model.vmcb import ExitCode
@@ -31,6 +32,10 @@ MAX_DIVERGENCES = 200
 
 _HELD = 64
 """Results that may wait for the trace of their contexts, which comes milliseconds behind the records."""
+
+
+_View = tuple[tuple[int, ...], tuple[str, ...]]
+"""The entries of a walk as a machine left them, and the memory types of its references."""
 
 
 class Machine(Protocol):
@@ -83,6 +88,7 @@ class Lockstep:
         self._contexts = contexts
         self._enter = b"", b""
         self._errata = errata
+        self._quirks = quirks_of(errata)
         self._channel = channel
         self._twin = twin
         self._strict = strict
@@ -197,7 +203,8 @@ class Lockstep:
             if self._coverage is not None:
                 self._coverage.add(prediction, twin.host.dr7)
             if found:
-                found = explain(self._with_machine_view(prediction, record, found), self._errata)
+                found = explain(found, self._errata)
+                views = self._machine_views(prediction, record, found)
                 if any(one.erratum is None for one in found):
                     manual = prediction
                     prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
@@ -205,7 +212,8 @@ class Lockstep:
                         if self._coverage is not None:
                             self._coverage.add_again(manual, prediction)
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
-                self._add(result, found)
+                self._add(result, (
+                    one if one.walk is None else one.seen_as(*views[id(one.walk)]) for one in found))
                 twin.adopt(prediction, record.diffs)
                 self._adopt_vmcb(record)
             elif prediction.permitted:
@@ -249,7 +257,7 @@ class Lockstep:
         words = self._twin.memory.words
         far = [at for at in self._twin.touched_unwatched() if words[at >> 3] != self._twin.first(at)]
         self._twin.reset(program.world)
-        if far and not result.divergences:
+        if far:
             result.senseless = f"{where(program.scenario, 0)}: it writes to sPA {far[0]:#x}, which no batch puts back"
 
     def _sync(self, program: Program, result: Result) -> None:
@@ -301,24 +309,36 @@ class Lockstep:
     ) -> tuple[Prediction, str]:
         """The prediction as this machine's quirks make it, and the ids of those errata without which it
         would fail; none if it fails with all of them, and then the prediction is as it was."""
-        quirks = quirks_of(self._errata)
+        quirks = self._quirks
+        if not quirks:
+            return prediction, ""
+        active = Active()
 
         def agrees(names: Iterable[str]) -> bool:
-            nonlocal prediction
-            prediction = self._twin.predict_again(prediction, vmcb, step, tuple(names))
+            nonlocal prediction, active
+            active = Active(names)
+            try:
+                prediction = self._twin.predict_again(prediction, vmcb, step, active)
+            except UsageError:  # a course that cannot be followed is not the one that the machine took
+                return False
             return all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata))
 
-        for name in quirks:  # one is nearly always enough, and looked for in a fixed order
-            if agrees([name]):
-                return prediction, quirks[name]
-        if not agrees(quirks):
-            agrees(())
-            return prediction, ""
-        needed = list(quirks)
-        for name in quirks:
-            if agrees([other for other in needed if other != name]):
-                needed.remove(name)
-        agrees(needed)
+        # In a fixed order, so that the verdict is the same whatever was before. One that did not come into
+        # play is not needed, which nearly always leaves one.
+        needed: list[str] = []
+        current = agrees(quirks)
+        if current:
+            needed = [name for name in quirks if name in active.played]
+            for name in reversed(needed):
+                if len(needed) > 1:
+                    current = agrees(other for other in needed if other != name)
+                    if current:
+                        needed.remove(name)
+        if not needed:
+            needed = next(([name] for name in quirks if agrees([name])), [])
+            current = bool(needed)
+        if not current:
+            agrees(needed)
         return prediction, "+".join(quirks[name] for name in needed)
 
     def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
@@ -337,16 +357,15 @@ class Lockstep:
         return [Divergence(context.scenario, context.op, -1, "C2", "entries changed by one VMRUN",
                            f"at most {MAX_DIFFS}", record.diffs_found, "ad")]
 
-    def _with_machine_view(
-        self, prediction: Prediction, record: Record, found: list[Divergence]
-    ) -> list[Divergence]:
-        """Add to each divergence with a walk what the machine made of the walk's entries, by the quadword:
-        by what the record shows, since live memory may be further on; and the memory types."""
-        words, observed = self._twin.memory.words, record.diffs
+    def _machine_views(self, prediction: Prediction, record: Record, found: list[Divergence]) -> dict[int, _View]:
+        """For each walk of a divergence, by its id: what the machine made of the walk's entries, by the
+        quadword (by what the record shows, since live memory may be further on); and the memory types."""
+        words, observed, old = self._twin.memory.words, record.diffs, prediction.old
 
         def after(address: int) -> int:
-            address &= ~7
-            return observed.get(address, prediction.old.get(address, words[address >> 3]))
+            if address in observed:
+                return observed[address]
+            return old[address] if address in old else words[address >> 3]
 
         def types(one: Divergence, walk: Walk) -> tuple[str, ...]:
             try:
@@ -354,11 +373,11 @@ class Lockstep:
             except KeyError:  # no probe, or a PAT that no register can hold
                 return ()
 
-        return [
-            one if one.walk is None else replace(
-                one, after=tuple(after(step[3]) for step in one.walk.trail), types=types(one, one.walk))
-            for one in found
-        ]
+        views: dict[int, _View] = {}
+        for one in found:
+            if one.walk is not None and id(one.walk) not in views:
+                views[id(one.walk)] = tuple([after(step[3] & ~7) for step in one.walk.trail]), types(one, one.walk)
+        return views
 
     def _adopt_vmcb(self, record: Record) -> None:
         start = self._twin.vmcb.address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, on_access, on_walk
+from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
@@ -129,7 +129,7 @@ class L2:
             access = _POP[cpl] if reads else _PUSH[cpl]
         else:
             access = _READ[cpl] if reads else _WRITE[cpl]
-        if kind == "rmw" and RMW_READS_FIRST in self.state.quirks:
+        if kind == "rmw" and self.state.quirks.has(RMW_READS_FIRST):
             self._reach(_READ[cpl], address, size, index)
         parts = self._reach(access, address, size, index)
         self.regs.rsp = begun
@@ -203,7 +203,7 @@ class L2:
         walk = self.access(address, _FETCH[self.regs.cpl])
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
-            if not isinstance(walk.outcome, GeneralProtection) or JUMP_NON_CANONICAL in self.state.quirks:
+            if not isinstance(walk.outcome, GeneralProtection) or self.state.quirks.has(JUMP_NON_CANONICAL):
                 self.regs.rip = address
             self.fault(walk)
         spa = self._own_memory(walk, f"fetch at gVA {address:#x}")
@@ -289,7 +289,7 @@ class L2:
                 self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
             before, self.paging = self.paging, self.state.paging(regs)
             self.caching = vmrun.caching(regs, vmcb, self.state.host)
-            if keys_on and PKE_NOT_FLUSHED in self.state.quirks:
+            if keys_on and self.state.quirks.has(PKE_NOT_FLUSHED):
                 self.paging = self.paging._replace(pkru=before.pkru)
             self.enter_again()
         else:
@@ -319,13 +319,13 @@ class L2:
         """Translate, and change nothing."""
         quirks = self.state.quirks
         if quirks:
-            access = on_access(access, self.regs.cpl, quirks)
+            access = quirks.on_access(access, self.regs.cpl)
         try:
             walk = translate(self.paging, self.state.memory.words, gva, access)
         except IndexError:
             raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
         if quirks:
-            walk = on_walk(self.paging, walk, quirks)
+            walk = quirks.on_walk(self.paging, walk)
         self.out.accesses.append((self.paging, access, walk))
         return walk
 

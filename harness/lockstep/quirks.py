@@ -7,12 +7,12 @@ are reported all the same; what is gained is that the run can go on from what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
-from harness.model.dirty import CUT, TABLE
+from harness.model.dirty import CUT, TABLE, Update
 from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
 from harness.model.events import EXCEPTION
 from harness.model.registers import CR4, EFER
@@ -36,6 +36,8 @@ class Quirk:
     paging: Callable[[Paging], Paging] = lambda paging: paging
     access: Callable[[Access, int], Access] = lambda access, cpl: access
     walk: Callable[[Paging, Walk], Walk] = lambda paging, walk: walk
+    seen: Callable[[Walk], bool] = lambda walk: True
+    """Whether a walk under such a `paging` may have come out otherwise for it."""
     accepts: Callable[[str, Vmcb, Host], bool] = lambda rule, vmcb, host: False
     refuses: Callable[[Vmcb], bool] = lambda vmcb: False
 
@@ -44,13 +46,20 @@ def _levels(fmt: Format | None, change: Callable[[Format, Level], Level]) -> For
     return None if fmt is None else fmt._replace(levels=tuple(change(fmt, level) for level in fmt.levels))
 
 
-def _in_both(change: Callable[[Format, Level], Level]) -> Quirk:
-    return Quirk(paging=lambda p: p._replace(guest=_levels(p.guest, change), nested=_levels(p.nested, change)))
+def _in_both(change: Callable[[Format, Level], Level], names: Collection[str], bits: int) -> Quirk:
+    """Levels of both dimensions changed; it shows where an entry of such a name with one of `bits` is read."""
+    return Quirk(
+        paging=lambda p: p._replace(guest=_levels(p.guest, change), nested=_levels(p.nested, change)),
+        seen=lambda walk: any(name in names and entry & bits for _, name, _, _, entry in walk.trail),
+    )
+
+
+_TOP: Final = ("pml4e", "pml5e")
 
 
 def _pml4e_bit_8(fmt: Format, level: Level) -> Level:
     """Bit 8 of a PML4E (and PML5E) is not reserved."""
-    if level.name not in ("pml4e", "pml5e"):
+    if level.name not in _TOP:
         return level
     return level._replace(reserved_table=level.reserved_table & ~G)
 
@@ -89,15 +98,15 @@ def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
     """A PDPTE that maps 1G has its A bit set before its low reserved bits and its rights are looked at."""
     if isinstance(walk.outcome, Reached):
         return walk
-    updates = list(walk.updates)
-    known = {address for address, _, _ in updates}
+    updates: list[Update] = []
+    known = {address for address, _, _ in walk.updates}
     for dimension, name, _, address, entry in walk.trail:
         fmt = paging.nested if dimension == "nested" else paging.guest
         if name == "pdpte" and entry & P and entry & PS and address not in known and fmt is not None:
             level = next(level for level in fmt.levels if level.name == name)
             if not entry & level.reserved_table & (NX | FRAME):
                 updates.append((address, A, TABLE if dimension == "guest" else CUT))
-    return walk._replace(updates=updates)
+    return walk._replace(updates=[*walk.updates, *updates]) if updates else walk
 
 
 def _implicit_obeys_ac(access: Access, cpl: int) -> Access:
@@ -115,6 +124,17 @@ def _unchecked(rule: str, where: Callable[[Vmcb, Host], bool] = lambda vmcb, hos
     return Quirk(accepts=lambda broken, vmcb, host: broken == rule and where(vmcb, host))
 
 
+def _ncr3_beyond(paging: Paging) -> Paging:
+    """Where an nCR3 that should be refused leads there is nothing; but PAE drops its bits 63:32, four levels
+    bits 63:52."""
+    if paging.nested is None or paging.nested.address_bits == 32:
+        return paging
+    beyond = paging.nested.levels[-1].reserved_leaf & FRAME
+    if paging.nested.name == "5-level":
+        beyond |= ~FRAME & ~0xFFF
+    return paging._replace(ncr3=0) if paging.ncr3 & beyond else paging
+
+
 def _vector(vmcb: Vmcb) -> int:
     """The vector of an exception in EVENTINJ; 2, which is none, for anything else."""
     event = vmcb["eventinj"]
@@ -122,8 +142,8 @@ def _vector(vmcb: Vmcb) -> int:
 
 
 QUIRKS: Final[dict[str, Quirk]] = {
-    "pml4e-bit-8": _in_both(_pml4e_bit_8),
-    "pae-pdpte": _in_both(_pae_pdpte),
+    "pml4e-bit-8": _in_both(_pml4e_bit_8, _TOP, G),
+    "pae-pdpte": _in_both(_pae_pdpte, ("pdpte",), P),
     "nested-pdpte-unchecked": Quirk(paging=lambda p: p._replace(nested=_levels(p.nested, _nested_pdpte))),
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
@@ -137,6 +157,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),
     "g-pat-unchecked": _unchecked("vmrun.g-pat"),
+    "ncr3-unchecked": Quirk(paging=_ncr3_beyond, accepts=lambda rule, vmcb, host: rule == "vmrun.ncr3-mbz"),
     "cr3-unchecked-in-legacy-l1": _unchecked("vmrun.cr3-mbz", lambda vmcb, host: not host.efer & EFER.LMA),
     "cr4-pcide-unchecked": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & CR4.PCIDE)),
     "cr4-pks": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & 1 << 24)),
@@ -155,9 +176,11 @@ def _of_guest(quirk: Quirk) -> Quirk:
 
     def walk(whole: Paging, result: Walk) -> Walk:
         changed = quirk.walk(whole._replace(nested=None), result)
+        if changed is result:
+            return result
         return changed._replace(outcome=result.outcome) if isinstance(result.outcome, NestedPageFault) else changed
 
-    return Quirk(paging, quirk.access, walk)
+    return Quirk(paging, quirk.access, walk, quirk.seen)
 
 
 _BELOW: Final = " below a hypervisor"
@@ -169,31 +192,70 @@ def below(name: str) -> str:
     return name if QUIRKS[name] == Quirk() else name + _BELOW
 
 
-def on_paging(paging: Paging, names: Iterable[str]) -> Paging:
-    """`paging` as a machine with these quirks has it."""
-    for name in names:
-        paging = QUIRKS[name].paging(paging)
-    return paging
+class Active:
+    """Quirks that are in force: `names`. `played` are those of them that made a difference, and perhaps
+    more, but none that made a difference is missing."""
 
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = tuple(names)
+        self.played: set[str] = set()
+        self._quirks = [(name, QUIRKS[name]) for name in self.names]
+        self._of_paging: tuple[str, ...] = ()
 
-def on_access(access: Access, cpl: int, names: Iterable[str]) -> Access:
-    """`access` as a machine with these quirks makes it, at that CPL."""
-    for name in names:
-        access = QUIRKS[name].access(access, cpl)
-    return access
+    def __bool__(self) -> bool:
+        return bool(self.names)
 
+    def has(self, name: str) -> bool:
+        """Whether L2 does as that quirk says; asked where it makes a difference."""
+        if name in self.names:
+            self.played.add(name)
+            return True
+        return False
 
-def on_refusal(broken: Iterable[str], vmcb: Vmcb, host: Host, names: Iterable[str]) -> str:
-    """The rule by which a machine with these quirks refuses a VMRUN that breaks the rules `broken`; or an
-    empty string."""
-    quirks = [QUIRKS[name] for name in names]
-    if any(quirk.refuses(vmcb) for quirk in quirks):
-        return "vmrun.efer-mbz"
-    return next((rule for rule in broken if not any(quirk.accepts(rule, vmcb, host) for quirk in quirks)), "")
+    def on_paging(self, paging: Paging) -> tuple[Paging, tuple[str, ...]]:
+        """`paging` as this machine has it, and the quirks that changed it, for `use`."""
+        changed = []
+        for name, quirk in self._quirks:
+            new = quirk.paging(paging)
+            if new != paging:
+                changed.append(name)
+                paging = new
+        return paging, tuple(changed)
 
+    def use(self, changed: tuple[str, ...]) -> None:
+        """From now on walks are under a paging that these quirks changed."""
+        self._of_paging = changed
 
-def on_walk(paging: Paging, walk: Walk, names: Iterable[str]) -> Walk:
-    """`walk` as a machine with these quirks ends it."""
-    for name in names:
-        walk = QUIRKS[name].walk(paging, walk)
-    return walk
+    def on_access(self, access: Access, cpl: int) -> Access:
+        """`access` as this machine makes it, at that CPL."""
+        for name, quirk in self._quirks:
+            new = quirk.access(access, cpl)
+            if new != access:
+                self.played.add(name)
+                access = new
+        return access
+
+    def on_refusal(self, broken: Iterable[str], vmcb: Vmcb, host: Host) -> str:
+        """The rule by which this machine refuses a VMRUN that breaks the rules `broken`; or an empty string."""
+        for name, quirk in self._quirks:
+            if quirk.refuses(vmcb):
+                self.played.add(name)
+                return "vmrun.efer-mbz"
+        for rule in broken:
+            accepting = [name for name, quirk in self._quirks if quirk.accepts(rule, vmcb, host)]
+            if not accepting:
+                return rule
+            self.played.update(accepting)
+        return ""
+
+    def on_walk(self, paging: Paging, walk: Walk) -> Walk:
+        """`walk` as this machine ends it."""
+        for name in self._of_paging:
+            if name not in self.played and QUIRKS[name].seen(walk):
+                self.played.add(name)
+        for name, quirk in self._quirks:
+            new = quirk.walk(paging, walk)
+            if new is not walk:
+                self.played.add(name)
+                walk = new
+        return walk

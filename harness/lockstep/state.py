@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import on_paging
+from harness.lockstep.quirks import Active
 from harness.model import vmrun
 from harness.model.dirty import Liberties
 from harness.model.memory import Memory
@@ -46,11 +46,11 @@ class State:
         """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
         self.support: tuple[Paging, int, int] | None = None
         """L2's own pages were walked under this translation, and no table was written since."""
-        self.quirks: tuple[str, ...] = ()
+        self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
         self._world: World | None = None
         self._touched: dict[int, None] = {}
-        self._paging: dict[tuple[object, ...], Paging] = {}
+        self._paging: dict[tuple[object, ...], tuple[Paging, tuple[str, ...]]] = {}
 
     def reset(self, world: World) -> None:
         """The state that each scenario starts in, whatever was before it."""
@@ -111,13 +111,14 @@ class State:
 
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
-        key = (*self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+        key = (self.quirks.names, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
                self.host.efer, self.host.cr4, self.host.pkru, self.host_mode.name,
                self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), self.quirks)
+            found = self.quirks.on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu))
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found
-        return found
+        self.quirks.use(found[1])
+        return found[0]

@@ -6,7 +6,7 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.l2 import L2, Leave
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, on_refusal
+from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, Active
 from harness.lockstep.state import State
 from harness.model import consistency, events, vmrun
 from harness.model.access import ErrorCode
@@ -20,6 +20,9 @@ from harness.wire.program import Step
 _RESUMED = ("cpl", "rflags", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds")
                                       for p in ("selector", "attrib", "limit", "base")))
 """What L1 puts back into the VMCB before it re-enters L2 behind a fault (guests/l1/main.c)."""
+
+
+_NONE = Active()
 
 
 class Twin(State):
@@ -44,7 +47,8 @@ class Twin(State):
             self.vmcb[name] = value
 
     def predict(self, step: Step, first: int) -> Prediction:
-        """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along."""
+        """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
+        memory is as it was."""
         out = Prediction(first_probe=first, next_probe=first)
         vmcb = self.vmcb
         out.refused = self._refusal()
@@ -55,7 +59,7 @@ class Twin(State):
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         l2 = L2(self, out, step)
         try:
-            if injected is not None and not (SOFTWARE_EVENT_LOST in self.quirks and injected.software):
+            if injected is not None and not (injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)):
                 l2.deliver(injected)
             l2.enter()
             for index in range(first, len(step.probes)):
@@ -65,14 +69,23 @@ class Twin(State):
             l2.end()
         except Leave as leave:
             self._leave(out, l2, leave)
+        except UsageError:
+            self._undo(out)
+            raise
         return out
+
+    def _undo(self, out: Prediction) -> None:
+        words = self.memory.words
+        for address, old in out.old.items():
+            words[address >> 3] = old
+        self.support = None
 
     def _refusal(self) -> str:
         """The rule by which this VMRUN is refused, or an empty string."""
         host = self.host_at_vmrun()
         try:
             broken = consistency.violations(self.vmcb, host, self.cpu, self.memory.words)
-            return on_refusal(broken, self.vmcb, host, self.quirks)
+            return self.quirks.on_refusal(broken, self.vmcb, host)
         except IndexError:
             raise UsageError(f"VMRUN reads PDPEs at {self.vmcb['cr3']:#x}, which is not in L1's memory") from None
 
@@ -121,18 +134,15 @@ class Twin(State):
         host = self.host_at_vmrun()
         return {"rax": self.vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat}
 
-    def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: tuple[str, ...]) -> Prediction:
+    def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: Active) -> Prediction:
         """The VMRUN of `out` once more, on a machine with `quirks`; `before` is the VMCB page then."""
-        words = self.memory.words
-        for address, old in out.old.items():
-            words[address >> 3] = old
-        self.support = None
+        self._undo(out)
         self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
         self.quirks = quirks
         try:
             return self.predict(step, out.first_probe)
         finally:
-            self.quirks = ()
+            self.quirks = _NONE
             self.support = None
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:

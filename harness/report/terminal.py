@@ -267,7 +267,8 @@ def _verdict(summary: Summary) -> Line:
     if totals.divergences_new:
         failed = sum(any(is_new(d, summary.strict) for d in result.divergences) for result in summary.results)
         what = "new divergence" if totals.divergences_new == 1 else "new divergences"
-        text, style = f"{totals.divergences_new:,} {what} in {failed:,} of {totals.scenarios:,} scenarios", BAD
+        of = totals.scenarios + totals.sweep_cases
+        text, style = f"{totals.divergences_new:,} {what} in {failed:,} of {of:,} scenarios", BAD
         if summary.lost:
             text += ", and the machine was lost"
     elif summary.lost:

@@ -68,17 +68,17 @@ def sequence(space: Space, seed: int, start: int = 0, coverage: Coverage | None 
     `space`, `seed` and `start`, whenever and wherever. `coverage`, made for `space`, has after each case
     what it and all before it cover, those before `start` included."""
     had = coverage if coverage is not None else Coverage(space)
-    chosen: set[int] = set()
+    chosen: set[Case] = set()
     position = 0
     for case in _covering(had, Random(seed)):
-        chosen.add(space.rank(case))
+        chosen.add(case)
         if position >= start:
             yield position, case
         position += 1
     for number in range(max(0, start - position), space.size):
-        rank = _permuted(number, space.size, seed)
-        if rank not in chosen:
-            yield position + number, space.at(rank)
+        case = space.at(_permuted(number, space.size, seed))
+        if case not in chosen:
+            yield position + number, case
 
 
 def _covering(had: Coverage, random: Random) -> Iterator[Case]:
@@ -137,8 +137,9 @@ class _Case:
         `missing` has rows by the numbers of candidates."""
         first, mask, room, most = self.space.first[axis], self.mask, self._part.room, -1
         best: list[int] = []
+        free = axis in self.space.free
         for value in range(first, self.space.first[axis + 1]):
-            if room(axis, value - first):
+            if free or room(axis, value - first):
                 gain = 0
                 for row in missing:
                     new = row[value] & mask

@@ -144,12 +144,16 @@ class Partial:
 
     def room(self, axis: int, value: int) -> int:
         """The choices of the hub that go with a further value: none if it does not fit."""
+        if axis in self._space.free:
+            return self.open
         at = self._space.block_of.get(axis)
         if at is None:
             return self.open & self._space.hub_with[axis][value]
         return self.open & self._space.blocks[at].fits(self._part(at, axis, value))
 
     def put(self, axis: int, value: int) -> None:
+        if axis in self._space.free:
+            return
         self.open = self.room(axis, value)
         at = self._space.block_of.get(axis)
         if at is not None:
@@ -180,6 +184,9 @@ class Space:
             Block(axes, sizes, [one for one in rest if set(one.axes) & set(axes)], self._choices)
             for axes in _tied([axis for axis in range(len(sizes)) if axis not in hub], rest)
         ]
+        tied = {axis for one in constraints for axis in one.axes}
+        self.free = frozenset(axis for axis in range(len(sizes)) if axis not in tied and axis not in hub)
+        """Axes whose values all go with everything."""
         self.block_of = {axis: at for at, block in enumerate(self.blocks) for axis in block.axes}
         self.hub_with = {
             axis: [sum(1 << n for n, choice in enumerate(self._choices) if choice[axis] == value)

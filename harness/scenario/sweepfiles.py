@@ -161,11 +161,15 @@ class _Reader:
         if not isinstance(value, dict):
             raise self.error(name, f"{name!r} of {axis!r} must be a text, or a table with some of "
                                    f"{', '.join(_CHANGES)}")
+        text = value.get("text", name)
+        if not isinstance(text, str):
+            raise self.error(name, f"{name!r} of {axis!r}: 'text' must be a string")
+        value = {key: content for key, content in value.items() if key != "text"}
         for key, content in value.items():
             if key not in _CHANGES or not isinstance(content, _CHANGES[key]):
                 raise self.error(name, f"{name!r} of {axis!r}: {key!r} is unknown, or of the wrong kind; "
-                                       f"there are {', '.join(_CHANGES)}")
-        return Value(name, name, value)
+                                       f"there are text, {', '.join(_CHANGES)}")
+        return Value(name, text, value)
 
     def world(self, key: str) -> Table:
         text = self.data.get(key, _WORLD_DEFAULTS[key])

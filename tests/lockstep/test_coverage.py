@@ -8,6 +8,7 @@ import pytest
 
 from harness.lockstep import coverage as coverage_module
 from harness.lockstep.coverage import Coverage
+from harness.lockstep.quirks import Active
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import Access
@@ -95,11 +96,11 @@ def test_quirks(twin: Twin, compiler: Compiler) -> None:
         if op.code == "RUN":
             vmcb = bytes(twin.memory.bytes[op.a : op.a + 4096])
             manual = twin.predict(op, 0)
-            agreed = twin.predict_again(manual, vmcb, op, ("no-legacy-nested",))
+            agreed = twin.predict_again(manual, vmcb, op, Active(["no-legacy-nested"]))
             assert agreed.accesses and agreed.accesses[0][0].nested is None
             coverage.add_again(manual, agreed)
             assert coverage.cells == set()
-            coverage.add_again(manual, twin.predict_again(agreed, vmcb, op, ()))
+            coverage.add_again(manual, twin.predict_again(agreed, vmcb, op, Active()))
             assert any(cell.rule == "reached" for cell in coverage.cells)
         elif op.code != "SYNC":
             twin.apply(op)

@@ -14,7 +14,7 @@ import pytest
 
 from harness.lockstep import quirks
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import Quirk
+from harness.lockstep.quirks import Active, Quirk
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
@@ -71,11 +71,11 @@ class Unchecked(Plant):
     """A machine with the quirk PLANTED."""
 
     def predict(self, fake: FakeMachine, step: Step, first: int) -> Prediction:
-        fake.twin.quirks = (PLANTED,)
+        fake.twin.quirks = Active([PLANTED])
         try:
             return fake.twin.predict(step, first)
         finally:
-            fake.twin.quirks = ()
+            fake.twin.quirks = Active()
 
 
 @pytest.fixture(scope="module")
