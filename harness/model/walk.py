@@ -175,10 +175,16 @@ def walk_nested(
 
 
 def _cut_short(trail: Trail, updates: list[Update]) -> list[Update]:
-    """`updates` with those of the nested walk that faulted, the last one of `trail`, told from the others."""
+    """`updates` with those of the nested walk that faulted told from the others: the last ones, by the entries
+    that it read. Nested walks before it may have read the same entries."""
     purpose = trail[-1][2]
-    cut = {step[3] for step in trail if step[0] is NESTED and step[2] is purpose}
-    return [(at, bits, CUT if kind is NESTED_TABLE and at in cut else kind) for at, bits, kind in updates]
+    first = len(updates)
+    for _, _, what, address, _ in reversed(trail[:-1]):
+        if what is not purpose:
+            break
+        if first and updates[first - 1][::2] == (address, NESTED_TABLE):  # else a PDPTE of PAE, with no bits to set
+            first -= 1
+    return updates[:first] + [(address, bits, CUT) for address, bits, _ in updates[first:]]
 
 
 def _walk_guest(

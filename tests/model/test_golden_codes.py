@@ -19,6 +19,8 @@ from itertools import pairwise
 
 import pytest
 
+from harness.model.access import NestedPageFault
+from harness.model.dirty import Liberties, Takes, resolve
 from tests.model.golden import Case
 
 GVA = 0x7F12_3456_7ABC
@@ -207,3 +209,34 @@ def test_each_dimension_has_its_own_nxe(case: Case, guest_nxe: bool, host_nxe: b
     nested = change(case.but(), FINAL[3], set=1 << 63)
     assert nested.outcome(GVA, "read") == (REACHED if host_nxe else ("#NPF", 0x1_0000_000D, GPA))
     assert nested.outcome(GVA, "fetch")[0] == "#NPF"
+
+
+def test_what_completed_nested_walks_must_have_set(case: Case) -> None:
+    """15.25.5: entries touched for a guest table always have their bits, whatever comes of the walk behind them:
+    also those that a later nested walk goes through again before it faults."""
+    nothing_free = Liberties(Takes.NEVER, Takes.NEVER, Takes.NEVER, Takes.NEVER)
+    change(case, 0x50_0008, clear=7)
+    case.put(GUEST[0], 0x1_0020_1007)  # the gPDP's gPA now shares its nested PML4E and PDPE with the gPML4's
+    case.put(0x52_0008, 0x56_0007)
+    assert case.outcome(GVA) == REACHED
+    change(case, 0x56_0008, clear=1)
+    walk = case.walk(GVA)
+    required, permitted = resolve(walk.updates, True, nothing_free)
+    assert isinstance(walk.outcome, NestedPageFault) and not permitted
+    assert {(at, bits) for at, bits, _ in required} == {
+        (0x50_0000, 0x20), (0x51_0020, 0x20), (0x52_0000, 0x20), (0x53_0000, 0x60)}
+
+
+def test_what_a_nested_walk_that_faults_leaves_open() -> None:
+    """The entries above the one that faults; those above a guest entry; never the one that faults."""
+    case = Case(cr0=1, cr4=0, efer=0x1000, np_control=1, ncr3=0x50_0000)
+    for at, entry in ((0x50_0000, 0x51_0007), (0x51_0000, 0x52_0007), (0x52_0000, 0x53_0007), (0x53_0028, 0x6)):
+        case.put(at, entry)
+    required, permitted = resolve(case.walk(0x5678).updates, True, Liberties())
+    assert required == [] and [(at, bits) for at, bits, _ in permitted] == [
+        (0x50_0000, 0x20), (0x51_0000, 0x20), (0x52_0000, 0x20)]
+    # PAE: its PDPTEs have no such bits
+    case = case.but(host_efer=0x1800)
+    case.put(0x50_0000, 0x51_0001)
+    required, permitted = resolve(case.walk(0x5678).updates, True, Liberties())
+    assert required == [] and [at for at, _, _ in permitted] == [0x51_0000]

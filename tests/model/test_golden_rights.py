@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 
+from harness.model.access import Access
 from tests.model.golden import Case
 
 GVA, PAGE = 0x7F12_3456_7ABC, 0x9000
@@ -170,3 +171,68 @@ def test_guest_mode_execute_trap(level: int) -> None:
         # 15.25.13: on processors without it the bit is ignored
         off = case.but(np_control=1 | 1 << 3)
         assert (off.outcome(GVA, "read") == ("sPA", PAGE | 0xABC)) == bool(us)
+
+
+# Section 15.25.14: R/W of the nested entries above, then NX, U/S and R/W of the last one, and whether that designates
+# a supervisor shadow stack page; bit 37 of EXITINFO1 looks at the last entry alone (15.25.6)
+SSS_PAGES = {
+    (1, 1, 0, 0): True, (1, 1, 0, 1): True,
+    (1, 1, 1, 0): False, (1, 1, 1, 1): False, (1, 0, 0, 0): False, (1, 0, 0, 1): False, (1, 0, 1, 1): False,
+    (0, 1, 0, 0): False, (0, 1, 0, 1): False,
+}
+SHADOW_READ, SHADOW_WRITE = Access(shadow_stack=True), Access(write=True, shadow_stack=True)
+
+
+def _sss(bits: tuple[int, int, int, int], **registers: int) -> Case:
+    above, nx, us, rw = bits
+    case = _case((("U", "W"),) * 4, True, nested=True)
+    case.put(AT[1], case.get(AT[1]) & ~2 | above << 1)
+    case.put(AT[3], case.get(AT[3]) & ~6 | us << 2 | rw << 1 | nx << 63)
+    return case.but(features=frozenset({"sss"}), **{"np_control": 1 | 1 << 4} | registers)
+
+
+@pytest.mark.parametrize("bits", SSS_PAGES)
+def test_supervisor_shadow_stack_pages(bits: tuple[int, int, int, int]) -> None:
+    """Shadow stack accesses of supervisors reach such pages alone, writes too, whatever R/W of the last entry."""
+    case, marked = _sss(bits), bits[1:3] == (1, 0)
+    for access, wrote in ((SHADOW_READ, 0), (SHADOW_WRITE, 2)):
+        denied = ("#NPF", 0x1_0000_0045 | wrote | (1 << 37 if marked else 0), GVA)
+        assert case.outcome(GVA, access) == (("sPA", PAGE | 0xABC) if SSS_PAGES[bits] else denied)
+
+
+def test_other_accesses_to_supervisor_shadow_stack_pages() -> None:
+    """15.25.7: U/S=0 keeps all others out; the page is told from others by bit 37."""
+    case = _sss((1, 1, 0, 1))
+    for access, own in (("read", 0), ("write", 2), ("user read", 0), ("user write", 2), ("fetch", 0x10)):
+        assert case.outcome(GVA, access) == ("#NPF", 0x21_0000_0005 | own, GVA)
+
+
+@pytest.mark.parametrize("registers", [{"host_efer": 0x1500}, {"np_control": 1}])
+def test_supervisor_shadow_stack_check_off(registers: dict[str, int]) -> None:
+    """Silently ignored while the host has EFER.NXE=0; off without bit 4. Then such an access is one like others."""
+    case = _sss((1, 0, 1, 1), **registers)
+    assert case.outcome(GVA, SHADOW_READ) == ("sPA", PAGE | 0xABC)
+
+
+def test_supervisor_shadow_stack_check_of_a_host_in_32_bit_mode() -> None:
+    case = Case(cr0=1, cr4=0, efer=0x1000, np_control=1 | 1 << 4, ncr3=0x1000, host_cr4=0, host_efer=0x1000,
+                features=frozenset({"sss"}))
+    case.put(0x1000, 0x2007, 4)
+    case.put(0x2014, 0x9007, 4)
+    assert case.outcome(0x5678, SHADOW_READ) == ("sPA", 0x9678)
+
+
+# Section 5.7.2: R/W above, R/W, D and U/S of the last entry, and what may be done by which shadow stack
+@pytest.mark.parametrize("cr4", [0x20, 0x20 | SMAP])
+def test_guest_shadow_stack_pages(cr4: int) -> None:
+    """5.7.3; and 5.6.6: shadow stack accesses are not subject to SMAP."""
+    for above, rw, dirty, us in product((0, 1), repeat=4):
+        case = _case((("U", "W"),) * 4, True).but(cr4=cr4)
+        case.put(AT[1], case.get(AT[1]) & ~2 | above << 1)
+        case.put(AT[3], case.get(AT[3]) & ~6 | us << 2 | rw << 1 | dirty << 6)
+        for user, write in product((False, True), repeat=2):
+            outcome = case.outcome(GVA, Access(write=write, user=user, shadow_stack=True))
+            if (above, rw, dirty, us) == (1, 0, 1, int(user)):
+                assert outcome == ("sPA", PAGE | 0xABC)
+            else:
+                assert outcome == ("#PF", 0x41 | (2 if write else 0) | (4 if user else 0))
