@@ -2,6 +2,7 @@
 
     stub      what L2's code does around a probe: the model of our own L2
     state     what the model keeps between VMRUNs
+    delivery  how L2 leaves, and how the delivery of an event reaches memory
     l2        L2 between VMRUN and #VMEXIT
     twin      the program run on the model: a prediction for each VMRUN
     rehearse  a program on the model alone, before a machine sees it

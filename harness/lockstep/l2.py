@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from harness.errors import UsageError
 from harness.lockstep import stub
+from harness.lockstep.delivery import Bus, Leave
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST
+from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.entries import P
 from harness.model.events import Event
 from harness.model.registers import CR4, RFLAGS
-from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode
+from harness.model.vmcb import MISC1_VINTR, NP_ENABLE, SEGMENT_P, ExitCode, VIntr
 from harness.model.walk import GUEST, Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
@@ -23,23 +24,11 @@ _WRITE = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
 _POP = {cpl: access._replace(stack=True) for cpl, access in _READ.items()}
 _PUSH = {cpl: access._replace(stack=True) for cpl, access in _WRITE.items()}
 _IMPLICIT_READ = Access(implicit=True)
-_IMPLICIT_WRITE = Access(write=True, implicit=True)
 _LAR_SEES = 0x00F0_FF00
 """What LAR returns of a descriptor's upper half (volume 3, LAR)."""
 _MASK64 = (1 << 64) - 1
-
-
-class Leave(Exception):
-    """L2 leaves: the exit's code, EXITINFO1 and 2, the walk that faulted, and the rule behind it.
-    `event` is what was being delivered."""
-
-    def __init__(
-        self, code: int, info1: int = 0, info2: int = 0, walk: Walk | None = None, rule: str = "",
-        event: Event | None = None,
-    ) -> None:
-        super().__init__(code)
-        self.code, self.info1, self.info2 = code, info1, info2
-        self.walk, self.rule, self.event = walk, rule, event
+_FLUSHING = CR4.PGE | CR4.PAE | CR4.PSE
+"""Bits of CR4 whose change flushes all translations, global ones too (section 5.5.3)."""
 
 
 def joined(walks: list[Walk]) -> Walk:
@@ -64,9 +53,24 @@ class L2:
         self.page = self.step.b & ~0xFFF
         self.base = 0 if state.mode.long else state.vmcb["cs.base"]
         self.mask = (1 << 8 * state.mode.native) - 1
+        self.host: dict[str, int] = {}
+        """Registers of L1 that L2 wrote."""
+        self.begun = False
+        """Whether it has executed an instruction."""
         self.undefined: dict[str, int] = {}
         self.fresh: set[int] | None = None
         """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
+
+    def interrupt(self) -> None:
+        """Take the virtual interrupt that is pending at VMRUN, if it is taken (section 15.21.4)."""
+        vmcb = self.state.vmcb
+        vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags, V_IRQ_AT_PRIORITY in self.state.quirks)
+        if vector is None:
+            return
+        if vmcb["intercept_misc1"] & MISC1_VINTR or vmcb["interrupt_shadow"]:
+            raise UsageError("a virtual interrupt that is intercepted, or held back by a shadow, is not modelled")
+        vmcb["v_intr"] &= ~VIntr.IRQ
+        self.deliver(Event(vector, events.INTERRUPT))
 
     def enter(self) -> None:
         """L2's own accesses: fetch of its code, use of its mailbox. A fault of the first is the
@@ -93,7 +97,7 @@ class L2:
 
     def at(self, label: str, rax: int) -> None:
         """Set the registers as they are when L2 stands at `label`."""
-        regs = self.regs
+        regs, self.begun = self.regs, True
         regs.rip = self.page + self.state.stub.labels[label]
         regs.rflags = regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         regs.rax = rax & _MASK64
@@ -250,19 +254,16 @@ class L2:
             name, limit = stub.LOADED_LIMITS[kind]
             vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = value, limit
             return value
-        if kind in stub.NULL_LOADS:
-            name = stub.NULL_LOADS[kind]
-            vmcb[f"{name}.selector"] = value
-            # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
-            vmcb[f"{name}.attrib"] = 0
-            self.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
-            return value
+        if kind in stub.SEGMENT_LOADS:
+            return self._load_segment(stub.SEGMENT_LOADS[kind], value)
+        if kind in stub.INTERCEPTED:
+            code = stub.INTERCEPTED[kind]
+            if not vmcb["intercept_misc2"] >> code - ExitCode.VMRUN & 1:
+                raise UsageError(f"L1 must intercept {kind.upper()}: what it does inside of L2 is not modelled")
+            raise Leave(code, rule="exit.intercept")
         what = kind[2:]
         if what == "cr8":
-            if kind == "wrcr8":
-                vmcb["v_intr"] = vmcb["v_intr"] & ~0xFF | value & 0xF
-                return value
-            return vmcb["v_intr"] & 0xF
+            return self._cr8(kind, value)
         if what == "seg" and not self.state.mode.long:
             return vmcb["cs.selector"] << 16 | vmcb["es.selector"]
         if what == "seg":
@@ -271,6 +272,8 @@ class L2:
             if kind == "wrflags":
                 regs.rflags = value | RFLAGS.ONE
                 self.paging = self.state.paging(regs)
+                if vmrun.virtual_interrupt(vmcb, value) is not None:
+                    raise UsageError("a virtual interrupt that L2 lets in itself is not modelled")
                 return value
             return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         if kind == "invlpg":
@@ -282,6 +285,8 @@ class L2:
             return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
         if own:
             keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
+            if name == "cr4" and (value ^ regs.cr4) & _FLUSHING:
+                self.fresh = None
             setattr(regs, name, value)
             if name == "cr3":
                 self.fresh = None
@@ -295,6 +300,41 @@ class L2:
         else:
             vmcb[name] = value
         return value
+
+    def _cr8(self, kind: str, value: int) -> int:
+        """CR8 is V_TPR with V_INTR_MASKING, and without it L1's own, which writes go to beside V_TPR
+        (section 15.21.2)."""
+        vmcb = self.state.vmcb
+        own = not vmcb["v_intr"] & VIntr.MASKING
+        if own and self.state.host_mode.narrow:
+            raise UsageError("without V_INTR_MASKING CR8 is L1's, which an L1 in a 32-bit mode cannot see")
+        if kind == "wrcr8":
+            vmcb["v_intr"] = vmcb["v_intr"] & ~VIntr.TPR | value & 0xF
+            if own:
+                self.host["cr8"] = value & 0xF
+            return value
+        return self.host.get("cr8", 0) if own else vmcb["v_intr"] & 0xF
+
+    def _load_segment(self, name: str, selector: int) -> int:
+        """MOV to ES or DS: a null selector, or one of a data segment in L2's GDT (section 4.8.1)."""
+        vmcb = self.state.vmcb
+        vmcb[f"{name}.selector"] = selector
+        if not selector & ~3:
+            # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
+            vmcb[f"{name}.attrib"] = 0
+            self.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
+            return selector
+        walk = self.access(vmcb["gdtr.base"] + (selector & ~7), _IMPLICIT_READ)
+        if not isinstance(walk.outcome, Reached):
+            raise UsageError(f"L2 cannot reach the descriptor of {selector:#x}: {walk.outcome}")
+        entry = self.state.memory.words[walk.outcome.spa >> 3]
+        if name != "es" or self.regs.cpl or entry >> 40 & 0xF9 != 0x91 or selector > vmcb["gdtr.limit"]:
+            raise UsageError(f"{name} = {selector:#x}: L2 can load ES with an accessed data segment, at CPL 0")
+        limit = entry & 0xFFFF | entry >> 32 & 0xF_0000
+        vmcb[f"{name}.attrib"] = entry >> 40 & 0xFF | entry >> 44 & 0xF00
+        vmcb[f"{name}.limit"] = limit << 12 | 0xFFF if entry >> 55 & 1 else limit
+        vmcb[f"{name}.base"] = entry >> 16 & 0xFF_FFFF | entry >> 32 & 0xFF00_0000
+        return selector
 
     def _pkru(self, kind: str, value: int) -> int:
         """RDPKRU and WRPKRU (section 5.6.7): PKRU is one for L1 and L2."""
@@ -372,7 +412,7 @@ class L2:
         """Through L2's own IDT; its handlers do nothing but leave by HLT."""
         self.out.event = event
         try:
-            undefined = events.deliver(event, self.regs, self.state.vmcb, _Bus(self, event))
+            undefined = events.deliver(event, self.regs, self.state.vmcb, Bus(self, event))
         except ValueError as reason:
             raise UsageError(f"delivery of vector {event.vector}: {reason}") from None
         self.undefined |= dict.fromkeys(undefined, WHOLE)
@@ -380,39 +420,3 @@ class L2:
         if not isinstance(landed.outcome, Reached):
             self.fault(landed)
         raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered")
-
-
-class _Bus:
-    """Memory as a delivery sees it: implicit supervisor accesses, whatever the CPL."""
-
-    def __init__(self, l2: L2, event: Event) -> None:
-        self._l2, self._event = l2, event
-
-    def load(self, gva: int) -> int:
-        spa = self._reach(gva, _IMPLICIT_READ)
-        return self._l2.state.memory.words[spa >> 3]
-
-    def store(self, gva: int, value: int, free: int) -> None:
-        spa = self._reach(gva, _IMPLICIT_WRITE)
-        state, out = self._l2.state, self._l2.out
-        state.changed(out, spa, state.memory.words[spa >> 3])
-        state.memory.words[spa >> 3] = value
-        if free:
-            out.permitted[spa] = out.permitted.get(spa, 0) | free
-
-    def _reach(self, gva: int, access: Access) -> int:
-        walk = self._l2.access(gva, access)
-        match walk.outcome:
-            case Reached(spa, _):
-                if gva & 7 or spa not in self._l2.state.image.arena:
-                    raise UsageError(f"a delivery reaches sPA {spa:#x} through gVA {gva:#x}: no page of L2's own")
-                return spa
-            case NestedPageFault(code, gpa):
-                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, self._event)
-            case PageFault(code, fault) if self._l2.intercepted(events.PF):
-                raise Leave(ExitCode.EXCEPTION + events.PF, code, fault, walk, walk.rule, self._event)
-            case outcome:
-                raise UsageError(f"a delivery faults with {outcome}, which L1 does not intercept: double faults are "
-                                 "not modelled")
-
-

@@ -24,6 +24,7 @@ RMW_READS_FIRST: Final = "rmw-reads-first"
 JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
+V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
 """Quirks of how L2's instructions are carried out: see harness.lockstep.l2."""
 
 
@@ -151,6 +152,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "implicit-obeys-ac": Quirk(access=_implicit_obeys_ac),
     "stack-as-data": Quirk(access=_stack_as_data),
     PKE_NOT_FLUSHED: Quirk(),
+    V_IRQ_AT_PRIORITY: Quirk(),
     RMW_READS_FIRST: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
     SOFTWARE_EVENT_LOST: Quirk(),

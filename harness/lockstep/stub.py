@@ -15,7 +15,13 @@ from harness.scenario.ops import SIZED
 FLAGS: Final = RFLAGS.ZF | RFLAGS.PF
 """Status flags at each labelled access: those of a comparison of equals."""
 
-INSTRUCTION_BYTES: Final = {ExitCode.VMMCALL: 3, ExitCode.HLT: 1}
+INTERCEPTED: Final = {
+    "vmrun": ExitCode.VMRUN, "vmload": ExitCode.VMLOAD, "vmsave": ExitCode.VMSAVE, "stgi": ExitCode.STGI,
+    "clgi": ExitCode.CLGI,
+}
+"""Probes that are an instruction of SVM, and the exit that each ends in."""
+
+INSTRUCTION_BYTES: Final = {ExitCode.VMMCALL: 3, ExitCode.HLT: 1} | dict.fromkeys(INTERCEPTED.values(), 3)
 """Length of the instruction by which L2 leaves of its own will, by exit code."""
 
 CONSTANT: Final = {
@@ -41,11 +47,11 @@ DESCRIPTOR_READS: Final = {
 LOADED_LIMITS: Final = {"wrgdtr": ("gdtr", 0x27), "wridtr": ("idtr", 0x13F)}
 """Probes that load a descriptor-table register: which, and the limit that L2 loads with the base."""
 
-NULL_LOADS: Final = {"wres": "es", "wrds": "ds"}
-"""Probes that load a null selector."""
+SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
+"""Probes that load a segment register."""
 
 UNPRIVILEGED: Final = frozenset(
-    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru"} | DESCRIPTOR_READS.keys() | NULL_LOADS.keys()
+    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru"} | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
 """Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from harness.errors import UsageError
 from harness.lockstep import stub
-from harness.lockstep.l2 import L2, Leave
+from harness.lockstep.delivery import Leave
+from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, Active
 from harness.lockstep.state import State
@@ -55,12 +56,14 @@ class Twin(State):
         if out.refused:
             self._refuse(out)
             return out
+        vmrun.canonicalize(vmcb, self.cpu)
         injected = Event.from_eventinj(vmcb["eventinj"])
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         l2 = L2(self, out, step)
         try:
             if injected is not None and not (injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)):
                 l2.deliver(injected)
+            l2.interrupt()
             l2.enter()
             for index in range(first, len(step.probes)):
                 out.next_probe = index
@@ -106,7 +109,8 @@ class Twin(State):
         vmrun.save(vmcb, l2.regs)
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = code, leave.info1, leave.info2
         vmcb["exitintinfo"] = leave.event.exitintinfo if leave.event is not None else 0
-        vmcb["interrupt_shadow"] = 0
+        if l2.begun:
+            vmcb["interrupt_shadow"] = 0  # 15.21.5: over with the first instruction
         undefined = ["fetched_count", "fetched_bytes"]
         if code in stub.INSTRUCTION_BYTES:
             undefined += ["exitinfo1", "exitinfo2"]  # 15.6: not defined where no value is named for the exit
@@ -127,7 +131,7 @@ class Twin(State):
             vmcb["nrip"] = l2.regs.rip + stub.INSTRUCTION_BYTES[code] if code in stub.INSTRUCTION_BYTES else 0
         out.control, out.save = self.vmcb_bytes()
         out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
-        out.host = self._host() | {"dr6": l2.regs.dr6}
+        out.host = self._host() | {"dr6": l2.regs.dr6} | l2.host
 
     def _host(self) -> dict[str, int]:
         """What L1 must find in its own registers behind VMRUN, beside what was in them before it."""

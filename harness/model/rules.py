@@ -107,6 +107,8 @@ _EXIT: Final = (
          "When all probes are done L2 executes VMMCALL, which L1 intercepts: state is saved as of that instruction."),
     Rule("exit.privileged", "8.2.14",
          "A privileged instruction at a CPL other than 0 raises #GP(0)."),
+    Rule("exit.intercept", "15.9",
+         "An instruction of SVM that L1 intercepts does nothing: L2 leaves with the state as it was before it."),
     Rule("exit.delivered", "8.9.3, 15.7",
          "An exception or injected event that L1 does not intercept goes through L2's own IDT, and its handler runs."),
     Rule("exit.host", "15.6",

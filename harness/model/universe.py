@@ -96,14 +96,15 @@ NO_CELLS: Final = {
 )
 """Rules that no run can put to the test, and why."""
 
-_EXITS: Final = {
-    "exit.vmmcall": "VMEXIT_VMMCALL",
-    "exit.privileged": "VMEXIT_#GP",
-    "exit.host": "#VMEXIT",
-    "exit.host-dr7": "#VMEXIT",
-    "exit.registers": "#VMEXIT",
-}
-"""Rules of #VMEXIT that hold in every pair of modes, and their outcome."""
+_EXITS: Final = (
+    ("exit.vmmcall", "VMEXIT_VMMCALL"),
+    *(("exit.intercept", f"VMEXIT_{name}") for name in ("VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI")),
+    ("exit.privileged", "VMEXIT_#GP"),
+    ("exit.host", "#VMEXIT"),
+    ("exit.host-dr7", "#VMEXIT"),
+    ("exit.registers", "#VMEXIT"),
+)
+"""Rules of #VMEXIT that hold in every pair of modes, and their outcomes."""
 
 DELIVERIES: Final = ("#PF", "#GP", "exception", "interrupt", "NMI", "software interrupt")
 """What goes through L2's own IDT, as `exit.delivered` has it."""
@@ -148,7 +149,7 @@ def _everything(cpu: Cpu) -> Iterator[tuple[Cell, frozenset[str]]]:
         for cell, wanted in _walks(cpu, guest, nested):
             yield cell, needs | wanted
         mode = f"{_name(guest) or OFF}/{_name(nested) or NONE}"
-        for rule, outcome in _EXITS.items():
+        for rule, outcome in _EXITS:
             yield Cell(rule, "", "", mode, outcome), needs
         if guest is not None and guest.address_bits > 32:  # the model has deliveries in long mode
             for outcome in _deliveries(nested is not None):

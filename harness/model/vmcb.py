@@ -115,7 +115,12 @@ class ExitCode:
     EXCEPTION: Final = 0x40
     HLT: Final = 0x78
     SHUTDOWN: Final = 0x7F
+    VMRUN: Final = 0x80
     VMMCALL: Final = 0x81
+    VMLOAD: Final = 0x82
+    VMSAVE: Final = 0x83
+    STGI: Final = 0x84
+    CLGI: Final = 0x85
     NPF: Final = 0x400
     INVALID: Final = (1 << 64) - 1
 
@@ -124,6 +129,7 @@ class ExitCode:
         """The manual's name for an exit code."""
         names = {
             cls.HLT: "HLT", cls.SHUTDOWN: "SHUTDOWN", cls.VMMCALL: "VMMCALL", cls.NPF: "NPF",
+            cls.VMRUN: "VMRUN", cls.VMLOAD: "VMLOAD", cls.VMSAVE: "VMSAVE", cls.STGI: "STGI", cls.CLGI: "CLGI",
             cls.INVALID: "INVALID", 0x4D: "#GP", 0x4E: "#PF",
         }
         if code in names:
@@ -144,17 +150,21 @@ NP_SSS: Final = 1 << 4
 """np_control bits: nested paging, guest mode execute trap, supervisor shadow stack check."""
 
 MISC1_NMI: Final = 1 << 1
-"""intercept_misc1 bit."""
+MISC1_VINTR: Final = 1 << 4
+"""intercept_misc1 bits."""
 
 MISC2_VMRUN: Final = 1 << 0
 MISC2_VMMCALL: Final = 1 << 1
-"""intercept_misc2 bits."""
+MISC2_SVM: Final = 0x3F
+"""intercept_misc2 bits; the last are VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI and CLGI."""
 
 
 class VIntr:
     """v_intr bits (sections 15.21 and 15.29.4)."""
 
     TPR: Final = 0xFF
+    IRQ: Final = 1 << 8
+    IGN_TPR: Final = 1 << 20
     MASKING: Final = 1 << 24
     NMI_ENABLE: Final = 1 << 26
     X2AVIC: Final = 1 << 30

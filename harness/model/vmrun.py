@@ -12,7 +12,7 @@ from typing import Final
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.memory_type import Caching
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, Vmcb
+from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, VIntr, Vmcb
 from harness.model.walk import Paging
 
 
@@ -37,6 +37,7 @@ class Registers:
 
 
 LOADED: Final = tuple(f.name for f in fields(Registers))
+_LOADED_SEGMENTS: Final = ("es", "cs", "ss", "ds", "gdtr", "idtr")
 
 
 @dataclass(slots=True)
@@ -51,6 +52,24 @@ class Host:
     dr7: int
     pkru: int = 0
     u_cet: int = 0
+
+
+def canonicalize(vmcb: Vmcb, cpu: Cpu) -> None:
+    """VMRUN sign-extends the bases of the segments that it loads (section 15.5.1): from the highest bit of a
+    linear address of this CPU, with which they then are saved."""
+    top = 1 << (56 if "la57" in cpu.features else 47)
+    for name in _LOADED_SEGMENTS:
+        base = vmcb[f"{name}.base"] & 2 * top - 1
+        vmcb[f"{name}.base"] = (base ^ top) - top & (1 << 64) - 1
+
+
+def virtual_interrupt(vmcb: Vmcb, rflags: int, at_priority: bool = False) -> int | None:
+    """The vector of the virtual interrupt that L2 takes with these flags, outside of an interrupt shadow
+    (section 15.21.4): its priority must be above V_TPR; `at_priority`: or the same. None if there is none."""
+    control = vmcb["v_intr"]
+    above = (control >> 16 & 0xF) - (control & VIntr.TPR) + at_priority > 0
+    taken = control & VIntr.IRQ and rflags & RFLAGS.IF and (above or control & VIntr.IGN_TPR)
+    return control >> 32 & 0xFF if taken else None
 
 
 def load(vmcb: Vmcb, host: Host) -> Registers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
-from harness.model.vmcb import FIELDS, MISC2_VMMCALL, MISC2_VMRUN, NP_ENABLE
+from harness.model.vmcb import FIELDS, MISC2_SVM, NP_ENABLE
 from harness.model.vmrun import Host
 from harness.scenario.modes import Mode
 from harness.wire.image import PAGE, Image
@@ -14,6 +14,9 @@ SYSTEM: Final = ("idt", "gdt", "tss", "stack")
 """L2's system structures: each has a gPA and a gVA of its own, all lie on one sPA page."""
 
 _CODE_SELECTOR: Final = 0x28
+_DATA_SELECTOR: Final = 0x30
+_DATA: Final = 0x12CA_9334_5678_BCDE
+"""Base 1234_5678h, limit ABCD_EFFFh, attributes C93h: unlike any in the VMCB."""
 _GDT: Final = 0x200
 _TSS: Final = 0x304
 """Offsets in the system page; so that RSP0, four bytes into the TSS, is aligned."""
@@ -36,7 +39,7 @@ def vmcb_fields(image: Image, mode: Mode, gva: dict[str, int], gcr3: int, ncr3: 
     return {
         "intercept_exceptions": 0xFFFF_FFFF,
         "intercept_misc1": 1 << 31 | 1 << 24,  # SHUTDOWN: a triple fault of L2 is L2's; HLT: its handlers' end
-        "intercept_misc2": MISC2_VMRUN | MISC2_VMMCALL,
+        "intercept_misc2": MISC2_SVM,
         "iopm_base": image.iopm,
         "msrpm_base": image.msrpm,
         "asid": 5,
@@ -79,7 +82,10 @@ def vmcb_fields(image: Image, mode: Mode, gva: dict[str, int], gcr3: int, ncr3: 
 def system_words(page: int, stack: int, vectors: int) -> dict[int, int]:
     """L2's IDT, GDT and TSS at sPA `page`; the rest of it is stack. `vectors` is the gVA of the first
     handler; each has four bytes (guests/l1/l2_long.S)."""
-    words = {page + _GDT + (_CODE_SELECTOR & ~7): 0x00AF_9B00_0000_FFFF, page + _TSS + 4: stack + _RSP0}
+    words = {
+        page + _GDT + _CODE_SELECTOR: 0x00AF_9B00_0000_FFFF, page + _GDT + _DATA_SELECTOR: _DATA,
+        page + _TSS + 4: stack + _RSP0,
+    }
     for vector in range(32):
         offset = vectors + 4 * vector
         gate = offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48

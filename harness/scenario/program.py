@@ -27,7 +27,7 @@ LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
 """Probes that L2 cannot make with 32-bit code."""
 
 NOT_REAL: Final = frozenset({"fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "wrgdtr",
-                             "wridtr", "rdldtr", "rdtr"})
+                             "wridtr", "rdldtr", "rdtr", "vmrun", "vmload", "vmsave", "stgi", "clgi"})
 """Probes that L2 cannot make in real mode."""
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 MAGIC = 0x6B6C_6177_6E69_7774
@@ -228,7 +228,7 @@ PROBES = {
     "wrcr0": 16, "wrcr2": 17, "wrcr3": 18, "wrcr4": 19, "wrcr8": 20, "wrdr6": 21, "wrdr7": 22,
     "rdmsr": 24, "wrmsr": 25, "rdflags": 26, "wrflags": 27, "rdseg": 28, "rdrsp": 29, "wrrsp": 30,
     "rdgdtr": 32, "rdgdtl": 33, "rdidtr": 34, "rdidtl": 35, "wrgdtr": 36, "wridtr": 37, "rdldtr": 38, "rdtr": 39,
-    "wres": 40, "wrds": 41,
+    "wres": 40, "wrds": 41, "vmrun": 42, "vmload": 43, "vmsave": 44, "stgi": 45, "clgi": 46,
     "push": 48, "pop": 49, "lar": 50, "rdpkru": 51, "wrpkru": 52,
 }
 

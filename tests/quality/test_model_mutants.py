@@ -239,6 +239,50 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "any ASID but 5 refused": Mutant(
         "model.consistency", 'lambda it: not it.vmcb["asid"]', 'lambda it: it.vmcb["asid"] == 5', (one(ALL),), "C3",
         "outcome"),
+    **{
+        f"{rule} not checked": Mutant(
+            "model.consistency", f'Check("{rule}", ', f'Check("{rule}", lambda it: False) if True else Check("", ',
+            (f"vmrun/{file}",), "C3", "outcome")
+        for rule, file in {
+            "vmrun.cr0-high": "cr0-high", "vmrun.cr3-mbz": "cr3-mbz", "vmrun.cr4-mbz": "cr4-mbz",
+            "vmrun.dr6-high": "dr6-high", "vmrun.dr7-high": "dr7-high", "vmrun.efer-mbz": "efer-reserved",
+            "vmrun.long-pae": "long-pae", "vmrun.long-pe": "long-pe", "vmrun.cs-l-d": "cs-l-d",
+            "vmrun.permission-maps": "iopm",
+        }.items()
+    },
+    "NMI taken for an exception": Mutant(
+        "model.consistency", "vector not in _EXCEPTIONS", "vector not in _EXCEPTIONS | {2}",
+        (one('vmcb = "eventinj"\nvalue = 0x80000302', ALL),), "C3", "outcome"),
+    "host paging needed without nested paging too": Mutant(
+        "model.consistency", "lambda it: it.nested and not it.host.cr0", "lambda it: not it.host.cr0",
+        ("vmrun/host-paging-unused",), "C3", "outcome"),
+    "low bits of nCR3 are an address": Mutant(
+        "model.consistency", 'it.nested and it.beyond(it.vmcb["ncr3"])', 'it.nested and it.vmcb["ncr3"] & 7',
+        ("vmrun/ncr3-ignored",), "C3", "outcome"),
+    "bases saved as they are": Mutant(
+        "lockstep.twin", "vmrun.canonicalize(vmcb, self.cpu)", "pass", ("state/canonical-bases",), "C3", "es.base"),
+    "the interrupt shadow lasts": Mutant(
+        "lockstep.twin", "if l2.begun:", "if False:", ("state/interrupt-shadow",), "C3", "interrupt_shadow"),
+    "V_IRQ stays when it is taken": Mutant(
+        "lockstep.l2", 'vmcb["v_intr"] &= ~VIntr.IRQ', "pass", ("state/v-irq-taken",), "C3", "v_intr"),
+    "virtual interrupts ignore V_TPR": Mutant(
+        "model.vmrun", "(above or control", "(True or control", ("state/v-irq-masked",), "C1", "outcome"),
+    "virtual interrupts ignore IF": Mutant(
+        "model.vmrun", "control & VIntr.IRQ and rflags & RFLAGS.IF and", "control & VIntr.IRQ and",
+        ("state/v-irq-pending",), "C1", "outcome"),
+    "CR8 is V_TPR always": Mutant(
+        "lockstep.l2", 'own = not vmcb["v_intr"] & VIntr.MASKING', "own = False", ("state/cr8-not-masked",), "C3",
+        "rdcr8"),
+    "CR8 of L1 is not L2's to write": Mutant(
+        "lockstep.l2", 'self.host["cr8"] = value & 0xF', "pass", ("state/cr8-not-masked",), "C3", "l1.cr8"),
+    "one exit for VMLOAD and VMSAVE": Mutant(
+        "lockstep.l2", "code = stub.INTERCEPTED[kind]", 'code = stub.INTERCEPTED[kind.replace("save", "load")]',
+        ("state/svm-instructions-alone",), "C1", "outcome"),
+    "ES keeps its base": Mutant(
+        "lockstep.l2", 'vmcb[f"{name}.base"] = entry', 'entry = entry', ("state/load-descriptor",), "C3", "es.base"),
+    "ES keeps its limit": Mutant(
+        "lockstep.l2", "limit << 12 | 0xFFF if entry >> 55 & 1 else limit", "0xFFFF_FFFF", ("state/load-descriptor",),
+        "C3", "es.limit"),
     "RAX not saved": Mutant(
         "model.vmrun", 'if name != "g_pat" or', 'if name != "rax" and name != "g_pat" or name == "g_pat" and',
         (one(run("read a")),), "C3", "rax"),
