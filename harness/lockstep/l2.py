@@ -64,9 +64,11 @@ class L2:
     def interrupt(self) -> None:
         """Take the virtual interrupt that is pending at VMRUN, if it is taken (section 15.21.4)."""
         vmcb = self.state.vmcb
-        vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags, V_IRQ_AT_PRIORITY in self.state.quirks)
+        vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags)
         if vector is None:
-            return
+            vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags, at_priority=True)
+            if vector is None or not self.state.quirks.has(V_IRQ_AT_PRIORITY):
+                return
         if vmcb["intercept_misc1"] & MISC1_VINTR or vmcb["interrupt_shadow"]:
             raise UsageError("a virtual interrupt that is intercepted, or held back by a shadow, is not modelled")
         vmcb["v_intr"] &= ~VIntr.IRQ
