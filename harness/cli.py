@@ -17,7 +17,7 @@ from harness.report import jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, run
-from harness.scenario import files, sweepfiles
+from harness.scenario import files, sweepfiles, writer
 from harness.scenario.ops import Scenario
 from harness.scenario.sweep import Sweep
 from harness.sweeping import BUDGET, Plan, Record
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     lister = commands.add_parser("list", help="list scenarios")
     _selection(lister)
+    lister.add_argument("--write", type=Path, metavar="FOLDER", help="write each of them to a file in FOLDER")
     lister.set_defaults(command=_list)
 
     coverage = commands.add_parser("coverage", help="show which cases of which rule were reached, and which not")
@@ -237,6 +238,8 @@ def _list(options: argparse.Namespace) -> int:
     width = min(60, max(map(len, names)))
     for scenario in chosen.scenarios:
         print(f"{scenario.name:{width}}  {scenario.title} ({scenario.manual})")
+    if options.write:
+        writer.write(chosen.scenarios, options.write)
     for sweep in chosen.sweeps:
         print(f"{sweep.name:{width}}  {sweep.title} ({sweep.manual}): {sweep.space.size:,} cases")
     return 0

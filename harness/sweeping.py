@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from harness.errors import UsageError
 from harness.lockstep.driver import Result
@@ -34,16 +34,25 @@ _VERSION: Final = 1
 
 def shares(budget: int, sizes: Sequence[int]) -> list[int]:
     """`budget` shared fairly: as much for each as for any other, but no more than its size."""
-    out = [0] * len(sizes)
-    hungry = [n for n, size in enumerate(sizes) if size]
-    while budget and hungry:
-        each, extra = divmod(budget, len(hungry))
-        for place, n in enumerate(hungry):
-            part = min(each + (place < extra), sizes[n] - out[n])
-            out[n] += part
-            budget -= part
-        hungry = [n for n in hungry if out[n] < sizes[n]]
+    low, high = 0, max(sizes, default=0)
+    while low < high:  # the highest level at which all of it suffices
+        level = (low + high + 1) // 2
+        low, high = (level, high) if sum(min(size, level) for size in sizes) <= budget else (low, level - 1)
+    out = [min(size, low) for size in sizes]
+    more = [n for n, size in enumerate(sizes) if size > low]
+    for n in more[: budget - sum(out)]:
+        out[n] += 1
     return out
+
+
+class Place(NamedTuple):
+    """A position in a sweep's sequence, and how many cases are before it."""
+
+    position: int
+    done: int
+
+
+_START: Final = Place(0, 0)
 
 
 class Record:
@@ -52,7 +61,7 @@ class Record:
 
     def __init__(self, path: Path, target: str) -> None:
         self.path, self._target = path, target
-        self._positions: dict[tuple[str, str, int], int] = {}
+        self._known: dict[tuple[str, str, int], Place] = {}
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             with path.open("a", encoding="utf-8") as file:
@@ -60,32 +69,32 @@ class Record:
                     file.write("\n")  # a run that was killed left half a line
         except (OSError, UnicodeDecodeError) as reason:
             raise UsageError(f"--record: cannot use {path}: {reason}") from None
-        lines = text.splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                key, position = (entry["sweep"], entry["digest"], entry["seed"]), int(entry["next"])
+                key, place = (entry["sweep"], entry["digest"], entry["seed"]), Place(entry["next"], entry["done"])
                 target_then = entry["target"]
-            except (ValueError, KeyError, TypeError):
-                if number == len(lines) or not line.startswith("{"):
-                    continue
+            except (ValueError, KeyError, TypeError) as reason:
+                if isinstance(reason, json.JSONDecodeError) and line.startswith("{"):
+                    continue  # half a line
                 raise UsageError(f"{path}:{number}: this is no line of a record of sweeps") from None
             if target_then != target:
                 raise UsageError(f"{path}:{number}: this record is of another target, {target_then!r}, not of "
                                  f"{target!r}: give --record another file")
-            self._positions[key] = max(position, self._positions.get(key, 0))
+            self._known[key] = max(place, self._known.get(key, _START))
 
-    def position(self, sweep: Sweep, seed: int) -> int:
+    def place(self, sweep: Sweep, seed: int) -> Place:
         """Where in the sequence of `sweep` the next run begins."""
-        return self._positions.get((sweep.name, digest(sweep), seed), 0)
+        return self._known.get((sweep.name, digest(sweep), seed), _START)
 
-    def note(self, sweep: Sweep, seed: int, position: int) -> None:
-        """All cases before `position` are done. Raises UsageError if that cannot be written."""
+    def note(self, sweep: Sweep, seed: int, place: Place) -> None:
+        """All cases before `place` are done. Raises UsageError if that cannot be written."""
         key = (sweep.name, digest(sweep), seed)
-        if position <= self._positions.get(key, 0):
+        if place <= self._known.get(key, _START):
             return
-        self._positions[key] = position
-        entry = {"sweep": key[0], "digest": key[1], "seed": seed, "next": position, "target": self._target}
+        self._known[key] = place
+        entry = {"sweep": key[0], "digest": key[1], "seed": seed, "next": place.position, "done": place.done,
+                 "target": self._target}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -102,19 +111,19 @@ def digest(sweep: Sweep) -> str:
 class _Progress:
     """One sweep on its way."""
 
-    def __init__(self, sweep: Sweep, seed: int, start: int, budget: int) -> None:
+    def __init__(self, sweep: Sweep, seed: int, start: Place, budget: int) -> None:
         self.sweep, self.seed, self.left, self.next = sweep, seed, budget, start
-        self.tally = Tally(sweep.name, sweep.space.size, before=start)
+        self.tally = Tally(sweep.name, sweep.space.size, before=start.done)
         self.coverage = Coverage(sweep.space)
-        self._cases = sequence(sweep.space, seed, start, self.coverage)
-        self._due: dict[str, int] = {}
+        self._cases = sequence(sweep.space, seed, start.position, self.coverage)
+        self._due: dict[str, Place] = {}
 
     def take(self, count: int) -> Iterator[Scenario]:
         """The next cases as scenarios."""
         for position, case in islice(self._cases, count):
             scenario = self.sweep.scenario(case)
-            self.next = position + 1
-            self._due[scenario.name] = position
+            self._due[scenario.name] = Place(position, self.next.done)
+            self.next = Place(position + 1, self.next.done + 1)
             yield scenario
         self.left = max(0, self.left - count)
 
@@ -123,17 +132,17 @@ class _Progress:
         return self.tally.add(result, strict)
 
     @property
-    def done(self) -> int:
-        """All cases before this position are done."""
+    def done(self) -> Place:
+        """All cases before it are done."""
         return min(self._due.values(), default=self.next)
 
     def close(self) -> None:
         """Fill in what was covered: of a run that was cut short not all that was taken is done."""
         had = self.coverage
         if self._due:
-            had, due = Coverage(self.sweep.space), set(self._due.values())
+            had, due = Coverage(self.sweep.space), {place.position for place in self._due.values()}
             for position, case in sequence(self.sweep.space, self.seed):
-                if position >= self.next:
+                if position >= self.next.position:
                     break
                 if position not in due:
                     had.add(case)
@@ -149,8 +158,8 @@ class Plan:
     def __init__(
         self, sweeps: Sequence[Sweep], budget: int | None, seed: int = 0, record: Record | None = None
     ) -> None:
-        starts = [record.position(sweep, seed) if record else 0 for sweep in sweeps]
-        sizes = [max(0, sweep.space.size - start) for sweep, start in zip(sweeps, starts, strict=True)]
+        starts = [record.place(sweep, seed) if record else _START for sweep in sweeps]
+        sizes = [sweep.space.size - start.done for sweep, start in zip(sweeps, starts, strict=True)]
         if budget is None:
             _refuse_too_many(sweeps, sum(sizes))
             budget = sum(sizes)

@@ -10,8 +10,8 @@ from harness.lockstep.driver import Result
 
 @dataclass
 class Tally:
-    """How far one sweep came: `done` cases in this run and `before` positions of its sequence in earlier
-    ones, of `total`; pairs and triples of values that those of this run and of earlier ones have had."""
+    """How far one sweep came: `done` cases in this run and `before` in earlier ones, of `total`; pairs
+    and triples of values that those of this run and of earlier ones have had."""
 
     name: str
     total: int
