@@ -9,7 +9,9 @@ AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
     walk       the one- and the two-dimensional walk
     dirty      writing accessed and dirty bits back
     vmcb       the VMCB's fields
-    vmrun      VMRUN's checks, and the state after #VMEXIT
+    vmrun      what VMRUN loads, and the state after #VMEXIT
+    consistency  which VMCBs VMRUN refuses
+    memory_type  PAT, MTRRs and CR0.CD: computed, compared with nothing
     rules      every rule by its id, with the manual's section
     coverage   the cases of rules that a walk is one of
     universe   all the cases that there are
