@@ -57,8 +57,8 @@ def clear_bits(entry: str, *bits: str) -> str:
 MUTANTS: Final[dict[str, Mutant]] = {
     # permissions
     "nested U/S ignored": Mutant(
-        "model.walk", 'elif not rights & US:\n        raise _nested_fault("user"',
-        'elif False:\n        raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
+        "model.walk", 'elif not rights & US:\n            raise _nested_fault("user"',
+        'elif False:\n            raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
     "nested R/W ignored": Mutant(
         "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1",
         "outcome"),
@@ -68,9 +68,9 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
         (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
     "guest tables are supervisor accesses that nested U/S spares": Mutant(
-        "model.walk", "    elif not rights & US:\n        raise _nested",
-        "    elif purpose == FINAL and not rights & US:\n        raise _nested", ("walk/table-supervisor",), "C1",
-        "outcome"),
+        "model.walk", "        elif not rights & US:\n            raise _nested",
+        "        elif purpose == FINAL and not rights & US:\n            raise _nested", ("walk/table-supervisor",),
+        "C1", "outcome"),
     "only the nested leaf's rights count": Mutant(
         "model.walk", "rights &= entry | granted", "rights = entry | granted", ("walk/nested-read-only",), "C1",
         "outcome"),
@@ -173,19 +173,19 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if access.fetch:\n        code", "if False:\n        code", ("walk/nested-no-execute",), "C1",
         "exitinfo1"),
     "permission fault without P": Mutant(
-        "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, ErrorCode.P)',
+        "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, code)',
         'raise _nested_fault("write", paging, gpa, access, purpose, 0)', ("walk/nested-read-only",), "C1", "exitinfo1"),
     # accessed and dirty
     "A of a guest table entry not set": Mutant(
-        "model.walk", "updates.append((address, accessed, TABLE))", "pass", ("ad/first-access",), "C2", "entry", 2),
-    "A of a nested table entry not set": Mutant(
         "model.walk", "updates.append((address, accessed, TABLE))", "pass", ("ad/first-access",), "C2", "entry"),
+    "A of a nested table entry not set": Mutant(
+        "model.walk", "updates.append((address, accessed, NESTED_TABLE))", "pass", ("ad/first-access",), "C2", "entry"),
     "D of the guest's leaf not set": Mutant(
         "model.walk", "updates.append((address, A | D if write else A, PAGE))", "updates.append((address, A, PAGE))",
         ("ad/first-access",), "C2", "entry"),
     "D of the nested leaf not set": Mutant(
-        "model.walk", "updates.append((address, A | D if write else A, TABLE))", "updates.append((address, A, TABLE))",
-        ("ad/first-access",), "C2", "entry"),
+        "model.walk", "updates.append((address, A | D if write else A, NESTED_TABLE))",
+        "updates.append((address, A, NESTED_TABLE))", ("ad/first-access",), "C2", "entry"),
     "D set by reads": Mutant(
         "model.walk", "updates.append((address, A | D if write else A, PAGE))",
         "updates.append((address, A | D, PAGE))", ("ad/first-access",), "C2", "entry"),
