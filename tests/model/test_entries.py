@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from harness.model.access import NestedPageFault, PageFault, Reached
-from harness.model.entries import BITS, long_mode
+from harness.model.entries import BITS, PAT_4K, PAT_LARGE, PCD, PWT, long_mode
 from tests.model.tables import GVA, NX, PS, RW, US, E, P, Space
 
 DATA = 0x40_0000
@@ -116,3 +116,4 @@ def test_bit_names() -> None:
     assert {name: 1 << bit for name, bit in names.items()}.items() <= BITS.items()
     assert BITS["bit8"] == 1 << 8 and BITS["bit62"] == 1 << 62
     assert (P, RW, US, PS, NX) == (1, 2, 4, 0x80, 1 << 63)
+    assert (PWT, PCD, PAT_4K, PAT_LARGE) == (8, 0x10, 0x80, 0x1000)

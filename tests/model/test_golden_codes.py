@@ -240,3 +240,17 @@ def test_what_a_nested_walk_that_faults_leaves_open() -> None:
     case.put(0x50_0000, 0x51_0001)
     required, permitted = resolve(case.walk(0x5678).updates, True, Liberties())
     assert required == [] and [at for at, _, _ in permitted] == [0x51_0000]
+
+
+def test_a_nested_walk_that_faults_behind_others_with_pae_tables() -> None:
+    """Only its own entries are left open: not the guest's, nor those of the nested walks of the guest's tables."""
+    case = Case(cr4=0x10, efer=0x1000, cr3=0x4000_1000, np_control=1, ncr3=0x50_0000, host_efer=0x1800)
+    for at, entry in ((0x50_0008, 0x51_0001), (0x51_0000, 0x52_0007), (0x52_0008, 0x60_0007),
+                      (0x50_0010, 0x53_0001), (0x53_0000, 0x54_0007)):
+        case.put(at, entry)
+    case.put(0x60_0000, 0x8000_0087, 4)  # gVA 0 to 3F_FFFFh is gPA 8000_0000h on
+    required, permitted = resolve(case.walk(0x5678).updates, True, Liberties())
+    assert [(at, bits) for at, bits, _ in required] == [(0x51_0000, 0x20), (0x52_0008, 0x60)]
+    assert [(at, bits) for at, bits, _ in permitted] == [(0x60_0000, 0x20), (0x53_0000, 0x20)]
+    only_cut = Liberties(nested_cut=Takes.SOMETIMES, guest_cut=Takes.NEVER, page_not_reached=Takes.NEVER)
+    assert [at for at, _, _ in resolve(case.walk(0x5678).updates, True, only_cut)[1]] == [0x53_0000]

@@ -250,3 +250,31 @@ def test_ps_of_a_pdpe_without_1g_pages(nested: bool) -> None:
     figure = Figure("5-34 PDPE 1G", nested)
     case = figure.case(figure.plain | PAGE, PAGE)
     assert case.but(page1g=False).outcome(figure.address) == figure.fault(P | RSVD)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [
+    # figures 5-2, 5-3 and 5-16: bits of CR3 that are no address, low ones and above 31
+    ("5-5 PDE", 0xFFF, 0xFFFF_FFFF << 32), ("5-10 PDPE", 0x1F, 0xFFFF_FFFF << 32), ("5-20 PML4E", 0xFFF, 0),
+    ("5-19 PML5E", 0xFFF, 0),
+])
+def test_bits_of_cr3_that_are_no_address(name: str, low: int, high: int, nested: bool) -> None:
+    figure = Figure(name, nested)
+    case = figure.case(figure.plain | NEXT, NEXT)
+    assert case.outcome(figure.address) == figure.reached()
+    for bit in range(64):
+        if (low | high) >> bit & 1:
+            root = ROOT | 1 << bit
+            assert case.but(**{"ncr3" if nested else "cr3": root}).outcome(figure.address) == figure.reached(), bit
+
+
+@pytest.mark.parametrize("name", ["5-5 PDE", "5-10 PDPE", "5-20 PML4E", "5-19 PML5E"])
+def test_bits_of_cr3_that_are(name: str, nested: bool) -> None:
+    """They are added up by no carry: each leads to tables of its own."""
+    figure = Figure(name, nested)
+    lowest = 5 if figure.mode == "PAE" else 12
+    for bit in range(lowest, 52 if "level" in figure.mode else 32):
+        case = figure.case(figure.plain | NEXT, NEXT)
+        entry = case.get(figure.at, figure.width)
+        case.put(figure.at, 0, figure.width)
+        case.put((1 << bit) + figure.index[0] * figure.width, entry, figure.width)
+        assert case.but(**{"ncr3" if nested else "cr3": 1 << bit}).outcome(figure.address) == figure.reached(), bit

@@ -35,21 +35,25 @@ ROUNDS = 6
 """Sets of tables in one scenario."""
 
 RIGHTS = ("p", "rw", "us", "nx", "a", "d", "pwt", "pcd", "g")
-ODD = ("ps", "pat", *(f"bit{n}" for n in (8, 9, 11, 13, 20, 21, 29, 39, 40, 47, 51, 52, 58, 59, 62)))
+ODD = ("ps", "pat", *(f"bit{n}" for n in (9, 11, 13, 40, 47, 51, 52, 58, 59, 62)))
+"""No bit that leads elsewhere in an entry that QEMU follows although it is malformed (erratum qemu-tcg-pml4e-bit-8 and
+the like): the model has none to follow it with. For the same reason G is left alone in PML4Es and PML5Es."""
 GUESTS = [name for name, mode in MODES.items() if mode.paging or name == "off"]
 HOSTS = ("4-level", "5-level", "PAE")
 """Not the nested tables of an L1 in 32-bit mode: QEMU does not walk those (erratum qemu-tcg-legacy-nested),
 so that L2 has not even its own code."""
 
 
-def _change(rng: random.Random, wide: bool) -> Change:
+def _change(rng: random.Random, entry: str, wide: bool) -> Change:
     """Bits to set and to clear in an entry that grants all: mostly one."""
     names = [name for name in RIGHTS if wide or name != "nx"]
+    if entry.endswith(("pml4e", "pml5e")):
+        names.remove("g")
     names += [name for name in ODD if wide or not name.startswith("bit") or int(name[3:]) < 32]
     set_: list[str] = []
     clear: list[str] = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        name = rng.choice(names[:9] * 2 + names)
+        name = rng.choice(names[:8] * 2 + names)
         (clear if name in ("p", "rw", "us") else set_).append(name)
     return Change(set=tuple(set_), clear=tuple(clear))
 
@@ -78,7 +82,7 @@ def scenarios(rng: random.Random, guest: str, nested: str, entries: dict[str, di
             ops += [EntryOp(name, Change(value=values[name])) for name in sorted(changed)]
             changed = set(rng.sample(sorted(values), min(len(values), rng.choice([1, 1, 2, 3]))))
             wide = {"guest": MODES[guest].long or guest == "PAE", "nested": nested != "32-bit"}
-            ops += [EntryOp(name, _change(rng, wide[name.split(".")[0]]), rng.choice(["b", "c"])
+            ops += [EntryOp(name, _change(rng, name, wide[name.split(".")[0]]), rng.choice(["b", "c"])
                             if name.endswith("a.pte") and rng.random() < 0.1 else None) for name in sorted(changed)]
             ops.append(VmcbOp("tlb_control", Change(value=1)))
             probes = [Probe(rng.choice(["read", "write", "rmw", "fetch"]), rng.choice("aaab"), rng.randrange(512) * 8,
