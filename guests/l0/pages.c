@@ -3,32 +3,7 @@
  * The file is made SIZE bytes long; each range is mapped, written to, and locked. For each 4K page of the ranges,
  * in their order, the page's quadword of /proc/self/pagemap goes to standard output. Status 1: no memory.
  */
-typedef unsigned long ulong;
-
-enum { READ = 0, WRITE = 1, OPEN = 2, MMAP = 9, EXIT = 60, FTRUNCATE = 77, PREAD = 17, MLOCK = 149 };
-
-static long call(long number, ulong a, ulong b, ulong c, ulong d, ulong e, ulong f)
-{
-	register ulong r10 __asm__("r10") = d;
-	register ulong r8 __asm__("r8") = e;
-	register ulong r9 __asm__("r9") = f;
-	long result;
-
-	__asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
-static void end(int status, const char *text)
-{
-	ulong length = 0;
-
-	while (text[length])
-		length++;
-	call(WRITE, 2, (ulong)text, length, 0, 0, 0);
-	call(EXIT, status, 0, 0, 0, 0, 0);
-	__builtin_unreachable();
-}
+#include "call.h"
 
 static ulong number(const char *text)
 {

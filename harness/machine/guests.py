@@ -44,9 +44,11 @@ def build_l1(compiler: str | None = None) -> Path:
     return _build("l1", sources, others, (*_FLAGS, f"-Wl,-T,{folder / 'l1.ld'}"), compiler)
 
 
-def build_pages() -> Path:
-    """The program for L0 that makes pages present and says where they are. Raises LaunchFailed."""
-    return _build("pages", [SOURCES / "l0" / "pages.c"], [], _FLAGS, None)
+def build_l0(name: str) -> Path:
+    """A program for L0: `pages` makes pages present and says where they are, `follow` copies a trace. Raises
+    LaunchFailed."""
+    folder = SOURCES / "l0"
+    return _build(name, [folder / f"{name}.c"], [folder / "call.h"], _FLAGS, None)
 
 
 def _build(

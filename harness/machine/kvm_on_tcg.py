@@ -152,7 +152,7 @@ class _Files:
             raise OSError(errors.decode(errors="replace").strip())
 
     def follow(self, path: str) -> None:
-        self._host.run(f"cat {path} >/dev/ports/twinwalk.trace0 2>/dev/null &")
+        self._host.run(f"follow {path} /dev/ports/twinwalk.trace0 >/dev/null 2>&1 &")
 
 
 def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:

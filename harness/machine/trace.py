@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -30,6 +31,7 @@ _ARGUMENTS: Final = ("mmu", "walk_mmu", "root_hpa", "root", "role", "walked", "v
 _MMUS: Final = ("root_mmu", "guest_mmu", "nested_mmu")
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
 _KEPT: Final = 1 << 20
+_QUIET: Final = 0.2
 
 
 class Unobservable(Exception):
@@ -188,7 +190,6 @@ class Trace:
         self._page = self._start + room
         self._decoder = Decoder({name: text for name, (_, text) in formats.items()}, probe)
         self._write("buffer_size_kb", str(_RING_KB))
-        self._write("buffer_percent", "0")  # a reader is woken by the first event, not by a half full ring
         for name, (group, _) in formats.items():
             self._write(f"events/{group}/{name}/enable", "1")
         files.follow(f"{TRACEFS}/per_cpu/cpu0/trace_pipe_raw")
@@ -212,6 +213,20 @@ class Trace:
             self._files.write(f"{TRACEFS}/{name}", text)
         except OSError as reason:
             raise Unobservable(f"its tracefs does not take {text!r} in {name}: {reason}") from None
+
+    def pause(self) -> None:
+        """Trace no more, and forget what was traced and not yet read."""
+        self._write("tracing_on", "0")
+        self._write("trace", "")
+        size = -1
+        while size != (now := os.fstat(self._stream).st_size):
+            size = now
+            time.sleep(_QUIET)
+        self._at = size // self._page * self._page
+
+    def resume(self) -> None:
+        """Trace again: the first events are those of L1, which waits."""
+        self._write("tracing_on", "1")
 
     def poll(self) -> list[Event]:
         """Events that have come since the last call, in order. Raises MachineLost if any were lost."""

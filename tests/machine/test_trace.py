@@ -7,6 +7,8 @@ import base64
 import json
 import os
 import re
+import subprocess
+import time
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,6 +20,7 @@ import pytest
 from harness.errors import MachineLost
 from harness.machine import ring
 from harness.machine.btf import Btf
+from harness.machine.guests import build_l0
 from harness.machine.trace import TRACEFS, Bits, Decoder, Probe, Trace, Unobservable, capability
 from harness.model.mmu_context import Capability
 from harness.wire.trace import Entry, Event, NewPage, Vmexit, Vmrun
@@ -226,6 +229,46 @@ def test_a_stream_that_grows(stream: int) -> None:
         assert os.fstat(fresh).st_blocks <= blocks
     finally:
         os.close(fresh)
+
+
+def test_what_came_before_a_pause_is_forgotten(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.machine.trace._QUIET", 0.001)
+    files, raw = Kernel("6.1"), kernel("6.1")["raw"]
+    trace = Trace(files, stream, lost)
+    os.write(stream, raw[: 3 * 4096])
+    trace.pause()
+    assert (files.written["tracing_on"], files.written["trace"]) == ("0", "")
+    os.write(stream, raw[3 * 4096 :])
+    trace.resume()
+    assert files.written["tracing_on"] == "1"
+    later = trace.poll()
+    assert later == everything("6.1", stream)[-len(later) :]
+    assert 0 < len(later) < kernel("6.1")["runs"]
+
+
+def test_the_program_that_follows(tmp_path: Path) -> None:
+    """It copies what there is, waits for more, and says what it cannot do."""
+    ring_file, port = tmp_path / "ring", tmp_path / "port"
+    pages = kernel("6.1")["raw"]
+    ring_file.write_bytes(pages)
+    port.touch()
+    with subprocess.Popen([build_l0("follow"), ring_file, port]) as program:
+        try:
+            for more in (b"", pages[:4096] * 40):
+                with ring_file.open("ab") as file:
+                    file.write(more)
+                end = time.monotonic() + 10
+                while port.stat().st_size < ring_file.stat().st_size and time.monotonic() < end:
+                    time.sleep(0.005)
+                assert port.read_bytes() == ring_file.read_bytes()
+            assert program.poll() is None
+        finally:
+            program.kill()
+    for arguments, reason in (([ring_file], b"follow TRACE_PIPE_RAW PORT"), ([tmp_path / "no", port], b"cannot open"),
+                              ([tmp_path, port], b"cannot read")):
+        done = subprocess.run([build_l0("follow"), *arguments], capture_output=True, timeout=10, check=False)
+        assert done.returncode == 1
+        assert reason in done.stderr
 
 
 @pytest.mark.parametrize(
