@@ -254,3 +254,15 @@ def test_a_nested_walk_that_faults_behind_others_with_pae_tables() -> None:
     assert [(at, bits) for at, bits, _ in permitted] == [(0x60_0000, 0x20), (0x53_0000, 0x20)]
     only_cut = Liberties(nested_cut=Takes.SOMETIMES, guest_cut=Takes.NEVER, page_not_reached=Takes.NEVER)
     assert [at for at, _, _ in resolve(case.walk(0x5678).updates, True, only_cut)[1]] == [0x53_0000]
+
+
+def test_a_nested_walk_that_faults_behind_a_pdpte_of_the_guest() -> None:
+    """A PDPTE of L2 has no A between the two nested walks: what the first one sets is required all the same."""
+    case = Case(cr4=0x20, efer=0x1000, cr3=0x4000_1000, np_control=1, ncr3=0x50_0000, host_efer=0x1800)
+    for at, entry in ((0x50_0008, 0x51_0001), (0x51_0000, 0x52_0007), (0x52_0008, 0x60_0007), (0x60_0000, 0x8000_0001),
+                      (0x50_0010, 0x53_0001), (0x53_0000, 0x54_0007)):
+        case.put(at, entry)
+    assert case.outcome(0x5678) == ("#NPF", 0x2_0000_0006, 0x8000_0000)
+    required, permitted = resolve(case.walk(0x5678).updates, True, Liberties())
+    assert [(at, bits) for at, bits, _ in required] == [(0x51_0000, 0x20), (0x52_0008, 0x60)]
+    assert [(at, bits) for at, bits, _ in permitted] == [(0x53_0000, 0x20)]

@@ -236,3 +236,10 @@ def test_guest_shadow_stack_pages(cr4: int) -> None:
                 assert outcome == ("sPA", PAGE | 0xABC)
             else:
                 assert outcome == ("#PF", 0x41 | (2 if write else 0) | (4 if user else 0))
+
+
+def test_users_shadow_stacks_are_not_subject_to_the_supervisor_check() -> None:
+    """15.25.14 is about supervisor shadow stack accesses: a user's are ordinary user accesses to the nested tables."""
+    user_write = Access(write=True, user=True, shadow_stack=True)
+    assert _sss((1, 0, 1, 1)).outcome(GVA, user_write) == ("sPA", PAGE | 0xABC)
+    assert _sss((1, 1, 0, 1)).outcome(GVA, user_write) == ("#NPF", 0x21_0000_0047, GVA)
