@@ -37,6 +37,9 @@ extern uint64_t l1_spin_rip;
 extern uint64_t l1_pml4[], l1_pml5[], l1_pd[], l1_pae_pdpt[];
 extern uint32_t l1_legacy_pd[];
 extern struct { uint64_t cr3, cr4, efer, pg; } l1_legacy;
+extern uint64_t l1_ud_gate;
+extern uint32_t l1_vmrun_raised;
+void l1_ud(void);
 void l1_vmrun(uint64_t vmcb);
 void l1_vmrun_legacy(uint64_t vmcb);
 void l1_switch(uint64_t cr3, uint64_t cr4);
@@ -217,6 +220,7 @@ static void set_host_mode(uint32_t mode)
 static void make_other_tables(void)
 {
 	l1_pml5[0] = (uint64_t)l1_pml4 | 3;
+	l1_ud_gate = ((uint64_t)l1_ud & 0xffff) | 0x8e0000200000 | (uint64_t)l1_ud >> 16 << 48;	/* CS 20h: 32-bit code */
 	for (uint64_t i = 0; i < 1024; i++)
 		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
 }
@@ -238,6 +242,10 @@ static void vmrun(uint64_t vmcb)
 		l1_legacy.cr3 = (uint64_t)l1_legacy_pd;
 	}
 	l1_vmrun_legacy(vmcb);
+	if (l1_vmrun_raised) {
+		l1_vmrun_raised = 0;
+		*(uint64_t *)(vmcb + VMCB_EXIT_CODE) = TW_VMRUN_RAISED | 6;
+	}
 }
 
 /* PKRU is out of reach while CR4.PKE is 0, as it is for L1. */

@@ -99,6 +99,7 @@ l1_vmrun_legacy:
 	mov l1_regs + TW_AT_REGS_R15(%rip), %r15
 	TO_32_BITS
 	PAGING l1_legacy, l1_legacy + 8, l1_legacy + 16, l1_legacy + 24
+	lidt l1_ud_pointer
 	READ_HOST32 l1_host_before
 	STORE vmcb_address, l1_host_before + TW_AT_HOST_RAX
 	STORE %esp, l1_host_before + TW_AT_HOST_RSP
@@ -116,6 +117,7 @@ l1_vmrun_legacy:
 	vmload %eax
 	movb $1, l1_pae_pdpt		/* QEMU TCG sets A in a PDPTE of PAE mode; KVM wants that bit 0 at #VMEXIT */
 	vmrun %eax
+l1_vmrun_back:
 	mov %eax, l1_host_after + TW_AT_HOST_RAX
 	movl $0, l1_host_after + TW_AT_HOST_RAX + 4
 	mov %esp, l1_host_after + TW_AT_HOST_RSP
@@ -125,10 +127,12 @@ l1_vmrun_legacy:
 	popl l1_host_after + TW_AT_HOST_RFLAGS
 	movl $0, l1_host_after + TW_AT_HOST_RFLAGS + 4
 	cld
+	cmpl $0, l1_vmrun_raised
+	jne 1f
 	mov vmcb_address, %eax
 	SPOIL %eax
 	vmsave %eax
-	STORE %ebx, l1_regs + TW_AT_REGS_RBX
+1:	STORE %ebx, l1_regs + TW_AT_REGS_RBX
 	STORE %ecx, l1_regs + TW_AT_REGS_RCX
 	STORE %edx, l1_regs + TW_AT_REGS_RDX
 	STORE %esi, l1_regs + TW_AT_REGS_RSI
@@ -168,6 +172,16 @@ l1_vmrun_legacy:
 	pop %rbx
 	ret
 
+	/* #UD at VMLOAD or VMRUN: noted, and on as if behind VMRUN, with the flags as they were. */
+	.code32
+	.globl l1_ud
+l1_ud:
+	movl $1, l1_vmrun_raised
+	add $8, %esp
+	popf
+	jmp l1_vmrun_back
+	.code64
+
 	.globl l1_switch
 l1_switch:
 	push %rbx
@@ -185,10 +199,19 @@ l1_switch:
 	pop %rbx
 	ret
 
+	.section .data
+	.balign 4
+l1_ud_pointer:
+	.word 7 * 8 - 1
+	.long l1_ud_idt
+
 	.section .bss
 	.balign 16
-	.globl l1_legacy
+	.globl l1_legacy, l1_ud_gate, l1_vmrun_raised
 l1_legacy:	.skip 32
+l1_ud_idt:	.skip 6 * 8
+l1_ud_gate:	.skip 8
+l1_vmrun_raised: .skip 8
 vmcb_address:	.skip 8
 long_rsp:	.skip 8
 long_cr3:	.skip 8

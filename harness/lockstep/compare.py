@@ -18,6 +18,7 @@ from harness.model.access import GeneralProtection, NestedPageFault, PageFault, 
 from harness.model.vmcb import CONTROL, SAVE, STATE, ExitCode, Field
 from harness.model.walk import Walk
 from harness.wire.image import Region
+from harness.wire.layout import VMRUN_RAISED
 from harness.wire.program import WireProbe
 from harness.wire.records import Record
 
@@ -137,6 +138,8 @@ def _observed_outcome(record: Record, index: int) -> str:
             return str(PageFault(info1, info2))
         case 0x4D:
             return str(GeneralProtection(info1))
+        case code if code >> 32 == VMRUN_RAISED >> 32:
+            return f"exception {code & 0xFF} of VMRUN, in L1"
         case code:
             return f"{ExitCode.describe(code)}, EXITINFO1 {info1:#x}, EXITINFO2 {info2:#x}"
 

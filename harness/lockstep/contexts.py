@@ -17,8 +17,9 @@ from harness.errors import MachineLost
 from harness.lockstep.compare import Context as Where
 from harness.lockstep.compare import Divergence
 from harness.model.mmu_context import PAE_LEVELS, Capability, Context, Maps, Mode, Role, Vcpu
-from harness.model.vmcb import FIELDS, NP_ENABLE
+from harness.model.vmcb import FIELDS, NP_ENABLE, ExitCode
 from harness.model.vmcb import SAVE as SAVE_AT
+from harness.wire.layout import VMRUN_RAISED
 from harness.wire.records import Record
 from harness.wire.trace import Entry, Event, InUse, NewPage, Vmexit, Vmrun
 
@@ -70,7 +71,8 @@ class Pair(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        return self.exitcode & _INVALID == _INVALID
+        """Whether KVM did not run L2: a VMRUN that is refused, or one that raises an exception."""
+        return self.exitcode & _INVALID == _INVALID or self.exitcode >> 32 == VMRUN_RAISED >> 32
 
 
 @dataclass
@@ -184,7 +186,8 @@ class Contexts:
         if (vmrun.vmcb, vmrun.rip) != (pair.vmcb, pair.rip):
             raise self._lost(f"the trace is out of step with the records: {vmrun} where L1 ran the VMCB at "
                              f"{pair.vmcb:#x}, RIP {pair.rip:#x}")
-        if not visit.entered:  # KVM enters L2 once at least: nested_run_pending
+        # KVM enters L2 once at least: nested_run_pending; unless it can make no root, which is a triple fault
+        if not visit.entered and pair.exitcode != ExitCode.SHUTDOWN:
             raise self._lost(f"the trace is out of step: no entry into L2 behind {vmrun}, though L2 ran")
         sink.trace_events += len(visit.events)
         vcpu = Vcpu(self._host, pair.l1).vmrun(pair.l2, pair.np_enable, pair.ncr3)

@@ -7,15 +7,15 @@ from harness.lockstep import stub
 from harness.lockstep.delivery import Leave
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, Active
+from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, VMRUN_WANTS_PAGING, Active
 from harness.lockstep.state import State
 from harness.model import consistency, events, vmrun
 from harness.model.access import ErrorCode
 from harness.model.events import EVENT_VALID, Event
-from harness.model.registers import EFER, RFLAGS
+from harness.model.registers import CR0, EFER, RFLAGS
 from harness.model.vmcb import SAVE, STATE, ExitCode
 from harness.wire.image import PAGE
-from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
+from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
 
 _RESUMED = ("cpl", "rflags", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds")
@@ -52,6 +52,8 @@ class Twin(State):
         memory is as it was."""
         out = Prediction(first_probe=first, next_probe=first)
         vmcb = self.vmcb
+        if not self.host_at_vmrun().cr0 & CR0.PG and self.quirks.has(VMRUN_WANTS_PAGING):
+            return self._raise(out)
         out.refused = self._refusal()
         if out.refused:
             self._refuse(out)
@@ -61,7 +63,7 @@ class Twin(State):
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         l2 = L2(self, out, step)
         try:
-            if injected is not None and not (injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)):
+            if injected is not None and not self._lost(injected):
                 l2.deliver(injected)
             l2.interrupt()
             l2.enter()
@@ -91,6 +93,20 @@ class Twin(State):
             return self.quirks.on_refusal(broken, self.vmcb, host)
         except IndexError:
             raise UsageError(f"VMRUN reads PDPEs at {self.vmcb['cr3']:#x}, which is not in L1's memory") from None
+
+    def _lost(self, injected: Event) -> bool:
+        """Whether a quirk loses the event."""
+        if injected.kind not in (events.INTERRUPT, events.NMI, events.EXCEPTION, events.SOFTWARE):
+            return True
+        return injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)
+
+    def _raise(self, out: Prediction) -> Prediction:
+        """#UD at VMRUN, in L1: nothing happens but that L1 says so."""
+        out.exitcode = self.vmcb["exitcode"] = VMRUN_RAISED | events.UD
+        out.rule = "vmrun.host-paging"
+        out.control, out.save = self.vmcb_bytes()
+        out.host = self._host()
+        return out
 
     def _refuse(self, out: Prediction) -> None:
         """#VMEXIT(INVALID): nothing of L2 was run; what is saved is not defined (section 15.6)."""

@@ -18,6 +18,7 @@ def c_header() -> str:
         "TW_MAX_PROBES": layout.MAX_PROBES,
         "TW_MAX_DIFFS": layout.MAX_DIFFS,
         "TW_MAILBOX_CODE": layout.MAILBOX_CODE,
+        "TW_VMRUN_RAISED": layout.VMRUN_RAISED,
         "TW_CONTROL_BYTES": layout.CONTROL_BYTES,
         "TW_SAVE_BYTES": layout.SAVE_BYTES,
     }

@@ -13,6 +13,9 @@ from functools import cached_property
 PROTOCOL = 6
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
+VMRUN_RAISED = 1 << 62
+"""What L1 writes to EXITCODE, with the vector, where VMRUN itself (or VMLOAD before it) raises an exception."""
+
 MAGIC = 0x6B6C_6177_6E69_7774
 """'twinwalk' in memory order: L1 writes it last, when the shared page is complete."""
 
