@@ -251,16 +251,16 @@ def _coverage(options: argparse.Namespace) -> int:
     if options.json:
         output.check_writable(options.json, "--json")
     code = 0
+    errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     if options.results:
         runs = [coverage.read(path) for path in options.results]
     else:
         scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
-        errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
         with terminal.Watch(scenarios, cases=plan.cases) as watch:
             outcome = run(_targeted(options), scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan)
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
-    merged = coverage.merge(runs)
+    merged = coverage.merge(runs, errata)
     screen = terminal.Screen()
     screen.show(coverage.table(merged, screen.width))
     if options.json:

@@ -33,22 +33,24 @@ class Coverage:
         """Take the cells of one VMRUN. `host_dr7` is L1's DR7 at it."""
         if prediction.paging is None:
             self.cells.add(Cell(prediction.refused, "", "", "", "refused"))
-            return
-        for paging, access, walk in prediction.accesses:
-            if self._is_new(paging, access, walk.rule, *walk.trail):
-                self.cells.update(cells_of(paging, access, walk))
-        seen = prediction.rule, prediction.exitcode, prediction.event, host_dr7 & 0xFF
-        if self._is_new(prediction.paging, *seen):
-            self._exit(prediction, mode_of(prediction.paging), host_dr7)
+        else:
+            self._take(prediction, host_dr7, mode_of(prediction.paging))
 
-    def add_again(self, manual: Prediction, agreed: Prediction) -> None:
+    def add_again(self, manual: Prediction, agreed: Prediction, host_dr7: int) -> None:
         """Where a machine has known quirks, and its tables show them, the manual's prediction ends there at once:
-        take also the walks of the one that `agreed`, but for those in another pair of modes."""
-        if manual.paging is None:
-            return
-        for paging, access, walk in agreed.accesses:
-            if mode_of(paging) == mode_of(manual.paging) and self._is_new(paging, access, walk.rule, *walk.trail):
+        take also the cells of the one that `agreed`, but for those in another pair of modes."""
+        if agreed.paging is not None:
+            self._take(agreed, host_dr7, mode_of(manual.paging or agreed.paging))
+
+    def _take(self, prediction: Prediction, host_dr7: int, mode: str) -> None:
+        for paging, access, walk in prediction.accesses:
+            if self._is_new(paging, access, walk.rule, *walk.trail) and mode_of(paging) == mode:
                 self.cells.update(cells_of(paging, access, walk))
+        left = prediction.paging
+        assert left is not None
+        seen = prediction.rule, prediction.exitcode, prediction.event, host_dr7 & 0xFF
+        if self._is_new(left, *seen) and mode_of(left) == mode:
+            self._exit(prediction, mode, host_dr7)
 
     def _is_new(self, paging: Paging, *rest: object) -> bool:
         if paging is not self._paging:

@@ -210,7 +210,7 @@ class Lockstep:
                     prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
                     if blamed:
                         if self._coverage is not None:
-                            self._coverage.add_again(manual, prediction)
+                            self._coverage.add_again(manual, prediction, twin.host.dr7)
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
                 self._add(result, (
                     one if one.walk is None else one.seen_as(*views[id(one.walk)]) for one in found))

@@ -17,13 +17,15 @@ from typing import Any, Final
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
 from harness.lockstep.quirks import QUIRKS, below
+from harness.model.coverage import Cell
 from harness.model.entries import A, D
 
 Version = tuple[int, ...]
 
 _KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": str, "checks": list, "fields": list,
                 "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
-                "reference": str, "consequences": bool, "quirk": str, "surfaces": bool}
+                "reference": str, "consequences": bool, "quirk": str, "surfaces": bool,
+                "unreachable": list}
 _REQUIRED: Final = ("id", "title", "machine", "explanation", "reference")
 
 
@@ -37,6 +39,8 @@ class Erratum:
     and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`, in place
     of a predicate, names a variation of the walk (harness.lockstep.quirks) under which all agrees. One that
     `surfaces` is seen through a hypervisor that runs L1 on this machine, where it is a quirk in L2's own walks only.
+    `unreachable` are words of coverage cells (harness.model.coverage), such as a pair of modes: those that have
+    them all cannot be reached on such a machine, because L2 does not run.
     """
 
     id: str
@@ -55,6 +59,12 @@ class Erratum:
     consequences: bool = False
     quirk: str = ""
     surfaces: bool = False
+    unreachable: tuple[str, ...] = ()
+
+    def bars(self, cell: Cell) -> bool:
+        """Whether `cell` is one of those that are `unreachable`."""
+        words = {word.strip(",") for text in cell for word in text.split()}
+        return any(words.issuperset(pattern.split()) for pattern in self.unreachable)
 
     def holds_for(self, machine: str, version: Version) -> bool:
         """Whether this erratum is of `machine` in `version`; a bound of two numbers covers all of its

@@ -14,13 +14,16 @@ class Rule(NamedTuple):
     """One rule: `section` of volume 2, empty for what is no rule of the manual; `text` in one sentence.
 
     `never` says where a rule of the walk cannot decide, and why: words of a dimension, a table format or a
-    level, or `off` for L2 without paging, all of which must fit (`PAE pdpte`), and the reason.
+    level, or `off` and `none` for a dimension without paging, all of which must fit (`PAE pdpte`), and the
+    reason; no words are a rule that no run can put to the test. `needs` are the CPUID features without which
+    it never decides.
     """
 
     id: str
     section: str
     text: str
     never: tuple[tuple[str, str], ...] = ()
+    needs: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -48,23 +51,26 @@ _WALK: Final = (
          "An entry with P=0 ends the guest walk in a #PF with P=0 in its error code; the rest of it is not read."),
     Rule("guest.reserved", "5.4.1",
          "A reserved bit that is set in a present entry ends the guest walk there, in a #PF with RSVD and P set.",
-         (("32-bit", "entries of four bytes that map no large page have no reserved bits"),)),
+         (("32-bit", "entries of four bytes that map no large page have no reserved bits"),
+          ("PAE pdpte none", "without nested paging VMRUN itself is refused for it"))),
     Rule("guest.user", "5.6.1",
          "At CPL 3 only user pages can be reached: those with U/S=1 at every level of the guest walk.", (_PDPTE,)),
     Rule("guest.write", "5.6.2, 5.6.4",
          "A write needs R/W=1 at every level of the guest walk, unless it is a supervisor's while CR0.WP=0.",
          (_PDPTE,)),
     Rule("guest.smep", "5.6.5",
-         "With CR4.SMEP=1 code at CPL 0 to 2 must not be fetched from a user page."),
+         "With CR4.SMEP=1 code at CPL 0 to 2 must not be fetched from a user page.", needs=("smep",)),
     Rule("guest.smap", "5.6.6",
          "With CR4.SMAP=1 data of a user page is out of reach at CPL 0 to 2, unless RFLAGS.AC=1; to implicit "
-         "references it is at any CPL, whatever RFLAGS.AC says."),
+         "references it is at any CPL, whatever RFLAGS.AC says.",
+         needs=("smap",)),
     Rule("guest.key", "5.6.7",
          "With CR4.PKE=1 data of a user page whose key has AD set in PKRU is out of reach, and so are writes where it "
          "has WD set; a supervisor's writes only while CR0.WP=1.",
-         (("PAE", "protection keys are of long mode"), ("32-bit", "protection keys are of long mode"))),
+         (("PAE", "protection keys are of long mode"), ("32-bit", "protection keys are of long mode")), ("pku",)),
     Rule("guest.shadow-stack", "18.3",
-         "A shadow stack reference needs a page of its own privilege with R/W=0 and D=1 in the leaf, and R/W=1 above."),
+         "A shadow stack reference needs a page of its own privilege with R/W=0 and D=1 in the leaf, and R/W=1 above.",
+         needs=("cet",)),
     Rule("guest.execute", "5.6.3",
          "With EFER.NXE=1 no instruction is fetched through a guest entry that has NX set, at any level and any CPL.",
          (_PDPTE, _NARROW)),
@@ -79,18 +85,20 @@ _WALK: Final = (
          "every nested level.", (_PDPTE, _ROOT)),
     Rule("nested.write", "15.25.7",
          "What L2 writes must have R/W=1 at every nested level, whatever either CR0.WP says; and every access to "
-         "a guest table counts as a write (15.25.5).", (_PDPTE, _ROOT)),
+         "a guest table counts as a write (15.25.5).",
+         (_PDPTE, _ROOT, ("off page pml4e", "without paging what L2 itself writes lies behind the same entry"))),
     Rule("nested.execute", "15.25.7",
          "L2 fetches no instruction through a nested entry that has NX set, at any level, while L1's EFER.NXE=1.",
          (_DATA, _PDPTE, _NARROW)),
     Rule("nested.gmet", "15.25.13",
          "With guest mode execute trap enabled L2 fetches nothing at CPL 0 to 2 from a page with U/S=1 at every nested "
          "level, and U/S decides over nothing else.",
-         (_DATA, _PDPTE)),
+         (_DATA, _PDPTE), ("gmet",)),
     Rule("nested.sss", "15.25.14",
          "With the supervisor shadow stack check enabled L2's supervisor shadow stacks need a page with U/S=0 and NX=1 "
          "in the nested leaf, and R/W=1 at every nested level above it.",
-         (("table", "L2's tables are no shadow stacks"), ("off", "without paging L2 has no shadow stacks"))),
+         (("table", "L2's tables are no shadow stacks"), ("off", "without paging L2 has no shadow stacks")),
+         ("cet", "sss")),
 )
 
 _MEMORY: Final = (
@@ -131,7 +139,8 @@ _VMRUN: Final = (
     Rule("vmrun.dr7-high", "15.5.1", "VMRUN is refused if a bit of DR7[63:32] is set."),
     Rule("vmrun.efer-mbz", "15.5.1", "VMRUN is refused if a bit of EFER that must be zero is set."),
     Rule("vmrun.no-long-mode", "15.5.1",
-         "VMRUN is refused if EFER.LME or EFER.LMA is 1 on a processor without long mode."),
+         "VMRUN is refused if EFER.LME or EFER.LMA is 1 on a processor without long mode.",
+         (("", "no processor that L1 runs on is without long mode"),)),
     Rule("vmrun.long-pae", "15.5.1", "VMRUN is refused if EFER.LME and CR0.PG are 1 while CR4.PAE is 0."),
     Rule("vmrun.long-pe", "15.5.1", "VMRUN is refused if EFER.LME and CR0.PG are 1 while CR0.PE is 0."),
     Rule("vmrun.cs-l-d", "15.5.1", "VMRUN into long mode is refused if CS.L and CS.D are both 1."),
@@ -143,20 +152,23 @@ _VMRUN: Final = (
     Rule("vmrun.eventinj-mode", "15.20",
          "VMRUN is refused if EVENTINJ has an event that is impossible in L2's mode: #OF or #BR in 64-bit mode."),
     Rule("vmrun.asid", "15.5.1, 15.25.1", "VMRUN is refused if ASID is 0, which is the host's."),
-    Rule("vmrun.s-cet", "15.5.1", "VMRUN is refused if a reserved bit of S_CET is set."),
-    Rule("vmrun.cet-wp", "15.5.1", "VMRUN is refused if CR4.CET is 1 while CR0.WP is 0."),
+    Rule("vmrun.s-cet", "15.5.1", "VMRUN is refused if a reserved bit of S_CET is set.", needs=("cet",)),
+    Rule("vmrun.cet-wp", "15.5.1", "VMRUN is refused if CR4.CET is 1 while CR0.WP is 0.", needs=("cet",)),
     Rule("vmrun.cet-vm", "15.5.1",
-         "VMRUN is refused if CR4.CET, U_CET's shadow stack enable and RFLAGS.VM are 1 together."),
+         "VMRUN is refused if CR4.CET, U_CET's shadow stack enable and RFLAGS.VM are 1 together.",
+         (("", "L1 leaves U_CET at 0, and L2 has no virtual-8086 mode"),)),
     Rule("vmrun.pdpe", "15.5.1",
          "VMRUN into PAE paging without nested paging is refused if a reserved bit of one of the four PDPEs is set."),
     Rule("vmrun.v-nmi", "15.21.10",
-         "VMRUN is refused if NMI virtualization is enabled while NMIs are not intercepted."),
-    Rule("vmrun.x2avic", "15.29.4", "VMRUN is refused if x2AVIC is enabled without AVIC."),
+         "VMRUN is refused if NMI virtualization is enabled while NMIs are not intercepted.", needs=("vnmi",)),
+    Rule("vmrun.x2avic", "15.29.4", "VMRUN is refused if x2AVIC is enabled without AVIC.",
+         needs=("avic", "x2avic")),
     Rule("vmrun.avic-pointers", "15.29.4",
-         "VMRUN with AVIC is refused if the backing page or a table of AVIC lies beyond the physical addresses."),
+         "VMRUN with AVIC is refused if the backing page or a table of AVIC lies beyond the physical addresses.",
+         needs=("avic",)),
     Rule("vmrun.avic-index", "15.29.4",
          "VMRUN with AVIC is refused if AVIC_PHYSICAL_MAX_INDEX is above 255, or in x2AVIC mode above 511 "
-         "where that is not extended."),
+         "where that is not extended.", needs=("avic",)),
     Rule("vmrun.host-paging", "15.25.3", "VMRUN with nested paging is refused if L1 has paging off."),
     Rule("vmrun.ncr3-mbz", "15.25.4",
          "VMRUN with nested paging is refused if a bit of nCR3 that must be zero is set, such as one above "
@@ -164,38 +176,44 @@ _VMRUN: Final = (
     Rule("vmrun.g-pat", "15.25.4",
          "VMRUN with nested paging is refused if a field of G_PAT has no legal memory type."),
     Rule("vmrun.sss", "15.25.14",
-         "VMRUN is refused if the supervisor shadow stack check is enabled without nested paging."),
+         "VMRUN is refused if the supervisor shadow stack check is enabled without nested paging.", needs=("sss",)),
 )
+
+_NOT_COMPARED: Final = (("", "computed, and compared with nothing"),)
 
 _COMPUTED: Final = (  # shown beside a walk, compared with nothing: see harness.model.memory_type
     Rule("type.pat", "7.8.2, 7.8.4",
          "PAT, PCD and PWT of the leaf select the field of PAT, or of gPAT, that is a page's memory type; PCD and PWT "
-         "of CR3 or of the entry above that of a table."),
+         "of CR3 or of the entry above that of a table.", _NOT_COMPARED),
     Rule("type.combined", "15.25.8",
          "With nested paging the guest's type and the nested one are combined by table 15-19; WC+ is where they "
-         "disagree over caching."),
+         "disagree over caching.", _NOT_COMPARED),
     Rule("type.mtrr", "15.25.8, 7.8.5",
-         "The type by PAT is combined with that of the MTRRs for the sPA by table 15-20."),
+         "The type by PAT is combined with that of the MTRRs for the sPA by table 15-20.", _NOT_COMPARED),
     Rule("type.disabled", "15.25.8, 7.4",
-         "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD."),
+         "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD.", _NOT_COMPARED),
 )
+
+_OF_KVM: Final = (("", "KVM's, not the manual's: counted by entries"),)
 
 _CONTEXT: Final = (
     Rule("context.direct-l1", "",
          "While L1 runs on a host whose nested paging is usable, its MMU context is a direct map of L1-physical "
-         "memory."),
+         "memory.", _OF_KVM),
     Rule("context.vmrun", "",
-         "The hypervisor under L1 takes NP_ENABLE and nCR3 (without nested paging CR3) from the VMCB that L1 runs."),
+         "The hypervisor under L1 takes NP_ENABLE and nCR3 (without nested paging CR3) from the VMCB that L1 runs.",
+         _OF_KVM),
     Rule("context.nested", "",
          "From a VMRUN with NP_ENABLE=1 to its #VMEXIT the MMU context shadows the table at nCR3, in the format of "
-         "L1's mode at VMRUN, whatever exits L0 handles itself in between."),
+         "L1's mode at VMRUN, whatever exits L0 handles itself in between.", _OF_KVM),
     Rule("context.direct-l2", "",
          "From a VMRUN with NP_ENABLE=0 to its #VMEXIT the MMU context stays a direct map, one that is L2's, while the "
-         "host's nested paging is usable."),
+         "host's nested paging is usable.", _OF_KVM),
     Rule("context.guest-table", "",
-         "Without usable nested paging in the host every guest that has paging on runs on a shadow of its own tables."),
+         "Without usable nested paging in the host every guest that has paging on runs on a shadow of its own tables.",
+         _OF_KVM),
     Rule("context.back", "",
-         "A #VMEXIT that L1 sees switches back to the MMU context that L1 had before VMRUN."),
+         "A #VMEXIT that L1 sees switches back to the MMU context that L1 had before VMRUN.", _OF_KVM),
 )
 
 _LOCKSTEP: Final = (

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Final, NamedTuple
 
-from harness.model.access import Access
+from harness.model.access import Access, Reached
 from harness.model.coverage import (
     BOTH,
     NESTED_PAGE,
@@ -25,6 +25,7 @@ from harness.model.coverage import (
     level_name,
     reserved,
 )
+from harness.model.dirty import write_back
 from harness.model.entries import NX, PS, PSE36_SHIFT, RW, US, D, Format, Level, P, legacy, long_mode, pae
 from harness.model.registers import PKRU_AD, PKRU_WD, Cpu
 from harness.model.rules import RULES, Rule
@@ -39,14 +40,12 @@ _STACK: Final = tuple(access._replace(stack=True) for access in ACCESSES if not 
 _SHADOW: Final = tuple(access._replace(shadow_stack=True) for access in ACCESSES if not access.fetch)
 
 
-class _State(NamedTuple):
-    """A register state that a rule depends on, and the CPUID features without which there is none."""
-
-    change: Callable[[Paging], Paging]
-    needs: frozenset[str] = frozenset()
+_State = Callable[[Paging], Paging]
+"""Registers that a rule depends on, over those with which all is permitted."""
 
 
-_BASE: Final = _State(lambda paging: paging)
+def _base(paging: Paging) -> Paging:
+    return paging
 
 
 def _keys(pkru: int, wp: bool = True) -> _State:
@@ -56,44 +55,30 @@ def _keys(pkru: int, wp: bool = True) -> _State:
         long = paging.guest is not None and paging.guest.address_bits > 32
         return paging._replace(pkru=pkru, wp=wp) if long else paging
 
-    return _State(change, frozenset({"pku"}))
+    return change
 
 
-GUEST_STATES: Final = (
-    _BASE,
-    _State(lambda paging: paging._replace(wp=False)),
-    _State(lambda paging: paging._replace(smep=True), frozenset({"smep"})),
-    _State(lambda paging: paging._replace(smap=True), frozenset({"smap"})),
-    _State(lambda paging: paging._replace(smap=True, ac=True), frozenset({"smap"})),
+GUEST_STATES: Final[tuple[_State, ...]] = (
+    _base,
+    lambda paging: paging._replace(wp=False),
+    lambda paging: paging._replace(smep=True),
+    lambda paging: paging._replace(smap=True),
+    lambda paging: paging._replace(smap=True, ac=True),
     _keys(PKRU_AD),
     _keys(PKRU_WD),
     _keys(PKRU_WD, wp=False),
 )
-NESTED_STATES: Final = (_BASE, _State(lambda paging: paging._replace(gmet=True), frozenset({"gmet"})))
-"""The states in which a rule of that dimension decides: add that of a new rule, with the feature that it needs."""
+NESTED_STATES: Final[tuple[_State, ...]] = (_base, lambda paging: paging._replace(gmet=True))
+"""The states in which the rules of that dimension decide: add that of a new rule."""
 
-_SHADOW_STATES: Final = (
-    _State(lambda paging: paging, frozenset({"cet"})),
-    _State(lambda paging: paging._replace(sss=True), frozenset({"cet", "sss"})),
-)
+_SHADOW_STATES: Final[tuple[_State, ...]] = (_base, lambda paging: paging._replace(sss=True))
 
-_CHECKS_NEED: Final = {
-    "vmrun.s-cet": {"cet"}, "vmrun.cet-wp": {"cet"}, "vmrun.v-nmi": {"vnmi"}, "vmrun.sss": {"sss"},
-    "vmrun.x2avic": {"avic", "x2avic"}, "vmrun.avic-pointers": {"avic"}, "vmrun.avic-index": {"avic"},
-}
-"""Rules by which VMRUN is refused that need a feature of the CPU."""
-
-FEATURES: Final = ("la57", "smep", "smap", "pku", "gmet", "sss", "cet", "vnmi", "avic", "x2avic")
-"""CPUID features that cells may need."""
+FEATURES: Final = tuple(dict.fromkeys(("la57", *(feature for rule in RULES.values() for feature in rule.needs))))
+"""CPUID features that cells may need: those of their rules, and that of 5-level paging."""
 
 NO_CELLS: Final = {
-    "vmrun.no-long-mode": "L1 itself needs long mode",
-    "vmrun.cet-vm": "L1 leaves U_CET at 0, and L2 has no virtual-8086 mode",
-} | dict.fromkeys(
-    ("type.pat", "type.combined", "type.mtrr", "type.disabled"), "computed, and compared with nothing"
-) | dict.fromkeys(
-    (name for name in RULES if name.startswith("context.")), "KVM's, not the manual's: counted by entries"
-)
+    rule.id: reason for rule in RULES.values() for where, reason in rule.never if not where
+}
 """Rules that no run can put to the test, and why."""
 
 _EXITS: Final = (
@@ -131,32 +116,35 @@ class Gap(NamedTuple):
 @lru_cache(maxsize=8)
 def universe(cpu: Cpu) -> Universe:
     """The cells of a processor."""
-    needs: dict[Cell, frozenset[str]] = {}
-    for cell, wanted in _everything(cpu):
-        if cell not in needs or wanted < needs[cell]:
-            needs[cell] = wanted
-    lacking = {cell: sorted(wanted - cpu.features) for cell, wanted in needs.items()}
-    return Universe(
-        frozenset(cell for cell, missing in lacking.items() if not missing),
-        {cell: missing[0] for cell, missing in lacking.items() if missing},
-    )
+    reachable, lacking = set(), {}
+    for cell in _all(cpu._replace(features=frozenset(), asids=0)):
+        needs = (*RULES[cell.rule].needs, *["la57"] * ("5-level" in cell.mode))
+        missing = [feature for feature in needs if feature not in cpu.features]
+        if missing:
+            lacking[cell] = missing[0]
+        else:
+            reachable.add(cell)
+    return Universe(frozenset(reachable), lacking)
 
 
-def _everything(cpu: Cpu) -> Iterator[tuple[Cell, frozenset[str]]]:
-    """Every cell, with the features that it needs."""
+@lru_cache(maxsize=8)
+def _all(cpu: Cpu) -> frozenset[Cell]:
+    """The cells of a processor like that one, with whatever features."""
+    return frozenset(_everything(cpu))
+
+
+def _everything(cpu: Cpu) -> Iterator[Cell]:
     for guest, nested in _pairs(cpu):
-        needs = frozenset({"la57"} if "5-level" in (_name(guest), _name(nested)) else ())
-        for cell, wanted in _walks(cpu, guest, nested):
-            yield cell, needs | wanted
+        yield from _walks(cpu, guest, nested)
         mode = f"{_name(guest) or OFF}/{_name(nested) or NONE}"
         for rule, outcome in _EXITS:
-            yield Cell(rule, "", "", mode, outcome), needs
+            yield Cell(rule, "", "", mode, outcome)
         if guest is not None and guest.address_bits > 32:  # the model has deliveries in long mode
             for outcome in _deliveries(nested is not None):
-                yield Cell("exit.delivered", "", "", mode, outcome), needs
-    for rule in RULES:
-        if rule.startswith("vmrun.") and rule not in NO_CELLS:
-            yield Cell(rule, "", "", "", "refused"), frozenset(_CHECKS_NEED.get(rule, ()))
+                yield Cell("exit.delivered", "", "", mode, outcome)
+    for check in RULES:
+        if check.startswith("vmrun.") and check not in NO_CELLS:
+            yield Cell(check, "", "", "", "refused")
 
 
 def _deliveries(nested: bool) -> Iterator[str]:
@@ -213,8 +201,8 @@ _TABLES: Final = 1 << 30
 _NESTED_ROOT: Final = 1 << 24
 
 
-def _walks(cpu: Cpu, guest: Format | None, nested: Format | None) -> Iterator[tuple[Cell, frozenset[str]]]:
-    """The cells of one pair of formats, each with the features that its walk needs."""
+def _walks(cpu: Cpu, guest: Format | None, nested: Format | None) -> Iterator[Cell]:
+    """The cells of one pair of formats."""
     without_nx = {fmt.name: fmt for fmt in _formats(cpu, nxe=False)}
     for guest_leaf, nested_leaf in product(_leaves(guest), _leaves(nested)):
         tables = _build(cpu, guest, nested, guest_leaf, nested_leaf)
@@ -230,24 +218,24 @@ def _walks(cpu: Cpu, guest: Format | None, nested: Format | None) -> Iterator[tu
                 continue  # one guest table stands for all
             fmt = guest if own else nested
             assert fmt is not None
-            level = next(level for level in fmt.levels if level.name == step.level)
-            for bit in (P, RW, US, NX):
+            loaded = own and fmt.name == "PAE" and step.level == "pdpte" and nested is None  # and checked by VMRUN
+            for bit in (P,) if loaded else (P, RW, US, NX):
                 words = _changed(tables.words, step.address, step.entry ^ bit, fmt)
                 yield from _look(tables, words, ACCESSES, GUEST_STATES if own else NESTED_STATES)
                 if bit == NX and fmt.entry_shift == 3:
                     paging = tables.paging
                     paging = paging._replace(guest=without_nx[fmt.name]) if own else (
                         paging._replace(nested=without_nx[fmt.name]))
-                    yield from _look(tables._replace(paging=paging), words, ACCESSES[:1], (_BASE,))
-            for bits in _reserved_bits(fmt, level.name, step.entry):
+                    yield from _look(tables._replace(paging=paging), words, ACCESSES, (_base,))
+            for bits in () if loaded else _reserved_bits(fmt, step.level, step.entry):
                 words = _changed(tables.words, step.address, step.entry ^ bits, fmt)
-                yield from _look(tables, words, ACCESSES[:1], (_BASE,))
+                yield from _look(tables, words, ACCESSES, (_base,))
     if guest is not None and guest.address_bits > 32:
         beyond = tables._replace(gva=1 << guest.address_bits - 1)
-        yield from _look(beyond, tables.words, ACCESSES + _STACK, (_BASE,))
+        yield from _look(beyond, tables.words, ACCESSES + _STACK, (_base,))
 
 
-def _shadow_stacks(tables: _Tables) -> Iterator[tuple[Cell, frozenset[str]]]:
+def _shadow_stacks(tables: _Tables) -> Iterator[Cell]:
     """The same tables with the page made a shadow stack, of either privilege, and left as it is."""
     guest, nested = tables.paging.guest, tables.paging.nested
     if guest is None:
@@ -259,19 +247,48 @@ def _shadow_stacks(tables: _Tables) -> Iterator[tuple[Cell, frozenset[str]]]:
     bases.append(tables.words)
     if nested is not None:
         step = leaf[NESTED]
-        bases += [_changed(words, step.address, step.entry & ~US, nested) for words in bases]
+        bases += [_changed(words, step.address, step.entry & ~US | NX, nested) for words in bases]
     for words in bases:
         yield from _look(tables, words, _SHADOW, _SHADOW_STATES)
 
 
 def _look(
     tables: _Tables, words: _Words, accesses: Iterable[Access], states: Iterable[_State]
-) -> Iterator[tuple[Cell, frozenset[str]]]:
+) -> Iterator[Cell]:
     for state in states:
-        paging = state.change(tables.paging)
+        paging = state(tables.paging)
         for access in accesses:
-            for cell in cells_of(paging, access, translate(paging, words, tables.gva, access)):
-                yield cell, state.needs
+            if paging.guest is None:
+                yield from _without_paging(paging, words, tables.gva, access)
+            elif access.fetch or _runs(paging, words, access):
+                yield from cells_of(paging, access, translate(paging, words, tables.gva, access))
+
+
+def _runs(paging: Paging, words: _Words, access: Access) -> bool:
+    """Whether L2 comes to make `access`: its own page of code, and that of its results, lie behind the same upper
+    nested entries as its tables. What they fault with is what a fetch of the page would."""
+    own = paging._replace(guest=None)
+    return all(isinstance(translate(own, words, _TABLES, one).outcome, Reached) for one in _own(access))
+
+
+def _own(access: Access) -> tuple[Access, Access]:
+    return Access(fetch=True, user=access.user), Access(write=True, user=access.user)
+
+
+def _without_paging(paging: Paging, words: _Words, gva: int, access: Access) -> Iterator[Cell]:
+    """All that L2 has lies behind the same upper entries, below 4 GiB: they are set and fault for L2's own first."""
+    words = _Words(words)
+    own = []
+    for one in _own(access):
+        walk = translate(paging, words, _TABLES, one)
+        write_back(words, walk.updates)
+        own.append((one, walk))
+    (fetch, fetched), (_, written) = own
+    if isinstance(fetched.outcome, Reached) and not isinstance(written.outcome, Reached):
+        return  # nothing that is checked
+    yield from cells_of(paging, fetch, fetched)
+    if isinstance(fetched.outcome, Reached):
+        yield from cells_of(paging, access, translate(paging, words, gva, access))
 
 
 def _reserved_bits(fmt: Format, name: str, entry: int) -> Iterator[int]:
@@ -307,7 +324,7 @@ def _build(cpu: Cpu, guest: Format | None, nested: Format | None, guest_leaf: in
         width = min(width, 40)
     page = 1 << width - 1
     gva = page
-    used: list[int] = []
+    used: list[int] = [_TABLES]
     if guest is not None:
         gva = sum(2 << level.shift for level in guest.levels)
         for number, level in enumerate(guest.levels):
@@ -319,7 +336,9 @@ def _build(cpu: Cpu, guest: Format | None, nested: Format | None, guest_leaf: in
                 break
     if nested is not None:
         _identity(words, nested, nested_leaf, [page | gva & (1 << guest_leaf) - 1, *used])
-    return _Tables(Paging(guest, _TABLES, True, False, False, False, True, nested, _NESTED_ROOT, True), words, gva)
+    paging = Paging(guest, _TABLES, wp=True, smep=False, smap=False, ac=False, guest_id=True, nested=nested,
+                    ncr3=_NESTED_ROOT)
+    return _Tables(paging, words, gva)
 
 
 def _identity(words: _Words, fmt: Format, leaf_shift: int, used: list[int]) -> None:
@@ -350,14 +369,15 @@ def _entry(level: Level, target: int, leaf: bool) -> int:
 
 
 def gaps(cpu: Cpu) -> list[Gap]:
-    """Where a rule of the walk cannot decide, though it does at such entries in other modes. The reason stands
-    beside the rule (`Rule.never`); it is empty where none is given, which is a mistake in the table of rules."""
+    """Rules that never decide, and where a rule of the walk cannot, though it does at such entries in other modes.
+    The reason stands beside the rule (`Rule.never`); it is empty where none is given, which is a mistake there."""
     found = universe(cpu)
     cells = [cell for cell in found.reachable | found.lacking.keys() if cell.level and cell.dimension != BOTH]
     places = {(cell.rule, cell.dimension, cell.level, cell.mode) for cell in cells}
     kinds = {(cell.rule, cell.dimension[:6], _kind(cell.level)) for cell in cells}
-    return [
-        Gap(rule, dimension, level, mode, _reason(RULES[rule], dimension, fmt.name, level, *[OFF] * (guest is None)))
+    return [Gap(rule, "", "", "", reason) for rule, reason in NO_CELLS.items()] + [
+        Gap(rule, dimension, level, mode,
+            _reason(RULES[rule], dimension, fmt.name, level, *[OFF] * (guest is None), *[NONE] * (nested is None)))
         for guest, nested in _pairs(cpu)
         for mode in (f"{_name(guest) or OFF}/{_name(nested) or NONE}",)
         for dimension, fmt in ((GUEST, guest), (NESTED_PAGE, nested), (NESTED_TABLE, nested if guest else None))

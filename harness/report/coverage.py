@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from harness.errors import UsageError
+from harness.lockstep.errata import Erratum, Version
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.rules import RULES
@@ -32,11 +33,12 @@ SHOWN: Final = 80
 
 @dataclass(frozen=True)
 class Covered:
-    """What one run reached: `machine` is its identity in a line, `cpu` what it can do."""
+    """What one run reached: `machine` is its identity in a line, `cpu` what it can do, `layers` what errata are of."""
 
     machine: str
     cpu: Cpu
     cells: frozenset[Cell]
+    layers: tuple[tuple[str, Version], ...] = ()
 
     @classmethod
     def of(cls, identity: object | None, cells: Iterable[Cell]) -> Self:
@@ -49,13 +51,14 @@ class Covered:
             raise UsageError("the machine never came up: nothing was reached")
         features = frozenset(machine["features"])
         cpu = Cpu(int(machine["maxphyaddr"]), "page1g" in features, int(machine["asids"]), features)
-        return cls(describe_machine(machine), cpu, frozenset(cells))
+        layers = tuple((str(name), tuple(map(int, version))) for name, version in machine["layers"])
+        return cls(describe_machine(machine), cpu, frozenset(cells), layers)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Several runs taken together. `lacking` are cells that none of the machines can reach, each with the feature
-    that would do it; `gaps` are places where a rule cannot decide on any of them."""
+    """Several runs taken together. `lacking` are cells that none of the machines can reach, each with the
+    reason; `gaps` are places where a rule cannot decide on any of them."""
 
     machines: tuple[str, ...]
     reachable: frozenset[Cell]
@@ -87,23 +90,25 @@ def read(path: Path) -> Covered:
         raise UsageError(f"{path}: not the results of a run, or of another version ({reason!r}): {again}") from None
 
 
-def merge(runs: Iterable[Covered]) -> Coverage:
-    """Runs on any machines, taken together: a cell is reachable if one of them can reach it."""
+def merge(runs: Iterable[Covered], errata: Iterable[Erratum] = ()) -> Coverage:
+    """Runs on any machines, taken together: a cell is reachable if one of them can reach it, its errata considered."""
     runs = list(runs)
     reachable: frozenset[Cell] = frozenset()
     lacking: dict[Cell, str] = {}
     cells: frozenset[Cell] = frozenset()
     for run in runs:
         found = universe(run.cpu)
-        reachable |= found.reachable
-        lacking |= found.lacking
+        known = [e for e in errata if e.unreachable and any(e.holds_for(*layer) for layer in run.layers)]
+        barred = {cell: f"{e.id}: {e.title}" for e in known for cell in found.reachable if e.bars(cell)}
+        reachable |= found.reachable - barred.keys()
+        lacking |= barred | {cell: f"the processor lacks {feature}" for cell, feature in found.lacking.items()}
         cells |= run.cells
     common = set.intersection(*(set(gaps(run.cpu)) for run in runs))
     return Coverage(
         machines=tuple(dict.fromkeys(run.machine for run in runs)),
         reachable=reachable,
         reached=reachable & cells,
-        lacking={cell: feature for cell, feature in lacking.items() if cell not in reachable},
+        lacking={cell: reason for cell, reason in lacking.items() if cell not in reachable},
         gaps=tuple(sorted(common)),
     )
 
@@ -118,14 +123,10 @@ def text(coverage: Coverage) -> str:
 def _cells(coverage: Coverage) -> Iterator[dict[str, str | None]]:
     for cell in sorted(coverage.reachable):
         yield cell._asdict() | {"state": "reached" if cell in coverage.reached else "not reached"}
-    for cell, feature in sorted(coverage.lacking.items()):
-        yield cell._asdict() | {"state": "not reachable", "reason": _lacks(feature)}
+    for cell, reason in sorted(coverage.lacking.items()):
+        yield cell._asdict() | {"state": "not reachable", "reason": reason}
     for gap in coverage.gaps:
         yield gap._asdict() | {"outcome": None, "state": "not reachable"}
-
-
-def _lacks(feature: str) -> str:
-    return f"the processor lacks {feature}"
 
 
 def table(coverage: Coverage, width: int) -> list[Line]:
@@ -204,8 +205,9 @@ def _unreachable(coverage: Coverage, width: int) -> list[Line]:
         reasons[gap.rule, gap.reason].add(gap.level)
     if lacking or reasons:
         lines.append(line("Not reachable", HEAD))
-    for feature, count in sorted(lacking.items()):
-        lines += wrap(f"{count:,} cells: {_lacks(feature)}", width, "  ", " " * 8)
+    for reason, count in sorted(lacking.items()):
+        lines += wrap(f"{count:,} cells: {reason}", width, "  ", " " * 8)
     for (rule, reason), levels in sorted(reasons.items()):
-        lines += wrap(f"{rule} at {', '.join(sorted(levels))}: {reason}", width, "  ", " " * 8, style=DIM)
+        at = f" at {', '.join(sorted(levels))}" if any(levels) else ""
+        lines += wrap(f"{rule}{at}: {reason}", width, "  ", " " * 8, style=DIM)
     return [*lines, line("")] if lines else []

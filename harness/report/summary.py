@@ -167,7 +167,8 @@ def describe_machine(machine: Mapping[str, Any] | None) -> str:
     """A machine's identity in one line; names that this version does not know follow as they are."""
     if machine is None:
         return "the machine never came up"
-    rest = dict(machine)
+    rest = {name: value for name, value in machine.items() if value or value == 0}
+    rest.pop("layers", None)  # for errata; they are QEMU and the kernel, which are named
     parts = [f"{rest.pop('machine', 'machine')}:"]
     if "qemu" in rest:
         parts.append(f"QEMU {rest.pop('qemu_version', '?')} ({rest.pop('qemu')}),")

@@ -46,13 +46,13 @@ ERRATA_FOLDER: Final = "errata"
 
 _TOP: Final = {
     "title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str,
-    "nested_page": str, "op": list,
+    "nested_page": str, "table_page": str, "op": list,
 }
 REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
 KINDS: Final[dict[str, dict[str, Any]]] = {
     "entry": {"entry": str, "frame": str} | _CHANGE,
-    "vmcb": {"vmcb": str} | _CHANGE,
+    "vmcb": {"vmcb": str, "page": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
     "run": {"run": list, "cpl": (int, str), "expect": list},
 }
@@ -182,7 +182,9 @@ class File:
         if nested not in HOST_MODES:
             raise self.error(None, "nested", f"nested must be one of {', '.join(HOST_MODES)}, not {nested!r}")
         nested_pages = (*HOST_MODES[nested].pages, NO_NESTED_PAGING)
-        for key, sizes in (("guest_page", MODES[guest].pages), ("nested_page", nested_pages)):
+        sizes_of = {"guest_page": MODES[guest].pages, "nested_page": nested_pages,
+                    "table_page": HOST_MODES[nested].pages}
+        for key, sizes in sizes_of.items():
             if data.get(key, DEFAULT_PAGE_SIZE) not in sizes:
                 raise self.error(None, key, f"{key} must be one of {', '.join(sizes)}, not {data[key]!r}")
         if not data["op"]:
@@ -198,6 +200,7 @@ class File:
             nested=nested,
             guest_page=data.get("guest_page", DEFAULT_PAGE_SIZE),
             nested_page=data.get("nested_page", DEFAULT_PAGE_SIZE),
+            table_page=data.get("table_page", DEFAULT_PAGE_SIZE),
             source=self.source,
             lines=tuple(self.line(index, "") for index in range(len(data["op"]))),
         )
@@ -215,13 +218,16 @@ class File:
             return self.run(index, table)
         bits = (self.strings(index, table, key) for key in ("set", "clear"))
         change = Change(self.number(index, table), *bits)
-        if change == Change() and "frame" not in table:
-            raise self.error(index, kind, "nothing is changed: give value, set, clear or, for an entry, frame")
+        if change == Change() and not {"frame", "page"} & table.keys():
+            raise self.error(index, kind, "nothing is changed: give value, set, clear or, for an entry, frame, or, for "
+                                          "a VMCB field, page")
         if change.value is not None and not 0 <= change.value < 1 << 64:
             raise self.error(index, "value", f"{change.value:#x} does not fit in 64 bits")
         if kind == "entry":
             return EntryOp(table["entry"], change, table.get("frame"))
-        return VmcbOp(table["vmcb"], change) if kind == "vmcb" else HostOp(table["host"], change)
+        if kind == "vmcb":
+            return VmcbOp(table["vmcb"], change, table.get("page"))
+        return HostOp(table["host"], change)
 
     def number(self, index: int, table: Mapping[str, Any], key: str = "value") -> int | None:
         """The value of `key`: a number, or text that is one (as `each` makes it)."""

@@ -45,10 +45,11 @@ class EntryOp:
 
 @dataclass(frozen=True, slots=True)
 class VmcbOp:
-    """L1 writes a VMCB field."""
+    """L1 writes a VMCB field; `page` names a page whose gVA it takes."""
 
     field: str
     change: Change
+    page: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,8 @@ class Scenario:
     nested_page: str = DEFAULT_PAGE_SIZE
     source: str = ""
     lines: tuple[int, ...] = ()
+    table_page: str = DEFAULT_PAGE_SIZE
+    """Size of the nested pages that map L2's tables."""
 
 
 SIZED: Final = frozenset({"read", "write", "rmw"})

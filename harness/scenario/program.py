@@ -96,9 +96,9 @@ class Compiler:
         return self._worlds[key]
 
 
-def world_key(scenario: ops.Scenario) -> tuple[str, str, str, str]:
+def world_key(scenario: ops.Scenario) -> tuple[str, str, str, str, str]:
     """What a scenario's world depends on."""
-    return scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page
+    return scenario.guest, scenario.nested, scenario.guest_page, scenario.nested_page, scenario.table_page
 
 
 def _program(scenario: ops.Scenario, world: World, prologue: bytes, steps: tuple[Step, ...]) -> Program:
@@ -184,7 +184,8 @@ class _Body:
 
     def _vmcb(self, index: int, op: ops.VmcbOp) -> None:
         _lookup(FIELDS, op.field, "VMCB field")
-        new = _change(op.change, self.vmcb.get(op.field, 0), VMCB_BITS.get(op.field, BITS))
+        old = self.vmcb.get(op.field, 0) if op.page is None else _lookup(self.world.gva, op.page, "page")
+        new = _change(op.change, old, VMCB_BITS.get(op.field, BITS))
         self.vmcb[op.field] = new
         self.steps.append(_vmcb_write(self.world, op.field, new, index))
 

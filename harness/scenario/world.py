@@ -79,10 +79,13 @@ class _Places:
     stride: int
 
 
-def _places(mode: modes.Mode, host_mode: modes.HostMode, cpu: Cpu) -> _Places:
+def _places(mode: modes.Mode, host_mode: modes.HostMode, cpu: Cpu, guest_page: str) -> _Places:
+    """Pages and tables lie behind different nested entries, also of the root where addresses are wide enough."""
+    far = 1 << 39 if cpu.maxphyaddr >= 40 and not host_mode.narrow else 0
     if not mode.long or host_mode.narrow:
-        return _Places(data=2 << 30, home=1 << 30, stride=2 << 21)
-    return _Places(data=5 << 30, home=1 << 39 if cpu.maxphyaddr >= 40 else 8 << 30, stride=(1 << 30) + (1 << 21))
+        wide = mode.name == "PAE" or guest_page == "4M"  # frames of more than 32 bits
+        return _Places(data=far if far and wide else 2 << 30, home=1 << 30, stride=2 << 21)
+    return _Places(data=5 << 30, home=far or 8 << 30, stride=(1 << 30) + (1 << 21))
 
 
 def build(
@@ -92,14 +95,15 @@ def build(
     nested_mode: str = DEFAULT_MODE,
     guest_page: str = "4K",
     nested_page: str = "4K",
+    table_page: str = "4K",
 ) -> World:
     """The world with L2 in mode `guest` and L1 in mode `nested_mode`, a to d mapped by pages of `guest_page`
     in the guest dimension and of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's
-    tables hold sPAs."""
+    tables hold sPAs. L2's tables for a to d are mapped by nested pages of `table_page`."""
     mode = MODES[guest]
     arena = Arena(image.arena.start)
     host_mode = HOST_MODES[nested_mode]
-    at = _places(mode, host_mode, cpu)
+    at = _places(mode, host_mode, cpu, guest_page)
     nested = None
     if nested_page != NO_NESTED_PAGING:
         nested = Tables(arena, host_mode.format(INITIAL_HOST, cpu), arena.page(), lambda address: address)
@@ -107,19 +111,26 @@ def build(
     spa: dict[str, int] = {}
     to_spa: dict[int, int] = {}
 
-    def place(name: str, address: int, target: int, bits: int = RIGHTS, named: bool = True) -> int:
-        """Give `name` its gPA and its sPA, and map one to the other."""
+    def place(
+        name: str, address: int, target: int, bits: int = RIGHTS, named: bool = True, shift: int = 12
+    ) -> int:
+        """Give `name` its gPA and its sPA, and map one to the other by a page of 1 << `shift` bytes."""
+        inside = (1 << shift) - 0x1000
+        address = address & ~inside | (target if shift > 12 else address) & inside
         gpa[name], spa[name] = address if nested else target, target
         to_spa[gpa[name]] = target
         if nested:
-            nested.map(address, target, 12, f"nested.{name}" if named else "", bits, bits & ~KEPT | bits & KEPT >> 1)
+            nested.map(address, target, shift, f"nested.{name}" if named else "", bits, bits & ~KEPT | bits & KEPT >> 1)
         return gpa[name]
 
     fmt = mode.format(cpu)
     names = [level.name.removesuffix("e") for level in fmt.levels] if fmt else []
     for number, name in enumerate(names):
         shape = (0x21 << 21) + (0x31 + number << 12)
-        place(name, at.home + (number + 1) * at.stride + shape, arena.page())
+        address = at.home + (number + 1) * at.stride + shape
+        if table_page == "1G" and at.stride < 1 << 30:
+            address = 3 << 30  # where nothing else is
+        place(name, address, arena.page(), shift=PAGE_SHIFTS[table_page])
     system = image.arena.end - PAGE
     own = at.home + (0x10 << 21) + (0x20 << 12)
     for number in range(1, len(names)):

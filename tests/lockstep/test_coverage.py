@@ -98,9 +98,9 @@ def test_quirks(twin: Twin, compiler: Compiler) -> None:
             manual = twin.predict(op, 0)
             agreed = twin.predict_again(manual, vmcb, op, Active(["no-legacy-nested"]))
             assert agreed.accesses and agreed.accesses[0][0].nested is None
-            coverage.add_again(manual, agreed)
+            coverage.add_again(manual, agreed, 0)
             assert coverage.cells == set()
-            coverage.add_again(manual, twin.predict_again(agreed, vmcb, op, Active()))
+            coverage.add_again(manual, twin.predict_again(agreed, vmcb, op, Active()), 0)
             assert any(cell.rule == "reached" for cell in coverage.cells)
         elif op.code != "SYNC":
             twin.apply(op)

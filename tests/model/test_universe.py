@@ -7,8 +7,9 @@ import pytest
 from harness.model import universe as universe_module
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
-from harness.model.rules import _LOCKSTEP, RULES
+from harness.model.rules import _LOCKSTEP, RULES, Rule
 from harness.model.universe import FEATURES, GUEST_STATES, NO_CELLS, gaps, universe
+from harness.model.walk import Paging
 
 FULL = Cpu(40, True, 16, frozenset({"nx", "page1g", *FEATURES}))
 
@@ -25,8 +26,8 @@ def test_every_rule_has_cells(rule: str, reachable: frozenset[Cell]) -> None:
     known = reachable | universe(FULL).lacking.keys()
     assert any(cell.rule == rule for cell in known), (
         f"no cell of the universe is of {rule}, so no coverage would miss it. In harness/model/universe.py: for a rule "
-        "of the walk add to GUEST_STATES or NESTED_STATES the registers with which it decides (the CPUID feature there "
-        "and in FEATURES), to ACCESSES the kind of access, to _walks the entry bits; one of #VMEXIT goes to _EXITS. "
+        "of the walk add to GUEST_STATES or NESTED_STATES the registers with which it decides (the CPUID feature "
+        "goes beside the rule), to ACCESSES the kind of access, to _walks entry bits; one of #VMEXIT goes to _EXITS. "
         "Where harness/model/coverage.py must tell its cases apart, do so in _denied and _passed."
     )
 
@@ -47,9 +48,8 @@ def test_what_cannot_be_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.never], ids=lambda rule: rule.id)
-def test_every_reason_is_used(rule: object) -> None:
+def test_every_reason_is_used(rule: Rule) -> None:
     """A reason for what is not so would excuse a missing test."""
-    assert hasattr(rule, "id") and hasattr(rule, "never")
     given = {gap.reason for gap in gaps(FULL) if gap.rule == rule.id}
     assert {reason for _, reason in rule.never} == given
 
@@ -92,8 +92,9 @@ def test_address_widths(bits: int) -> None:
 
 def test_a_rule_that_never_decides_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above does fail for a rule of the walk that no register state of the universe leads to."""
-    states = tuple(state for state in GUEST_STATES if "smep" not in state.needs)
+    paging = Paging(None, 0, wp=True, smep=False, smap=False, ac=False, guest_id=True, nested=None, ncr3=0)
+    states = tuple(state for state in GUEST_STATES if not state(paging).smep)
     monkeypatch.setattr(universe_module, "GUEST_STATES", states)
-    cells = universe_module.universe.__wrapped__(FULL).reachable
+    cells = universe_module._all.__wrapped__(FULL)
     assert not any(cell.rule == "guest.smep" for cell in cells)
     assert any(cell.rule == "guest.smap" for cell in cells)

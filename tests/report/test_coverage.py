@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.errors import UsageError
+from harness.lockstep.errata import Erratum
 from harness.model.coverage import Cell
 from harness.model.universe import FEATURES, universe
 from harness.report import jsonfile
@@ -90,14 +92,42 @@ class TestMerge:
     def test_several_processors(self) -> None:
         """What one of them can reach is reachable."""
         plain_one = covered(READ, identity=Identity())
+        lacks = set(universe(plain_one.cpu).lacking.values())
+        assert {"la57", "smep", "smap"} <= lacks <= set(FEATURES)
         lacking = merge([plain_one]).lacking
-        assert {"la57", "smep", "smap"} <= set(lacking.values()) <= set(FEATURES)
+        assert set(lacking.values()) == {f"the processor lacks {feature}" for feature in lacks}
         both = merge([plain_one, covered()])
         assert both.lacking == {} and lacking.keys() <= both.reachable and both.reached == {READ}
 
 
 def merged_cpu() -> Any:
     return covered().cpu
+
+
+class TestErrata:
+    """What L2 cannot do on a machine with an erratum is not asked of it."""
+
+    BARS = Erratum("e1", "L2 does not run", "qemu-tcg", "", "",
+                   unreachable=("off/32-bit", "exit.delivered PAE/none #PF"))
+
+    def test_cells_that_no_scenario_reaches(self) -> None:
+        merged = merge([covered(READ)], [self.BARS])
+        gone = universe(merged_cpu()).reachable - merged.reachable
+        assert gone == {cell for cell in universe(merged_cpu()).reachable if cell.mode == "off/32-bit"} != set()
+        assert set(merged.lacking.values()) == {"e1: L2 does not run"}
+        assert "e1: L2 does not run" in show(merged)
+
+    def test_of_another_version(self) -> None:
+        assert merge([covered(READ)], [replace(self.BARS, until=(7, 1))]).lacking == {}
+
+    def test_another_machine_reaches_them(self) -> None:
+        other = replace(FULL, layers=(("kvm", (6, 1)),))
+        assert merge([covered(), covered(identity=other)], [self.BARS]).lacking == {}
+
+    def test_words(self) -> None:
+        cell = Cell("exit.delivered", "", "", "PAE/none", "#PF cut short by VMEXIT_NPF")
+        assert self.BARS.bars(cell) and not self.BARS.bars(cell._replace(outcome="#GP"))
+        assert not self.BARS.bars(cell._replace(mode="PAE/PAE")) and not Erratum("", "", "", "", "").bars(cell)
 
 
 class TestText:

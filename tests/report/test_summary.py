@@ -23,6 +23,7 @@ class Identity:
     asids: int = 16
     svm_features: int = 0x11
     features: tuple[str, ...] = ("nx", "page1g")
+    layers: tuple[tuple[str, tuple[int, ...]], ...] = (("qemu-tcg", (7, 2, 22)),)
 
 
 def summary(**values: Any) -> Summary:

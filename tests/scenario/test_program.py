@@ -52,6 +52,17 @@ def test_entry(compiler: Compiler) -> None:
     assert writes[4] == (world.entries["guest.a.pte"], 0, 8, 4)
 
 
+def test_the_address_of_a_page(compiler: Compiler) -> None:
+    """A VMCB field may take the gVA of a page, and bits beside it."""
+    program = compiler.compile(one('vmcb = "gdtr.base"\npage = "b"', 'vmcb = "rsp"\npage = "a"\nset = ["bit4"]',
+                                   "read a"))
+    base, rsp = (program.world.vmcb_address + FIELDS[name].offset for name in ("gdtr.base", "rsp"))
+    written = {step.a: step.b for step in program.steps if step.code == "WRITE"}
+    assert written[base] == program.world.gva["b"] and written[rsp] == program.world.gva["a"] | 0x10
+    with pytest.raises(UsageError, match="no page is called 'z'"):
+        compiler.compile(one('vmcb = "rsp"\npage = "z"', "read a"))
+
+
 def test_vmcb_and_host(compiler: Compiler) -> None:
     program = compiler.compile(one('vmcb = "cr4"\nset = ["smep"]', 'vmcb = "asid"\nvalue = 9',
                                    'vmcb = "cr4"\nclear = ["pge"]',

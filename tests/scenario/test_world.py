@@ -242,3 +242,31 @@ def test_every_mode(mode: str, host_mode: str, guest: str, nested: str, bits: in
     mailbox = translate(paging, twin.memory.words, world.mailbox[1], Access(write=True, user=True)).outcome
     assert isinstance(mailbox, Reached) and mailbox.spa == image.mailbox
     assert len({world.gva[p] for p in PAGES}) == len({world.spa[p] for p in PAGES}) == 4
+
+
+@pytest.mark.parametrize(
+    ("guest", "nested", "size", "level"),
+    [(guest, nested, size, level)
+     for guest in ("4-level", "5-level", "PAE", "32-bit")
+     for nested, size, level in (("4-level", "2M", "pde"), ("5-level", "1G", "pdpte"), ("PAE", "2M", "pde"),
+                                 ("32-bit", "4M", "pde"))],
+)
+def test_tables_in_large_nested_pages(guest: str, nested: str, size: str, level: str, image: Image) -> None:
+    """Each table of L2 is where its large page has it, and a walk comes to its page."""
+    cpu = Cpu(40, features=frozenset({"nx", "la57"}))
+    world = build(image, cpu, guest, nested, table_page=size)
+    twin = Twin(image, cpu, Liberties())
+    twin.reset(world)
+    paging = twin.paging(vmrun.load(twin.vmcb, twin.host))
+    walk = translate(paging, twin.memory.words, world.gva["a"], Access())
+    assert walk.outcome == Reached(world.spa["a"], world.gpa["a"])
+    tables = {step.purpose: step for step in walk.steps if step.purpose not in ("", FINAL)}
+    assert tables and all(step.level == level and step.entry & PS for step in tables.values())
+    assert world.entries[f"nested.pt.{level}"] == tables["pte"].address
+
+
+@pytest.mark.parametrize(("guest", "page"), [("4-level", "4K"), ("PAE", "4K"), ("PAE", "2M"), ("32-bit", "4M")])
+def test_pages_lie_behind_another_entry_of_the_nested_root(guest: str, page: str, image: Image) -> None:
+    """So that what is changed of one is not what the walk for L2's tables meets first."""
+    entries = build(image, Cpu(40, features=frozenset({"nx"})), guest, guest_page=page).entries
+    assert entries["nested.a.pml4e"] != entries["nested.pd.pml4e"]
