@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
+from harness.lockstep import errata
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.driver import Lockstep
 from harness.lockstep.twin import Twin
@@ -17,8 +19,11 @@ from harness.machine.l1 import L1Machine
 from harness.model import vmrun
 from harness.model.access import Access
 from harness.model.walk import translate
+from harness.run import run
+from harness.scenario import files, sweepfiles
 from harness.scenario.ops import RunOp, Scenario, parse_probe
 from harness.scenario.program import Compiler, Program
+from harness.sweeping import Plan
 from harness.target import Target
 from harness.wire.program import Step, encode
 
@@ -27,6 +32,7 @@ _SPINS = 50_000
 _ROUNDS = 10
 """The spins come in so many rounds, so that a slow machine is not said to hang."""
 _WALKS = 100_000
+_CASES = 7_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ class Figure:
         return f"{self.name:36} {self.value:>14,.3f} {self.unit:10} {self.note}".rstrip()
 
 
-def bench(target: Target, pairs: int) -> Iterator[Figure]:
-    """Measure, figure by figure; `pairs` VMRUN/#VMEXIT pairs are checked in each mode."""
+def bench(target: Target, pairs: int, library: Path) -> Iterator[Figure]:
+    """Measure, figure by figure; `pairs` VMRUN/#VMEXIT pairs are checked in each mode, and cases of the sweeps
+    of `library`."""
     yield _first_verdict(target)
     with target.start() as machine:
         compiler = Compiler(machine.image, machine.cpu)
@@ -66,6 +73,7 @@ def bench(target: Target, pairs: int) -> Iterator[Figure]:
             rate = _checked(machine, twin, program, False, pairs, contexts)
             yield Figure("checked, pipelined, MMU contexts too", rate, "pairs/s",
                          f"1/{unchecked / rate:.1f} of unchecked")
+    yield _sweeps(target, library)
 
 
 def _first_verdict(target: Target) -> Figure:
@@ -115,6 +123,17 @@ def _checked(
             raise result.lost
         done += result.vmruns
     return done / (time.perf_counter() - start)
+
+
+def _sweeps(target: Target, library: Path) -> Figure:
+    """Cases of all sweeps, from their files to their verdicts, boot included."""
+    known = errata.load(library / files.ERRATA_FOLDER)
+    start = time.perf_counter()
+    plan = Plan(sweepfiles.load([library]), _CASES)
+    outcome = run(target, [], known, pipelined=True, sweeps=plan)
+    probes = sum(tally.probes for tally in outcome.tallies)
+    rate = probes / (time.perf_counter() - start)
+    return Figure("sweeps, pipelined", rate, "probes/s", f"{_CASES:,} cases, one boot")
 
 
 def _memory() -> float:

@@ -281,7 +281,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from harness.bench import bench
 
-    for figure in bench(_targeted(options), options.pairs):
+    for figure in bench(_targeted(options), options.pairs, LIBRARY):
         print(figure, flush=True)
     return 0
 
