@@ -176,6 +176,7 @@ def test_canonical(cr4: int, gva: int, canonical: bool) -> None:
     # a gPA of more bits than L1's tables translate: those above take no part, EXITINFO2 has them all
     (0x20, 0x1D00, 0xF_0040_0000_5678, (0x50_0000 + 8 * 0, 0x51_0000 + 8 * 0x100)),
     (0x20, 0x1800, 0xF_0000_4000_5678, (0x50_0008,)),
+    (0x20, 0x1800, 0x7F_4000_5678, (0x50_0008,)),
     (0x10, 0x1000, 0xF_0000_4040_5678, (0x50_0000 + 4 * 0x101,)),
     (0x1020, 0x1D00, 0x5_0040_0000_5678, (0x50_0000 + 8 * 5, 0x51_0000, 0x52_0000 + 8 * 0x100)),
 ])
