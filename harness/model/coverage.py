@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from harness.model.access import Access, Reached
+from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.entries import FRAME, KEY_SHIFT, NX, PS, RW, US, D, Format, G, Level, P
 from harness.model.registers import PKRU_AD, PKRU_WD
 from harness.model.walk import FINAL, GUEST, Paging, Walk
@@ -27,6 +27,10 @@ OFF: Final = "off"
 _SIZES: Final = {21: "2M", 22: "4M", 30: "1G"}
 _RIGHTS: Final = {"user": US, "write": RW, "execute": NX}
 """Rules that look at one right over all levels of a dimension, and its bit."""
+
+_VECTORS: Final[dict[type, str]] = {
+    PageFault: "#PF", NestedPageFault: "#NPF", GeneralProtection: "#GP", StackFault: "#SS",
+}
 
 _RESERVED: Final = ((NX, "NX"), (0x7FF << 52, "bits 62:52"), (G, "G"), (PS, "PS"))
 
@@ -246,4 +250,4 @@ def _who(access: Access, dimension: str = "") -> str:
 
 
 def _vector(walk: Walk) -> str:
-    return str(walk.outcome).partition(" ")[0]
+    return _VECTORS[type(walk.outcome)]
