@@ -144,7 +144,9 @@ def find(image: Path | None, modules: Path | None, say: Callable[[str], None] = 
     for path, option in ((image, "--kernel"), (modules, "--modules")):
         if path is not None and not path.exists():
             raise LaunchFailed(f"there is no {path}: correct {option}")
-    return Kernel(image, () if modules is None else (modules,))
+    found = Kernel(image, () if modules is None else (modules,))
+    _ = found.release  # raises for what is no kernel
+    return found
 
 
 def _distribution(say: Callable[[str], None]) -> Kernel:

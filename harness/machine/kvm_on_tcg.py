@@ -26,6 +26,9 @@ _LARGE: Final = 2 << 20
 _FRAME: Final = (1 << 55) - 1
 """The bits of an entry of /proc/PID/pagemap that are the frame's number."""
 
+_OVERCOMMIT: Final = 1024
+"""Large pages that L0 makes when they are first used, at most: as many as L1's memory could take."""
+
 _BOOT_TIMEOUT: Final = 40.0
 _LOOK: Final = 0.5
 """Seconds between two looks at the QEMU in L0 while nothing comes from L1."""
@@ -108,14 +111,17 @@ def start(
     linux = kernel.find(options.kernel, options.modules, say)
     root = initramfs.build(linux, elf, initramfs.l0_qemu(), options.parameters, say)
     with l0.start(path, cpu_model, linux.image, root, extra) as host:
-        release, number = _version(host)
-        layers = (Layer("kvm", number), Layer("qemu-tcg", version))
-        identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
-                            tuple(options.parameters), options.pages)
-        file, pages = _pages(host, image, guests.loaded(elf), options.pages)
-        memory = pieces.view(host.process.memory_fd, image.ram_end, pages)
-        trace, identity = _observe(host, identity)
-        _start_qemu(host, image, file)
+        try:
+            release, number = _version(host)
+            layers = (Layer("kvm", number), Layer("qemu-tcg", version))
+            identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
+                                tuple(options.parameters), options.pages)
+            file, pages = _pages(host, image, guests.loaded(elf), options.pages)
+            memory = pieces.view(host.process.memory_fd, image.ram_end, pages)
+            trace, identity = _observe(host, identity)
+            _start_qemu(host, image, file)
+        except MachineLost as lost:
+            raise LaunchFailed(f"L0 came up, but L1 could not be started in it: {lost}") from None
         machine = KvmOnTcgMachine(image, memory, identity, host)
         machine.trace = trace
         try:
@@ -171,13 +177,14 @@ def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list
             (data.start + image.mirror_offset, data.end + image.mirror_offset)]
     ranges = _rounded(used)
     file = "/dev/hugepages/l1" if size == "2m" else "/dev/shm/l1"
-    host.run(f"echo {image.ram_end // _LARGE} >/proc/sys/vm/nr_overcommit_hugepages; "
+    host.run(f"echo {_OVERCOMMIT} >/proc/sys/vm/nr_overcommit_hugepages; "
              "echo 0 >/proc/sys/vm/compact_unevictable_allowed")
     words = " ".join(f"{start} {end - start}" for start, end in ranges)
     status, output, errors = host.try_run(f"pages {file} {image.ram_end} {words}")
     if status:
+        meminfo = host.try_run("grep -E 'MemFree|Huge' /proc/meminfo")[1].decode(errors="replace").rstrip()
         raise LaunchFailed(f"L0 cannot back L1's memory with {size} pages: {errors.decode(errors='replace').strip()}\n"
-                           f"{host.run('grep -i huge /proc/meminfo').decode()}")
+                           f"{meminfo}\ntry --l1-pages {'4k' if size == '2m' else '2m'}, or another kernel")
     frames = iter(struct.unpack(f"<{len(output) // 8}Q", output))
     addresses = [at for start, end in ranges for at in range(start, end, PAGE)]
     return file, [(at, (next(frames) & _FRAME) * PAGE) for at in addresses]

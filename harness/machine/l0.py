@@ -10,12 +10,13 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine.qemu import Qemu
+from harness.machine.tcg import check_cpu
 
 MEMORY: Final = 1 << 30
 """L0's RAM in bytes. It is one range from 0 on (the machine `pc` splits from 3.5 GiB on only)."""
@@ -77,11 +78,12 @@ class L0:
         ready, _, _ = select.select([self._control], [], [], min(0.2, max(0.0, end - time.monotonic())))
         data = b""
         if ready:
-            data = self._control.recv(1 << 20)
+            with suppress(ConnectionError):  # nothing then, as at the end
+                data = self._control.recv(1 << 20)
             self._buffer += data
         if data:
             return
-        status = self.process.exit_status()
+        status = self.process.exit_status(1.0 if ready else 0.0)
         if status is not None or ready:
             raise self.lost("L0 panicked, or switched itself off" if not status else f"QEMU ended with status {status}")
         if time.monotonic() > end:
@@ -113,6 +115,7 @@ def start(binary: str, cpu_model: str, kernel: Path, root: Path, extra: Sequence
         ]
         process = stack.enter_context(Qemu(binary, args, MEMORY, (theirs.fileno(), trace)))
         theirs.close()
+        check_cpu(process, cpu_model)
         process.command("cont")
         machine = L0(process, ours, [trace])
         machine.wait_for_boot()

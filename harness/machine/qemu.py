@@ -128,9 +128,13 @@ class Qemu:
         except _GONE as reason:
             raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
 
-    def exit_status(self) -> int | None:
-        """QEMU's exit status, or None while it runs."""
-        return self._process.poll() if self._process else 0
+    def exit_status(self, wait: float = 0.0) -> int | None:
+        """QEMU's exit status, or None while it runs; it is given `wait` seconds to end."""
+        if self._process is None:
+            return 0
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(wait)
+        return None
 
     def log_tail(self) -> str:
         """The last lines of QEMU's own output and of the guest's serial console."""

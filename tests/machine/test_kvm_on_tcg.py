@@ -1,0 +1,89 @@
+"""The machine `kvm-on-tcg`: one boot of L0 for all that needs a good one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from harness.errors import LaunchFailed
+from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.twin import Twin
+from harness.machine import kernel, kvm_on_tcg
+from harness.scenario import files
+from harness.scenario.ops import Scenario
+from harness.scenario.program import Compiler
+from tests.conftest import LIBRARY
+from tests.scenario.texts import one, run
+
+pytestmark = pytest.mark.guest
+
+LIGHT = ("first-light", "walk/nested-not-present", "walk/nested-read-only", "ad/", "modes/nested-pae-accesses",
+         "vmrun/host-paging", "events/inject-software", "events/inject-cut", "split/")
+"""Names of scenarios that are run here: of every kind a few, and those that KVM does otherwise than the manual."""
+
+
+@pytest.fixture(scope="module")
+def kvm() -> Iterator[kvm_on_tcg.KvmOnTcgMachine]:
+    try:
+        kernel.find(None, None)
+    except LaunchFailed as reason:
+        pytest.skip(f"no kernel for L0: {reason}")
+    with kvm_on_tcg.start() as machine:
+        yield machine
+
+
+def check(machine: kvm_on_tcg.KvmOnTcgMachine, scenarios: list[Scenario], errata: list[Erratum], strict: bool = False,
+          ) -> list[Result]:
+    twin = Twin(machine.image, machine.cpu, machine.liberties)
+    known = of_layers(errata, machine.identity.layers)
+    lockstep = Lockstep(machine, machine.channel, twin, strict, known)
+    return list(lockstep.run(map(Compiler(machine.image, machine.cpu).compile, scenarios)))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_first_light(strict: bool, kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
+    (result,) = check(kvm, files.load([LIBRARY / "first-light.toml"]), [], strict)
+    assert result.vmruns == 2 and not result.divergences and result.lost is None
+
+
+def test_what_it_is(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
+    identity = kvm.identity
+    assert identity.machine == "kvm-on-tcg" and identity.kernel_version >= (5, 10) and identity.kernel
+    assert [layer.name for layer in identity.layers] == ["kvm", "qemu-tcg"]
+    assert identity.layers[0].version == identity.kernel_version and identity.l1_pages == "2m"
+
+
+def test_memory_is_l1s(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
+    """A word that L2 writes is seen where L1's memory has it, at both ends of what is mapped."""
+    (result,) = check(kvm, [one(run("write a+8 = 0x1122334455667788; read a+8"))], [], strict=True)
+    assert not result.divergences and result.lost is None
+    assert kvm.l0.run("cat /sys/module/kvm_amd/parameters/nested").strip() in (b"1", b"Y")
+
+
+def test_the_librarys_sample_agrees(kvm: kvm_on_tcg.KvmOnTcgMachine, errata: list[Erratum]) -> None:
+    scenarios = [s for s in files.load([LIBRARY]) if s.name.startswith(LIGHT)][:250]
+    assert len(scenarios) > 60
+    for result in check(kvm, scenarios, errata):
+        assert result.lost is None
+        assert [d for d in result.divergences if d.erratum is None] == [], result.scenario
+
+
+def test_a_fault_that_is_planted_is_found(kvm: kvm_on_tcg.KvmOnTcgMachine, errata: list[Erratum]) -> None:
+    """Bits of L1's nested table that the program does not know of."""
+    compiler = Compiler(kvm.image, kvm.cpu)
+    program = compiler.compile(one("read a", run("read a")))
+    twin = Twin(kvm.image, kvm.cpu, kvm.liberties)
+    twin.reset(program.world)
+    lockstep = Lockstep(kvm, kvm.channel, twin, True, of_layers(errata, kvm.identity.layers))
+    spoilt = compiler.compile(one('entry = "nested.a.pte"\nset = ["nx"]', run("fetch a+0x20")))
+    original = twin.apply
+
+    def forgetful(step: object) -> None:
+        """The model misses the write that the machine makes."""
+
+    twin.apply = forgetful  # type: ignore[method-assign]
+    (result,) = lockstep.run([spoilt])
+    twin.apply = original  # type: ignore[method-assign]
+    assert any(d.check == "C1" and d.erratum is None for d in result.divergences)
