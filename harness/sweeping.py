@@ -113,7 +113,7 @@ class _Progress:
 
     def __init__(self, sweep: Sweep, seed: int, start: Place, budget: int) -> None:
         self.sweep, self.seed, self.left, self.next = sweep, seed, budget, start
-        self.tally = Tally(sweep.name, sweep.space.size, before=start.done)
+        self.tally = Tally(sweep.name, sweep.space.size, start.done, min(budget, sweep.space.size - start.done))
         self.coverage = Coverage(sweep.space)
         self._cases = sequence(sweep.space, seed, start.position, self.coverage)
         self._due: dict[str, Place] = {}

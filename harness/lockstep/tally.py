@@ -10,12 +10,13 @@ from harness.lockstep.driver import Result
 
 @dataclass
 class Tally:
-    """How far one sweep came: `done` cases in this run and `before` in earlier ones, of `total`; pairs
-    and triples of values that those of this run and of earlier ones have had."""
+    """How far one sweep came: `done` cases in this run, which was to do `asked`, and `before` in earlier ones,
+    of `total`; pairs and triples of values that those of this run and of earlier ones have had."""
 
     name: str
     total: int
     before: int = 0
+    asked: int = 0
     done: int = 0
     pairs: int = 0
     pairs_total: int = 0

@@ -273,7 +273,7 @@ def _verdict(summary: Summary) -> Line:
             text += ", and the machine was lost"
     elif summary.lost:
         text, style = "no new divergence, but the machine was lost", BAD
-    elif summary.not_run:
+    elif summary.not_run or any(tally.done < tally.asked for tally in summary.sweeps):
         text, style = "no new divergence, but not all scenarios were run", BAD
     elif totals.divergences_known:
         text, style = "agreed, but for known errata", GOOD

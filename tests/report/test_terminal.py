@@ -13,6 +13,7 @@ import pytest
 
 from harness.errors import MachineLost
 from harness.lockstep.compare import Divergence
+from harness.lockstep.tally import Tally
 from harness.model.entries import RW
 from harness.report.styled import line, plain
 from harness.report.terminal import DRAWN, KINDS, NAMED, Screen, Watch, show, table
@@ -242,6 +243,8 @@ class TestTable:
              "1 new divergence in 1 of 1 scenarios, and the machine was lost"),
             ({"results": [result(lost=MachineLost("gone"))]}, "no new divergence, but the machine was lost"),
             ({"results": [result(divergence(erratum="e1"))]}, "no new divergence, but not all scenarios were run"),
+            ({"results": [result()], "scenarios": [SCENARIO], "sweeps": [Tally("sweeps/x", total=9, asked=3, done=2)]},
+             "no new divergence, but not all scenarios were run"),
             ({"results": [result(divergence(erratum="e1"))], "scenarios": [SCENARIO]}, "agreed, but for known errata"),
             ({"results": [result(divergence(erratum="e1"))], "scenarios": [SCENARIO], "strict": True},
              "1 new divergence in 1 of 1 scenarios"),
