@@ -105,7 +105,9 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=["auto", *MACHINES], default="auto",
-                        help=f"where L1 runs: on QEMU's SVM, or on KVM above it (default: auto, which is {AUTO})")
+                        help="where L1 runs: on QEMU's SVM, or on KVM above it "
+                             f"(default: auto, which is {AUTO}, but "
+                             "kvm-on-tcg where a kernel, its modules or parameters are given)")
     parser.add_argument("--qemu", metavar="PATH", help="the QEMU to test")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
     parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
@@ -128,8 +130,10 @@ def _count(text: str) -> int:
 
 
 def _targeted(options: argparse.Namespace) -> Target:
-    machine = AUTO if options.machine == "auto" else options.machine
     host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
+    machine = options.machine
+    if machine == "auto":
+        machine = AUTO if host == kvm_on_tcg.DEFAULT else "kvm-on-tcg"
     if machine != "kvm-on-tcg" and host != kvm_on_tcg.DEFAULT:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
     return Target(machine, options.qemu, options.cpu, tuple(options.qemu_arg), host,

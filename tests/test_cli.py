@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from harness import cli
+from harness.cli import _parser, _targeted
 from harness.errors import UsageError
 from harness.scenario import files
+from harness.target import AUTO
 from tests.conftest import LIBRARY, ROOT
 from tests.quality.mutants import plant
 from tests.scenario.texts import run, text
@@ -234,3 +236,21 @@ class TestRun:
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "machine"),
+    [
+        ([], AUTO), (["--qemu", "/opt/qemu"], AUTO), (["--machine", "kvm-on-tcg"], "kvm-on-tcg"),
+        (["--kernel", "bzImage", "--modules", "lib"], "kvm-on-tcg"), (["--kvm-param", "npt=0"], "kvm-on-tcg"),
+        (["--machine", "tcg", "--kernel", "bzImage"], None),
+    ],
+)
+def test_which_machine(arguments: list[str], machine: str | None) -> None:
+    """What is given of L0 says which machine is meant."""
+    options = _parser().parse_args(["run", *arguments])
+    if machine is None:
+        with pytest.raises(UsageError, match="are for --machine kvm-on-tcg"):
+            _targeted(options)
+    else:
+        assert _targeted(options).machine == machine
