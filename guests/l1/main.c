@@ -348,6 +348,9 @@ struct resume {
 	uint8_t cpl;
 };
 
+/* The VMCB's save area as VMRUN found it. */
+static uint64_t loaded[TW_SAVE_BYTES / 8];
+
 static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t number)
 {
 	uint32_t count = op->arg, first = 0;
@@ -380,6 +383,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		fill_vmcb(record, op->a);
 		post(shared->lag);
 
+		copy64(loaded, save, sizeof(loaded));
 		vmrun(op->a);
 
 		record = next_record(TW_RECORD_EXIT, number);
@@ -396,8 +400,11 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		/* more than a record holds: the checker must look at the live pages, now */
 		post(record->diffs_found > TW_MAX_DIFFS ? 0 : shared->lag);
 
-		if (*exit_code == EXIT_VMMCALL || (int64_t)*exit_code == EXIT_INVALID ||
-		    (uint32_t)*exit_code == (uint32_t)EXIT_INVALID || next + 1 >= count)
+		if ((uint32_t)*exit_code == (uint32_t)EXIT_INVALID) {
+			copy64(save, loaded, sizeof(loaded));	/* what is saved then is not defined */
+			return;
+		}
+		if (*exit_code == EXIT_VMMCALL || next + 1 >= count)
 			return;
 		first = next + 1;
 		copy64(save, begun.segments, sizeof(begun.segments));

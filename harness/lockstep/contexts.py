@@ -68,6 +68,12 @@ class Pair(NamedTuple):
     l1: Mode
     l2: Mode
     exitcode: int
+    np_control: int = 0
+
+    @property
+    def np_shown(self) -> bool:
+        """What the tracepoint makes of np_control: that NP_ENABLE is 1 if any bit of it is."""
+        return self.np_enable or self.np_control != 0
 
     @property
     def refused(self) -> bool:
@@ -113,6 +119,7 @@ class Contexts:
             sink, where, record.vmcb, get("rip"), bool(get("np_control") & NP_ENABLE), get("ncr3"),
             Mode(before["cr0"], before["cr3"], before["cr4"], before["efer"]),
             Mode(get("cr0"), get("cr3"), get("cr4"), get("efer")), record.exitcode,
+            get("np_control"),
         ))
 
     def note(self, pair: Pair) -> None:
@@ -203,11 +210,11 @@ class Contexts:
         for index, event in enumerate(visit.events):
             if event is vmrun:
                 inside = True
-                if vmrun.np_enable != pair.np_enable:
-                    tell(index, "context.vmrun", "NP_ENABLE", int(pair.np_enable), int(vmrun.np_enable))
-                root = pair.ncr3 if pair.np_enable else pair.l2.cr3
+                if vmrun.np_enable != pair.np_shown:
+                    tell(index, "context.vmrun", "NP_ENABLE", int(pair.np_shown), int(vmrun.np_enable))
+                root = pair.ncr3 if pair.np_shown else pair.l2.cr3
                 if vmrun.root is not None and vmrun.root != root:
-                    tell(index, "context.vmrun", "nCR3" if pair.np_enable else "CR3", root, vmrun.root)
+                    tell(index, "context.vmrun", "nCR3" if pair.np_shown else "CR3", root, vmrun.root)
             elif event is vmexit:
                 inside = False
                 if vmexit.exitcode & _INVALID != pair.exitcode & _INVALID:

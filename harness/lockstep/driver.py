@@ -18,12 +18,12 @@ from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
 from harness.lockstep.twin import Twin
 from harness.model import memory_type
-from harness.model.vmcb import ExitCode
+from harness.model.vmcb import SAVE, ExitCode
 from harness.model.walk import Walk
 from harness.scenario.program import Program, where
 from harness.wire.channel import Channel
 from harness.wire.image import PAGE, Image, Region, tags
-from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS
+from harness.wire.layout import MAX_DIFFS, RECORD_SLOTS, RECORDS, SAVE_BYTES
 from harness.wire.program import Step, WireProbe
 from harness.wire.records import Record
 
@@ -223,7 +223,10 @@ class Lockstep:
             self._compare_live(program, context, result, "after #VMEXIT")
             next_probe, code = record.next_probe, record.exitcode
             channel.release()
-            if code == ExitCode.VMMCALL or code & 0xFFFF_FFFF == 0xFFFF_FFFF or next_probe + 1 >= count:
+            if code & 0xFFFF_FFFF == 0xFFFF_FFFF:  # what is saved then is not defined: L1 puts back what it was
+                twin.memory.bytes[step.a + SAVE : step.a + SAVE + SAVE_BYTES] = vmcb[SAVE : SAVE + SAVE_BYTES]
+                return
+            if code == ExitCode.VMMCALL or next_probe + 1 >= count:
                 return
             first = next_probe + 1
             twin.resume(begun)

@@ -25,7 +25,9 @@ JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
 V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
+INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
+NESTED_PDPTE_SHUTDOWN: Final = "nested-pdpte-shutdown"
 VMRUN_WANTS_PAGING: Final = "vmrun-wants-paging"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
@@ -159,7 +161,9 @@ QUIRKS: Final[dict[str, Quirk]] = {
     JUMP_NON_CANONICAL: Quirk(),
     SOFTWARE_EVENT_LOST: Quirk(),
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),
+    NESTED_PDPTE_SHUTDOWN: Quirk(),
     VMRUN_WANTS_PAGING: Quirk(),
+    INTERRUPT_AS_EXCEPTION: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),
     "g-pat-unchecked": _unchecked("vmrun.g-pat"),

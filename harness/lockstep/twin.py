@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.delivery import Leave
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import SOFTWARE_EVENT_LOST, VMRUN_WANTS_PAGING, Active
+from harness.lockstep.quirks import (
+    INTERRUPT_AS_EXCEPTION,
+    NESTED_PDPTE_SHUTDOWN,
+    SOFTWARE_EVENT_LOST,
+    VMRUN_WANTS_PAGING,
+    Active,
+)
 from harness.lockstep.state import State
 from harness.model import consistency, events, vmrun
 from harness.model.access import ErrorCode
+from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
-from harness.model.registers import CR0, EFER, RFLAGS
-from harness.model.vmcb import SAVE, STATE, ExitCode
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
@@ -59,9 +68,14 @@ class Twin(State):
             self._refuse(out)
             return out
         vmrun.canonicalize(vmcb, self.cpu)
+        if self._taken_for_exception():
+            return self._refuse_halfway(out, step)
         injected = Event.from_eventinj(vmcb["eventinj"])
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         l2 = L2(self, out, step)
+        if self._no_root():
+            self._leave(out, l2, Leave(ExitCode.SHUTDOWN, rule="nested.reserved"))
+            return out
         try:
             if injected is not None and not self._lost(injected):
                 l2.deliver(injected)
@@ -93,6 +107,33 @@ class Twin(State):
             return self.quirks.on_refusal(broken, self.vmcb, host)
         except IndexError:
             raise UsageError(f"VMRUN reads PDPEs at {self.vmcb['cr3']:#x}, which is not in L1's memory") from None
+
+    def _no_root(self) -> bool:
+        """Whether a quirk makes L2 shut down since a PDPTE of L1's PAE nested table leads out of L1's memory."""
+        host, at = self.host_at_vmrun(), self.vmcb["ncr3"] & 0xFFFF_FFE0
+        pae = host.cr0 & CR0.PG and host.cr4 & CR4.PAE and not host.efer & EFER.LMA
+        if not (pae and self.vmcb["np_control"] & NP_ENABLE):
+            return False
+        entries = self.memory.words[at >> 3 : (at >> 3) + 4]
+        return any(e & P and (e >> 12 << 12) >= self.image.ram_end for e in entries) and (
+            self.quirks.has(NESTED_PDPTE_SHUTDOWN))
+
+    def _taken_for_exception(self) -> bool:
+        """Whether a quirk makes an exception, of an impossible vector, of the virtual interrupt that is pending."""
+        vector = vmrun.virtual_interrupt(self.vmcb, self.vmcb["rflags"], at_priority=True)
+        return vector is not None and vector >= 31 and self.quirks.has(INTERRUPT_AS_EXCEPTION)
+
+    def _refuse_halfway(self, out: Prediction, step: Step) -> Prediction:
+        """The interrupt's delivery was begun: what it would have changed may have been changed."""
+        with suppress(Leave):
+            L2(self, out, step).interrupt()
+        words = self.memory.words
+        for address, old in out.old.items():
+            out.permitted[address] = out.permitted.get(address, 0) | words[address >> 3] ^ old
+            words[address >> 3] = old
+        out.refused = "vmrun.eventinj"
+        self._refuse(out)
+        return out
 
     def _lost(self, injected: Event) -> bool:
         """Whether a quirk loses the event."""

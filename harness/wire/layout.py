@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62

@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.errata import Erratum, explain, load
+from harness.lockstep.errata import Erratum, explain, load, of_layers, quirks_of
 from harness.model.access import Reached
 from harness.model.walk import Walk
 from tests.conftest import LIBRARY
@@ -203,3 +203,17 @@ class TestLoad:
                 assert set(one.checks) <= {"C1", "C2", "C3"} and one.fields and one.rules
                 # narrow: not every divergence of a check is its own
                 assert not ("*" in one.fields and "*" in one.rules), one.id
+
+
+def test_layers() -> None:
+    """Below a hypervisor only those errata count that surface, and their quirks are of L2's own walks."""
+    kvm = erratum(id="a", machine="kvm", quirk="g-pat-unchecked")
+    hidden = erratum(id="b", quirk="pdpe-unchecked")
+    through = erratum(id="c", quirk="pml4e-bit-8", surfaces=True)
+    plain = erratum(id="d", surfaces=True)
+    errata = [plain, through, hidden, kvm]
+    layers = [("kvm", (6, 1, 192)), ("qemu-tcg", (7, 2, 22))]
+    found = of_layers(errata, layers)
+    assert [one.id for one in found] == ["a", "d", "c"]
+    assert quirks_of(found) == {"g-pat-unchecked": "a", "pml4e-bit-8 below a hypervisor": "c"}
+    assert of_layers(errata, layers[1:]) == [plain, through, hidden]

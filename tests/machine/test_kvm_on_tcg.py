@@ -19,8 +19,11 @@ from tests.scenario.texts import one, run
 
 pytestmark = pytest.mark.guest
 
-LIGHT = ("first-light", "walk/nested-not-present", "walk/nested-read-only", "ad/", "modes/nested-pae-accesses",
-         "vmrun/host-paging", "events/inject-software", "events/inject-cut", "split/")
+LIGHT = (
+    "first-light", "walk/nested-not-present", "walk/nested-read-only", "ad/", "split/", "modes/nested-pae-accesses",
+    "modes/nested-pae-pdpte", "modes/pae-accesses", "events/inject-software", "events/inject-cut", "vmrun/host-paging",
+    "vmrun/sss", "state/v-irq",
+)
 """Names of scenarios that are run here: of every kind a few, and those that KVM does otherwise than the manual."""
 
 
