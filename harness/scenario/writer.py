@@ -32,7 +32,8 @@ def text(scenario: Scenario) -> str:
     head = [("title", scenario.title), ("manual", scenario.manual), ("shows", scenario.shows)]
     worlds = (("guest", scenario.guest, DEFAULT_MODE), ("nested", scenario.nested, DEFAULT_MODE),
               ("guest_page", scenario.guest_page, DEFAULT_PAGE_SIZE),
-              ("nested_page", scenario.nested_page, DEFAULT_PAGE_SIZE))
+              ("nested_page", scenario.nested_page, DEFAULT_PAGE_SIZE),
+              ("table_page", scenario.table_page, DEFAULT_PAGE_SIZE))
     head += [(key, value) for key, value, default in worlds if value != default]
     lines = [f"# {scenario.name}", "", *(f"{key} = {_string(value)}" for key, value in head)]
     for op in scenario.ops:
@@ -75,9 +76,11 @@ def _op(op: Op) -> Iterator[str]:
             yield from _change(change)
             if frame is not None:
                 yield f"frame = {_string(frame)}"
-        case VmcbOp(field, change):
+        case VmcbOp(field, change, page):
             yield f"vmcb = {_string(field)}"
             yield from _change(change)
+            if page is not None:
+                yield f"page = {_string(page)}"
         case HostOp(register, change):
             yield f"host = {_string(register)}"
             yield from _change(change)
