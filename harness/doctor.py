@@ -7,11 +7,11 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import TwinwalkError
-from harness.machine import guests, qemu
+from harness.machine import guests, kernel, qemu
 from harness.target import Target
 
 
@@ -26,8 +26,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{'ok' if self.ok else 'NO':3} {self.machine:6} {self.what:22} {self.detail}"
-        return text if self.ok else f"{text}\n{'':11}-> {self.remedy}"
+        text = f"{'ok' if self.ok else 'NO':3} {self.machine:10} {self.what:22} {self.detail}"
+        return text if self.ok else f"{text}\n{'':15}-> {self.remedy}"
 
 
 def examine(target: Target) -> Iterator[Finding]:
@@ -44,6 +44,7 @@ def examine(target: Target) -> Iterator[Finding]:
     except TwinwalkError as error:
         yield Finding("all", "guest image", False, str(error), "mend what the compiler says")
     yield from _tcg(target)
+    yield from _kvm_on_tcg(target)
     yield _kvm()
 
 
@@ -56,12 +57,26 @@ def _tcg(target: Target) -> Iterator[Finding]:
         return
     yield Finding("tcg", "QEMU", True, f"{number} at {path}")
     try:
-        with target.start() as machine:
+        with replace(target, machine="tcg").start() as machine:
             who = machine.identity
             detail = f"CPU {who.cpu_model}: {who.maxphyaddr} physical bits, {who.asids} ASIDs, {' '.join(who.features)}"
         yield Finding("tcg", "L1 boots", True, detail)
     except TwinwalkError as error:
         yield Finding("tcg", "L1 boots", False, str(error).splitlines()[0], "see the message; try --cpu max")
+
+
+def _kvm_on_tcg(target: Target) -> Iterator[Finding]:
+    name = "kvm-on-tcg"
+    try:
+        linux = kernel.find(target.l0.kernel, target.l0.modules, target.say)
+        yield Finding(name, "kernel for L0", True, f"{linux.release} at {linux.image}")
+        with replace(target, machine=name).start() as machine:
+            who = machine.identity
+        version = ".".join(map(str, who.kernel_version))
+        yield Finding(name, "L1 boots", True, f"on KVM of Linux {version}; MMU contexts {who.contexts}")
+    except TwinwalkError as error:
+        first, *rest = str(error).splitlines()
+        yield Finding(name, "L1 boots", False, first, rest[-1] if rest else "give a kernel with --kernel and --modules")
 
 
 def _kvm() -> Finding:
