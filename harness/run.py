@@ -125,6 +125,8 @@ class _Queue:
         self._out: deque[tuple[Scenario, ...]] = deque()
         """Handed out; of the first one `_results` are there."""
         self._results: list[Result] = []
+        self.skipped: list[tuple[Scenario, Result]] = []
+        """Those that cannot be run on this CPU, with the reason."""
         self.cases: set[str] = set()
         """Cases of sweeps that were handed out."""
         self._doubts: list[_Doubt] = []
@@ -145,13 +147,31 @@ class _Queue:
         """A scenario is tried on the model just before the machine gets it. Lockstep asks for the next program
         only between two, so both may use one twin."""
         while batch := self._first.popleft() if self._first else next(self._rest, None):
+            if not compiler.usual:
+                batch = tuple(scenario for scenario in batch if self._fits(scenario, compiler, twin))
+                if not batch:
+                    continue
             self._out.append(batch)
             if batch[0].name in self.cases:
                 yield from compiler.batch(batch)
             else:
                 program = compiler.compile(batch[0])
-                rehearse(twin, program)
+                rehearse(twin, program, expectations=compiler.usual)
                 yield program
+
+    def _fits(self, scenario: Scenario, compiler: Compiler, twin: Twin) -> bool:
+        """Whether a scenario makes sense on another CPU than that which expectations are written for."""
+        try:
+            rehearse(twin, compiler.compile(scenario), expectations=False)
+        except UsageError as reason:
+            self.skipped.append((scenario, Result(scenario.name, skipped=str(reason))))
+            return False
+        return True
+
+    def not_for_this_cpu(self) -> Iterator[tuple[Scenario, Result]]:
+        """What was skipped since the last call."""
+        skipped, self.skipped = self.skipped, []
+        yield from skipped
 
     def next(self) -> Scenario:
         """The scenario that is next, handed out without a program."""
@@ -215,7 +235,9 @@ def _boot_and_run(
             lockstep = Lockstep(machine, machine.channel, twin, not pipelined, known, out.coverage,
                                 _contexts(machine))
             for result in lockstep.run(queue.programs(compiler, twin)):
+                yield from queue.not_for_this_cpu()
                 yield from queue.take(result)
+            yield from queue.not_for_this_cpu()
     except LaunchFailed as failed:
         if out.identity is None:
             raise

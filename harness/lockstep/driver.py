@@ -68,6 +68,8 @@ class Result:
     lost: MachineLost | None = None
     senseless: str = ""
     """Why the model cannot say what must come of it: the scenario makes no sense, and nothing is decided."""
+    skipped: str = ""
+    """Why it cannot be run on this CPU, though it makes sense on others."""
     contexts: int = 0
     """Entries of the processor into L1 or L2 whose MMU context was checked."""
     trace_events: int = 0

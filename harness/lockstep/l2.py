@@ -10,6 +10,7 @@ from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_REA
 from harness.lockstep.state import State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
+from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import P
 from harness.model.events import Event
 from harness.model.registers import CR4, RFLAGS
@@ -286,6 +287,9 @@ class L2:
         if kind.startswith("rd"):
             return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
         if own:
+            lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(name)
+            if lacking is not None and lacking(value, self.state.cpu):
+                raise UsageError(f"L2 cannot write {value:#x} to {name.upper()}: this CPU has no such feature")
             keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
             if name == "cr4" and (value ^ regs.cr4) & _FLUSHING:
                 self.fresh = None

@@ -28,12 +28,17 @@ class Tally:
     contexts: int = 0
     trace_events: int = 0
     divergences_new: int = 0
+    skipped: int = 0
+    """Cases that cannot be run on this CPU."""
     known: Counter[str] = field(default_factory=Counter)
     """Divergences that errata explain, by the ids of the errata."""
     known_cases: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: Result, strict: bool) -> bool:
         """Count a result; whether there is more to say of it than that."""
+        if result.skipped:
+            self.skipped += 1
+            return False
         self.done += 1
         self.vmruns += result.vmruns
         self.probes += result.probes

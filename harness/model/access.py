@@ -10,7 +10,7 @@ class Access(NamedTuple):
 
     `implicit` is a reference that an instruction or a delivery makes on the side, to a descriptor or a
     TSS: a supervisor's whatever the CPL (section 5.6.6). `stack` is one through the stack segment (8.2.13),
-    `shadow_stack` one that CALL, RET and the like make to a shadow stack (18.3).
+    `shadow_stack` one that CALL, RET and the like make to a shadow stack (5.7.1).
     """
 
     write: bool = False

@@ -87,14 +87,14 @@ def _reserved_of(features: dict[str, int], cpu: Cpu) -> int:
     return sum(bit for feature, bit in features.items() if feature not in cpu.features)
 
 
-def _cr4_mbz(it: _Vmrun) -> int:
-    """Section 3.1.3: a bit that is no feature's, or that of a feature which the CPU lacks."""
-    return it.cr4 & (~(_CR4_ALWAYS | sum(_CR4_BY_FEATURE.values())) | _reserved_of(_CR4_BY_FEATURE, it.cpu))
+def cr4_mbz(cr4: int, cpu: Cpu) -> int:
+    """The bits of `cr4` that must be zero (section 3.1.3): no feature's, or of one that this CPU lacks."""
+    return cr4 & (~(_CR4_ALWAYS | sum(_CR4_BY_FEATURE.values())) | _reserved_of(_CR4_BY_FEATURE, cpu))
 
 
-def _efer_mbz(it: _Vmrun) -> int:
-    """Section 3.1.7."""
-    return it.efer & (_EFER_NEVER | _reserved_of(_EFER_BY_FEATURE, it.cpu))
+def efer_mbz(efer: int, cpu: Cpu) -> int:
+    """The bits of `efer` that must be zero on this processor (section 3.1.7)."""
+    return efer & (_EFER_NEVER | _reserved_of(_EFER_BY_FEATURE, cpu))
 
 
 def _permission_maps(it: _Vmrun) -> bool:
@@ -170,10 +170,10 @@ CHECKS: Final = (
     Check("vmrun.cr0-nw", lambda it: it.cr0 & CR0.NW and not it.cr0 & CR0.CD),
     Check("vmrun.cr0-high", lambda it: it.cr0 >> 32),
     Check("vmrun.cr3-mbz", lambda it: it.long and it.beyond(it.cr3)),
-    Check("vmrun.cr4-mbz", _cr4_mbz),
+    Check("vmrun.cr4-mbz", lambda it: cr4_mbz(it.cr4, it.cpu)),
     Check("vmrun.dr6-high", lambda it: it.vmcb["dr6"] >> 32),
     Check("vmrun.dr7-high", lambda it: it.vmcb["dr7"] >> 32),
-    Check("vmrun.efer-mbz", _efer_mbz),
+    Check("vmrun.efer-mbz", lambda it: efer_mbz(it.efer, it.cpu)),
     Check("vmrun.no-long-mode", lambda it: it.efer & (EFER.LME | EFER.LMA) and not it.cpu.long_mode),
     Check("vmrun.long-pae", lambda it: it.long and not it.cr4 & CR4.PAE),
     Check("vmrun.long-pe", lambda it: it.long and not it.cr0 & CR0.PE),

@@ -68,7 +68,7 @@ _WALK: Final = (
          "With CR4.PKE=1 data of a user page whose key has AD set in PKRU is out of reach, and so are writes where it "
          "has WD set; a supervisor's writes only while CR0.WP=1.",
          (("PAE", "protection keys are of long mode"), ("32-bit", "protection keys are of long mode")), ("pku",)),
-    Rule("guest.shadow-stack", "18.3",
+    Rule("guest.shadow-stack", "5.7.2, 5.7.3",
          "A shadow stack reference needs a page of its own privilege with R/W=0 and D=1 in the leaf, and R/W=1 above.",
          needs=("cet",)),
     Rule("guest.execute", "5.6.3",
@@ -113,8 +113,8 @@ _MEMORY: Final = (
 _EXIT: Final = (
     Rule("exit.vmmcall", "15.9",
          "When all probes are done L2 executes VMMCALL, which L1 intercepts: state is saved as of that instruction."),
-    Rule("exit.privileged", "8.2.14",
-         "A privileged instruction at a CPL other than 0 raises #GP(0)."),
+    Rule("exit.privileged", "8.2.14, 5.6.7",
+         "A privileged instruction at a CPL other than 0 raises #GP(0); RDPKRU and WRPKRU raise #UD while CR4.PKE=0."),
     Rule("exit.intercept", "15.9",
          "An instruction of SVM that L1 intercepts does nothing: L2 leaves with the state as it was before it."),
     Rule("exit.delivered", "8.9.3, 15.7",

@@ -36,9 +36,8 @@ class Paging(NamedTuple):
     """Everything but memory that decides a translation: taken from the VMCB and from L1 at VMRUN.
 
     `guest` is None where L2 has paging off, `nested` where NP_ENABLE is 0. `guest_id` says whether #PF
-    reports a fetch as one. `pkru` is PKRU where CR4.PKE
-    puts it in force, else 0. `gmet` and `sss` are the VMCB's guest mode execute trap and supervisor
-    shadow stack check, each where the CPU has it.
+    reports a fetch as one. `pkru` is PKRU where CR4.PKE puts it in force, else 0. `gmet` and `sss` are the
+    VMCB's guest mode execute trap and supervisor shadow stack check, each where the CPU has it.
     """
 
     guest: Format | None
@@ -271,7 +270,7 @@ def _key_denies(paging: Paging, entry: int, write: bool, user: bool) -> bool:
 
 
 def _is_shadow_stack(levels: tuple[Level, ...], trail: Trail, user: bool) -> bool:
-    """Whether the guest's entries of `trail` map a shadow stack of that privilege (section 18.3): R/W=0
+    """Whether the guest's entries of `trail` map a shadow stack of that privilege (section 5.7): R/W=0
     and D=1 in the leaf, R/W=1 in all above it that have one."""
     read = (step[4] for step in trail if step[0] is GUEST)
     *tables, leaf = (entry | level.granted for level, entry in zip(levels, read, strict=False))

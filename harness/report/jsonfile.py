@@ -3,12 +3,14 @@
     machine      the machine's identity by name; null if it never came up
     totals       scenarios, sweeps, sweep_cases, vmruns, probes, table_bytes_compared, divergences_new,
                  divergences_known, seconds, contexts_checked, trace_events (both 0 where no KVM is under L1)
-    sweeps       each: name, total (its cases), before (those of a record), done (in this run), pairs and triples
+    sweeps       each: name, total (its cases), before (those of a record), done (in this run), skipped (cannot be run
+                 on this CPU), pairs and triples
                  (covered), pairs_total, triples_total, vmruns, probes, table_bytes_compared, divergences_new,
                  divergences_known (by the id of the erratum)
     divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null); of
                  cases of sweeps only where there is a new one; with check C4 also events, what KVM's kernel
                  said around it, the event in question marked `>`
+    skipped      scenarios that cannot be run on this CPU, by name, with the reason
     lost         each: scenario, reason, argv, log, last_record
     cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
 
@@ -62,6 +64,7 @@ def document(summary: Summary) -> dict[str, Any]:
         "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
         "sweeps": [_sweep(tally) for tally in summary.sweeps],
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
+        "skipped": dict(summary.skipped),
         "lost": [_lost(result) for result in summary.lost],
         "cells": [list(cell) for cell in summary.cells],
     }
@@ -73,6 +76,7 @@ def _sweep(tally: Tally) -> dict[str, Any]:
         "total": tally.total,
         "before": tally.before,
         "done": tally.done,
+        "skipped": tally.skipped,
         "pairs": tally.pairs,
         "pairs_total": tally.pairs_total,
         "triples": tally.triples,
@@ -96,6 +100,7 @@ def entry(result: Result) -> dict[str, Any]:
         "trace_events": result.trace_events,
         "divergences": [_divergence(one) for one in result.divergences],
         "lost": _lost(result) if result.lost is not None else None,
+        "skipped": result.skipped or None,
     }
 
 

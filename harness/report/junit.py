@@ -39,13 +39,14 @@ def write(path: Path, summary: Summary) -> None:
 def text(summary: Summary) -> str:
     """The whole document. It is well-formed whatever a guest or a machine wrote: what XML cannot hold is
     left out."""
-    cases = [_case(result, summary) for result in summary.results]
-    cases += [_skipped(name, summary) for name in summary.not_run]
+    cases = [_case(result, summary) if not result.skipped else _skipped(result.scenario, summary, result.skipped)
+             for result in summary.results]
+    cases += [_skipped(name, summary, "the run ended before this scenario") for name in summary.not_run]
     counts = {
         "tests": len(cases),
         "failures": sum(case.find("failure") is not None for case in cases),
         "errors": sum(case.find("error") is not None for case in cases),
-        "skipped": len(summary.not_run),
+        "skipped": len(summary.not_run) + len(summary.skipped),
     }
     root = ET.Element("testsuites", _attributes(name="twinwalk", **counts, time=f"{summary.totals.seconds:.3f}"))
     suite = ET.SubElement(root, "testsuite", dict(root.attrib))
@@ -102,7 +103,7 @@ def _known(result: Result, summary: Summary) -> str:
     return "\n".join(f"known erratum {name}: {titles.get(name, '')} (divergences: {counts[name]})" for name in counts)
 
 
-def _skipped(name: str, summary: Summary) -> ET.Element:
+def _skipped(name: str, summary: Summary, why: str) -> ET.Element:
     case = ET.Element("testcase", _attributes(classname=class_name(name, summary.scenarios.get(name)), name=name))
-    ET.SubElement(case, "skipped", _attributes(message="the run ended before this scenario"))
+    ET.SubElement(case, "skipped", _attributes(message=why))
     return case

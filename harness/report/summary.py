@@ -53,6 +53,8 @@ class Summary:
     results: tuple[Result, ...]
     totals: Totals
     known: tuple[Known, ...]
+    skipped: Mapping[str, str]
+    """Scenarios that cannot be run on this CPU, with the reason."""
     not_run: tuple[str, ...]
     strict: bool
     cells: tuple[Cell, ...] = ()
@@ -85,7 +87,7 @@ def summarize(
     new = sum(is_new(d, strict) for d in everything)
     folded = [count for tally in sweeps for count in tally.known.values()]
     counted: list[Result | Tally] = [*sweeps]
-    alone = [result for result in results if result.scenario not in cases]
+    alone = [result for result in results if result.scenario not in cases and not result.skipped]
     counted += alone
     return Summary(
         machine=identity_of(identity),
@@ -105,6 +107,7 @@ def summarize(
             trace_events=sum(one.trace_events for one in counted),
         ),
         known=_known(everything, sweeps, {erratum.id: erratum for erratum in errata}),
+        skipped={result.scenario: result.skipped for result in results if result.skipped},
         not_run=tuple(name for name in by_name if name not in done),
         strict=strict,
         cells=tuple(sorted(cells)),

@@ -165,6 +165,7 @@ def table(summary: Summary, width: int) -> list[Line]:
     lines = wrap(describe_machine(summary.machine), width, "machine  ")
     lines += [line(""), *_totals(summary)]
     lines += _sweeps(summary)
+    lines += _skipped(summary, width)
     lines += _kinds(summary, width)
     if summary.known:
         lines += [line(""), line(_known_heading(summary), HEAD)]
@@ -181,9 +182,12 @@ def table(summary: Summary, width: int) -> list[Line]:
 def _totals(summary: Summary) -> Iterator[Line]:
     totals = summary.totals
     wanted = totals.scenarios + len(summary.not_run)
+    cases_skipped = sum(tally.skipped for tally in summary.sweeps)
     rows = [
         ("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN),
         *([("cases of sweeps", f"{totals.sweep_cases:,}", "", PLAIN)] if summary.sweeps else []),
+        *([("skipped", f"{len(summary.skipped) + cases_skipped:,}", "which this CPU cannot run", PLAIN)]
+          if summary.skipped or cases_skipped else []),
         ("VMRUNs checked", f"{totals.vmruns:,}", "", PLAIN),
         ("probes checked", f"{totals.probes:,}", "", PLAIN),
         ("table bytes compared", f"{totals.table_bytes_compared:,}", "", PLAIN),
@@ -215,6 +219,19 @@ def _sweeps(summary: Summary) -> list[Line]:
     if any(tally.before for tally in summary.sweeps):
         before = ", ".join(f"{tally.before:,} of {tally.name}" for tally in summary.sweeps if tally.before)
         lines.append(line(f"  Pairs and triples include those of earlier runs, by the record: {before}", DIM))
+    return lines
+
+
+def _skipped(summary: Summary, width: int) -> list[Line]:
+    """Why scenarios were skipped, the most frequent reason first; cases of sweeps are only counted."""
+    reasons = Counter(reason.partition(": ")[2] or reason for reason in summary.skipped.values())
+    if not reasons:
+        return []
+    lines = [line(""), line("Skipped", HEAD)]
+    for reason, count in reasons.most_common(NAMED):
+        lines += wrap(f"{count:>8,}  {reason}", width, rest=" " * 10)
+    if (more := sum(reasons.values()) - sum(count for _, count in reasons.most_common(NAMED))):
+        lines.append(line(f"{more:>8,}  for other reasons: see --json or --junit"))
     return lines
 
 
@@ -273,7 +290,7 @@ def _verdict(summary: Summary) -> Line:
             text += ", and the machine was lost"
     elif summary.lost:
         text, style = "no new divergence, but the machine was lost", BAD
-    elif summary.not_run or any(tally.done < tally.asked for tally in summary.sweeps):
+    elif summary.not_run or any(tally.done + tally.skipped < tally.asked for tally in summary.sweeps):
         text, style = "no new divergence, but not all scenarios were run", BAD
     elif totals.divergences_known:
         text, style = "agreed, but for known errata", GOOD

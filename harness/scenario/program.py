@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Final, TypeVar
 
 from harness.errors import UsageError
+from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import BITS, FRAME
-from harness.model.registers import REGISTER_BITS, Cpu
+from harness.model.registers import CR4, REGISTER_BITS, Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
 from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
+from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.world import World, build
 from harness.wire import layout
 from harness.wire.channel import MAX_CHUNK
@@ -31,6 +33,8 @@ NOT_REAL: Final = frozenset({"fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl",
 """Probes that L2 cannot make in real mode."""
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
+_USUAL_BITS: Final = 40
+_USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle"])
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
@@ -80,7 +84,7 @@ class Compiler:
             yield _program(scenario, world, mark, (*body.steps, Step("SYNC")) if last else tuple(body.steps))
 
     def _body(self, scenario: ops.Scenario, world: World) -> _Body:
-        body = _Body(self.image, world)
+        body = _Body(self.image, world, self.cpu)
         for index, op in enumerate(scenario.ops):
             try:
                 body.add(index, op)
@@ -88,9 +92,17 @@ class Compiler:
                 raise UsageError(f"{where(scenario, index)}: {reason}") from None
         return body
 
+    @property
+    def usual(self) -> bool:
+        """Whether this is the CPU that expectations are written for: QEMU's `max`, as of 7.2."""
+        return (self.cpu.maxphyaddr, self.cpu.page1g, self.cpu.features) == (_USUAL_BITS, True, _USUAL)
+
     def _world(self, scenario: ops.Scenario) -> tuple[World, bytes]:
         key = world_key(scenario)
         if key not in self._worlds:
+            levels = {MODES[scenario.guest].cr4, HOST_MODES[scenario.nested].cr4_set}
+            if any(cr4_mbz(cr4 & CR4.LA57, self.cpu) for cr4 in levels):
+                raise UsageError(f"{where(scenario, 0)}: 5-level paging needs la57, which this CPU has not")
             world = build(self.image, self.cpu, *key)
             self._worlds[key] = world, encode(_prologue(world))
         return self._worlds[key]
@@ -135,8 +147,9 @@ def _vmcb_write(world: World, name: str, value: int, origin: int) -> Step:
 class _Body:
     """The steps of one scenario, and what its ops have written so far."""
 
-    def __init__(self, image: Image, world: World) -> None:
+    def __init__(self, image: Image, world: World, cpu: Cpu) -> None:
         self.image = image
+        self.cpu = cpu
         self.world = world
         self.written: dict[int, int] = {}
         self.vmcb = dict(world.vmcb)
@@ -192,6 +205,9 @@ class _Body:
     def _host(self, index: int, op: ops.HostOp) -> None:
         number = _lookup(HOST_REGISTERS, op.register, "register of L1")
         new = _change(op.change, self.host[op.register], BITS | REGISTER_BITS.get(op.register, {}))
+        lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(op.register)
+        if lacking is not None and (bits := lacking(new, self.cpu)):
+            raise ValueError(f"L1 cannot set {bits:#x} in its {op.register.upper()}: this CPU has no such feature")
         self.host[op.register] = new
         self.steps.append(Step("HOST", number, b=new, origin=index))
 

@@ -23,7 +23,7 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "sweeps", "divergences", "lost", "cells"]
+    assert list(one) == ["machine", "totals", "sweeps", "divergences", "skipped", "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
                                    "divergences_new", "divergences_known", "seconds", "contexts_checked",
                                    "trace_events"]
@@ -57,7 +57,8 @@ def test_sweeps() -> None:
                   probes=5, table_bytes=4096, known=Counter({"e1": 4}), known_cases=Counter({"e1": 3}))
     one = document(results=[case], sweeps=[tally])
     assert one["sweeps"] == [{
-        "name": "sweeps/x", "total": 10**15, "before": 0, "done": 5, "pairs": 7, "pairs_total": 8, "triples": 9,
+        "name": "sweeps/x", "total": 10**15, "before": 0, "done": 5, "skipped": 0, "pairs": 7,
+        "pairs_total": 8, "triples": 9,
         "triples_total": 10, "vmruns": 6, "probes": 5, "table_bytes_compared": 4096, "divergences_new": 0,
         "divergences_known": {"e1": 4},
     }]
