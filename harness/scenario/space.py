@@ -257,13 +257,23 @@ class Space:
             return 0
         candidates = self.together[one] & self.together[other] & ~(1 << one) & ~(1 << other)
         both = self._with(one, other)
+        near = self._blocks(one, other) - {None}
         for axis, start in enumerate(self.first[:-1]):
-            if both.open == self.everything and self.block_of.get(axis) not in self._blocks(one, other):
+            if self.block_of.get(axis) in near:
+                goes = [self._goes(both, value) for value in range(start, self.first[axis + 1])]
+            elif both.open == self.everything:
                 continue  # all that goes with each goes with both
-            for value in range(start, self.first[axis + 1]):
-                if candidates >> value & 1 and not self._goes(both, value):
+            else:  # a block of its own is tied to them by the hub alone
+                goes = [bool(both.open & alone) for alone in self._alone[start : self.first[axis + 1]]]
+            for value, fits in enumerate(goes, start):
+                if not fits:
                     candidates &= ~(1 << value)
         return candidates
+
+    @cached_property
+    def _alone(self) -> list[int]:
+        """By a value's number: the choices of the hub that go with it."""
+        return [self._with().room(axis, value - self.first[axis]) for value, axis in enumerate(self.axis_of)]
 
     def _with(self, *values: int) -> Partial:
         part = Partial(self)
