@@ -44,9 +44,9 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize("bits", [36, 48, 52])
-def test_other_processors(bits: int, image: Image) -> None:
+def test_other_processors(bits: int, image: Image, cpu: Cpu) -> None:
     """The library is not of one machine: it compiles for other address widths too."""
-    compiler = Compiler(image, Cpu(bits, True, 16))
+    compiler = Compiler(image, cpu._replace(maxphyaddr=bits))
     for path in FILES:
         for scenario in files.read(path):
             assert compiler.compile(scenario).steps[-1].code == "SYNC"
