@@ -1,6 +1,6 @@
 /*
  * L1's first instructions: the PVH entry (32-bit, paging off), then long mode with an identity map
- * of the first 4 GiB in 2M pages, then l1_main(). Exceptions in L1 are reported in the shared page.
+ * of the first 8 GiB in 2M pages, then l1_main(). Exceptions in L1 are reported in the shared page.
  */
 #include "wire.h"
 
@@ -17,20 +17,23 @@ l1_start:
 	cld
 	mov $l1_stack_top, %esp
 
-	/* PML4[0] -> PDPT; PDPT[0..3] -> four page directories; 2048 pages of 2M */
+	/* PML4[0] -> PDPT; PDPT[0..7] -> eight page directories; 4096 pages of 2M */
 	movl $(l1_pdpt + 3), l1_pml4
 	mov $l1_pd + 3, %eax
 	mov $l1_pdpt, %edi
-	mov $4, %ecx
+	mov $8, %ecx
 1:	mov %eax, (%edi)
 	add $4096, %eax
 	add $8, %edi
 	loop 1b
 	mov $0xe3, %eax			/* P, RW, A, D, PS: supervisor, so that L1 may set SMEP and SMAP */
 	mov $l1_pd, %edi
-	mov $2048, %ecx
+	xor %edx, %edx
+	mov $4096, %ecx
 1:	mov %eax, (%edi)
+	mov %edx, 4(%edi)
 	add $0x200000, %eax
+	adc $0, %edx
 	add $8, %edi
 	loop 1b
 
@@ -137,7 +140,7 @@ l1_idt_pointer:
 	.globl l1_pml5, l1_pml4, l1_pae_pdpt, l1_legacy_pd, l1_pd
 l1_pml4:	.skip 4096
 l1_pdpt:	.skip 4096
-l1_pd:		.skip 4 * 4096
+l1_pd:		.skip 8 * 4096
 l1_pml5:	.skip 4096		/* these three: the same map in the formats of the other modes */
 l1_pae_pdpt:	.skip 4096
 l1_legacy_pd:	.skip 4096

@@ -55,7 +55,7 @@ uint8_t tw_io_permission_map[3 * PAGE] __attribute__((aligned(PAGE)));
 
 static volatile struct tw_shared *const shared = &tw_shared_page;
 
-enum { ARENA_PAGES = 512, DATA_PAGES = 1536, MAX_PAGES = ARENA_PAGES + DATA_PAGES };
+enum { ARENA_PAGES = 512, DATA_PAGES = 1536, BANK_PAGES = ARENA_PAGES + DATA_PAGES, MAX_PAGES = 2 * BANK_PAGES };
 static uint64_t *watched[MAX_PAGES];
 static uint32_t watched_count;
 static uint64_t *touched[MAX_PAGES];
@@ -99,14 +99,22 @@ static inline void fill64(void *to, uint64_t value, uint64_t bytes)
 	__asm__ volatile("rep stosq" : "+D"(to), "+c"(count) : "a"(value) : "memory");
 }
 
+/* Both banks are the same but for 4 GiB (tw_high in l1.ld): where p is in the low one. */
+static const uint64_t HIGH = 1ull << 32;
+
+static inline const uint8_t *low(const void *p)
+{
+	return (const uint8_t *)((uint64_t)p & ~HIGH);
+}
+
 static inline int in_data(const void *p)
 {
-	return (const uint8_t *)p >= tw_data && (const uint8_t *)p < tw_data_end;
+	return low(p) >= tw_data && low(p) < tw_data_end;
 }
 
 static inline int has_mirror(const void *p)
 {
-	return ((const uint8_t *)p >= tw_arena && (const uint8_t *)p < tw_arena_end) || in_data(p);
+	return (low(p) >= tw_arena && low(p) < tw_arena_end) || in_data(p);
 }
 
 static inline uint64_t *mirror(uint64_t *p)
@@ -122,7 +130,9 @@ static inline uint64_t tag(const void *p)
 
 static inline uint32_t page_index(const uint64_t *page)
 {
-	return in_data(page) ? ARENA_PAGES + ((uint8_t *)page - tw_data) / PAGE : ((uint8_t *)page - tw_arena) / PAGE;
+	uint32_t bank = low(page) == (const uint8_t *)page ? 0 : BANK_PAGES;
+
+	return bank + (in_data(page) ? ARENA_PAGES + (low(page) - tw_data) / PAGE : (low(page) - tw_arena) / PAGE);
 }
 
 static void touch(uint64_t *page)

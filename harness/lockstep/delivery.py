@@ -53,7 +53,7 @@ class Bus:
         walk = self._l2.access(gva, access)
         match walk.outcome:
             case Reached(spa, _):
-                if gva & 7 or spa not in self._l2.state.image.arena:
+                if gva & 7 or not self._l2.state.image.in_arena(spa):
                     raise UsageError(f"a delivery reaches sPA {spa:#x} through gVA {gva:#x}: no page of L2's own")
                 return spa
             case NestedPageFault(code, gpa):

@@ -247,14 +247,14 @@ class Lockstep:
         self._twin.reset(program.world)
         if synced:
             self._next("SYNC")
-            data, arena = self._twin.image.data, self._twin.image.arena
+            data, arena = program.world.data, program.world.arena
             self._machine.memory[data.start : data.end] = tags(data)
             unwatched = slice(arena.start + program.world.arena_used, arena.end - PAGE)
             self._machine.memory[unwatched] = bytes(unwatched.stop - unwatched.start)
             self._channel.release()
 
     def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
-        start = self._twin.image.arena.start
+        start = program.world.arena.start
         return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used))
 
     def _rewind(self, program: Program, step: Step, result: Result) -> None:
@@ -269,8 +269,11 @@ class Lockstep:
         """The end of a scenario: L1 stands still, and all of its memory is compared, the pages that
         nobody watched included."""
         self._next("SYNC")
-        context = self._context(program, -1, ())
-        for region in (self._twin.image.arena, self._twin.image.data):
+        context, image = self._context(program, -1, ()), self._twin.image
+        regions = [program.world.arena, program.world.data]
+        if result.divergences:  # what went astray went, perhaps, where this world has nothing
+            regions += {image.arena, image.data, image.low_arena, image.low_data}.difference(regions)
+        for region in regions:
             self._compare_region(context, result, *region, "at the end")
         words = self._machine.memory.cast("Q")
         for address in self._twin.touched_unwatched():  # L1 resets only the pages it watches

@@ -201,7 +201,7 @@ class L2:
                 before = words[at >> 3]
                 self.state.changed(self.out, at, before)
                 words[at >> 3] = before & ~part | new << shift >> 64 * number & _MASK64
-        if spa in self.state.image.arena:
+        if self.state.image.in_arena(spa):
             self.state.support = None
             self.fresh = set()
 
@@ -214,14 +214,14 @@ class L2:
                 self.regs.rip = address
             self.fault(walk)
         spa = self._own_memory(walk, f"fetch at gVA {address:#x}")
-        if spa & 7 or spa not in self.state.image.data or self.state.memory.words[spa >> 3] != tag(spa):
+        if spa & 7 or not self.state.image.in_data(spa) or self.state.memory.words[spa >> 3] != tag(spa):
             raise UsageError(f"fetch at gVA {address:#x} reaches sPA {spa:#x}, where there is no code that returns")
         return spa >> 3
 
     def _own_memory(self, walk: Walk, what: str) -> int:
         assert isinstance(walk.outcome, Reached)
         spa = walk.outcome.spa
-        if spa not in self.state.image.data and spa not in self.state.image.arena:
+        if not self.state.image.in_data(spa) and not self.state.image.in_arena(spa):
             raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data")
         return spa
 

@@ -34,7 +34,8 @@ class State:
         self.cpu = cpu
         self.liberties = liberties
         self.memory = Memory(image.ram_end)
-        self.memory.bytes[image.data.start : image.data.end] = tags(image.data)
+        for data in (image.data, image.low_data):
+            self.memory.bytes[data.start : data.end] = tags(data)
         self.host = replace(INITIAL_HOST)
         """L1's registers in 4-level paging; at VMRUN they are those of `host_at_vmrun`."""
         self.host_mode = HOST_MODES[DEFAULT_MODE]
@@ -60,7 +61,7 @@ class State:
             stale = (*stale, *self._world.words) if self._world else stale
         for address in stale:
             value = first.get(address)
-            words[address >> 3] = (tag(address) if address in self.image.data else 0) if value is None else value
+            words[address >> 3] = (tag(address) if self.image.in_data(address) else 0) if value is None else value
         self._touched.clear()
         if self._world is not world:
             for address, value in first.items():
@@ -81,7 +82,7 @@ class State:
         """Do one op that is not a RUN."""
         if step.code == "WRITE":
             self.touch(step.a & ~7)
-            if step.a in self.image.arena:
+            if self.image.in_arena(step.a):
                 self.support = None
             self.memory.write(step.a, step.b, step.arg)
         elif step.code == "HOST":
@@ -94,11 +95,11 @@ class State:
     def touched_unwatched(self) -> list[int]:
         """Quadwords that were written, though nobody watches their page."""
         image, watched = self.image, self.watched
-        return [a for a in self._touched if a & ~0xFFF not in watched and (a in image.data or a in image.arena)]
+        return [a for a in self._touched if a & ~0xFFF not in watched and (image.in_data(a) or image.in_arena(a))]
 
     def first(self, address: int) -> int:
         """What a quadword holds that no world has a use for."""
-        return tag(address) if address in self.image.data else 0
+        return tag(address) if self.image.in_data(address) else 0
 
     def changed(self, out: Prediction, address: int, old: int) -> None:
         """Note that L2, or a walk of it, changed the quadword at `address` from `old`."""

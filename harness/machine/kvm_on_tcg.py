@@ -172,15 +172,15 @@ def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:
 def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list[tuple[int, int]]]:
     """Make the pages that L1 uses present. Returns the file in L0 that backs L1's memory, and for each page of
     4 KiB its address in L1's memory and in L0's. Raises LaunchFailed."""
-    data = image.data
-    used = [(0, loaded), tuple(image.vmcbs), tuple(image.arena), tuple(data),
-            (data.start + image.mirror_offset, data.end + image.mirror_offset)]
-    ranges = _rounded(used)
+    mirrors = [(data.start + image.mirror_offset, data.end + image.mirror_offset)
+               for data in (image.data, image.low_data)]
+    ranges = _rounded([(0, loaded), image.vmcbs, image.low_vmcbs, image.arena, image.low_arena, image.data,
+                       image.low_data, *mirrors])
     file = "/dev/hugepages/l1" if size == "2m" else "/dev/shm/l1"
     host.run(f"echo {_OVERCOMMIT} >/proc/sys/vm/nr_overcommit_hugepages; "
              "echo 0 >/proc/sys/vm/compact_unevictable_allowed")
-    words = " ".join(f"{start} {end - start}" for start, end in ranges)
-    status, output, errors = host.try_run(f"pages {file} {image.ram_end} {words}")
+    words = " ".join(f"{image.offset(start)} {end - start}" for start, end in ranges)
+    status, output, errors = host.try_run(f"pages {file} {image.ram_bytes} {words}")
     if status:
         meminfo = host.try_run("grep -E 'MemFree|Huge' /proc/meminfo")[1].decode(errors="replace").rstrip()
         raise LaunchFailed(f"L0 cannot back L1's memory with {size} pages: {errors.decode(errors='replace').strip()}\n"
@@ -204,10 +204,11 @@ def _rounded(used: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
 def _start_qemu(host: l0.L0, image: Image, file: str) -> None:
     """The QEMU in L0 with L1 in it. Neither PIT nor HPET: L1 needs no timer, and their ticks make KVM open
     windows for interrupts while L1 runs with interrupts off."""
-    size = image.ram_end
+    size = image.ram_bytes
     host.run(
         f"{{ qemu -L /firmware -nodefaults -no-user-config -display none -vga none -no-reboot -serial none "
-        f"-machine pc,accel=kvm,memory-backend=ram,pit=off,hpet=off -cpu host -m {size >> 20}M "
+        f"-machine pc,accel=kvm,memory-backend=ram,max-ram-below-4g={image.low_end},pit=off,hpet=off "
+        f"-cpu host -m {size >> 20}M "
         f"-object memory-backend-file,id=ram,size={size},share=on,reserve=off,mem-path={file} "
         "-kernel /l1.elf >/tmp/qemu.log 2>&1; echo $? >/tmp/qemu.status; } >/dev/null 2>&1 &"
     )

@@ -73,9 +73,10 @@ class L1Machine:
             svm_features=hello["svm_features"], features=features,
         )
         self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features))
-        data = tags(self.image.data)
-        for start in (self.image.data.start, self.image.data.start + self.image.mirror_offset):
-            self.memory[start : start + len(data)] = data
+        for region in (self.image.data, self.image.low_data):
+            data = tags(region)
+            for start in (region.start, region.start + self.image.mirror_offset):
+                self.memory[start : start + len(data)] = data
 
     def idle(self, waited: float) -> None:
         """See harness.lockstep.driver.Machine."""

@@ -23,9 +23,15 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 def view(file: int, size: int, pages: Iterable[tuple[int, int]]) -> memoryview:
     """`size` bytes of memory in which the page at each first number (a multiple of 4096) is the page at the
     second one in `file`; the rest reads as zeros. It is unmapped with the last view of it. Raises LaunchFailed."""
+    return of_runs(file, size, _runs(pages))
+
+
+def of_runs(file: int, size: int, runs: Iterable[tuple[int, int, int]]) -> memoryview:
+    """The same of `runs` of pages: where each begins in memory, how many bytes it has, and where it begins in
+    `file`."""
     whole = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(whole))
-    for start, length, offset in _runs(pages):
+    for start, length, offset in runs:
         flags = mmap.MAP_SHARED | _MAP_FIXED
         got = _libc.mmap(base + start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, offset)
         if got == _FAILED:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, qemu
+from harness.machine import guests, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.model.dirty import Liberties, Takes
 from harness.wire.image import Image
@@ -28,7 +27,8 @@ class TcgMachine(L1Machine):
     def __init__(self, process: qemu.Qemu, image: Image, cpu_model: str) -> None:
         version = qemu.version(process.binary)
         identity = Identity("tcg", process.binary, version, cpu_model, (Layer("qemu-tcg", version),))
-        super().__init__(image, memoryview(mmap.mmap(process.memory_fd, image.ram_end)), identity, LIBERTIES)
+        memory = pieces.of_runs(process.memory_fd, image.ram_end, image.pieces)
+        super().__init__(image, memory, identity, LIBERTIES)
         self._process = process
 
     def boot(self) -> None:
@@ -72,8 +72,9 @@ def start(binary: str | None = None, cpu_model: str = "max", extra: Sequence[str
     qemu.version(path)
     kernel = guests.build_l1()
     image = guests.load_image(kernel)
-    args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", cpu_model, "-kernel", str(kernel), *extra]
-    with qemu.Qemu(path, args, image.ram_end) as process:
+    args = ["-machine", f"pc,memory-backend=ram,max-ram-below-4g={image.low_end}", "-accel", "tcg", "-cpu", cpu_model,
+            "-kernel", str(kernel), *extra]
+    with qemu.Qemu(path, args, image.ram_bytes) as process:
         machine = TcgMachine(process, image, cpu_model)
         try:
             machine.boot()

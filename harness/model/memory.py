@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from typing import Protocol
+from typing import Final, Protocol
+
+_MAP_NORESERVE: Final = 0x4000  # Linux; the mmap module of 3.11 does not name it
 
 
 class Words(Protocol):
@@ -18,7 +20,8 @@ class Memory:
     """`size` bytes of sparse memory. `words` is the same memory by quadwords, `bytes` by bytes."""
 
     def __init__(self, size: int) -> None:
-        self._pages = mmap.mmap(-1, size)  # anonymous: the system gives a page at its first write
+        # the system gives a page at its first write, and promises no more: most of this is never written
+        self._pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self.bytes = memoryview(self._pages)
         self.words = self.bytes.cast("Q")
 

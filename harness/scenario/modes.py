@@ -109,6 +109,11 @@ class HostMode:
         """Whether its tables translate gPAs of 32 bits only."""
         return bool(self.efer_clear)
 
+    @property
+    def wide(self) -> bool:
+        """Whether its tables lead to sPAs of more than 32 bits."""
+        return not self.cr4_clear & CR4.PAE
+
     def registers(self, host: Host) -> Host:
         """L1's registers at VMRUN, where `host` are those of 4-level paging."""
         return replace(

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from harness.model.entries import PAGE_SHIFTS, RW, US, P
-from harness.model.registers import Cpu
+from harness.model.registers import CR4, Cpu
 from harness.scenario import modes
 from harness.scenario.initial import INITIAL_HOST, SYSTEM, system_words, vmcb_fields, vmcb_page
 from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.ops import DEFAULT_MODE, NO_NESTED_PAGING
 from harness.scenario.tables import KEPT, RIGHTS, Arena, Tables
-from harness.wire.image import PAGE, Image
+from harness.wire.image import PAGE, Image, Region
 from harness.wire.layout import MAILBOX_CODE
 
 PAGES: Final = ("a", "b", "c", "d")
@@ -53,6 +53,9 @@ class World:
     gpa: dict[str, int]
     spa: dict[str, int]
     watch: tuple[int, ...]
+    arena: Region
+    data: Region
+    """Where its tables and its pages are."""
     arena_used: int
     """Bytes of the arena, from its start, that hold tables."""
     entry_gva: dict[str, int] = field(default_factory=dict)
@@ -85,7 +88,7 @@ def _places(mode: modes.Mode, host_mode: modes.HostMode, cpu: Cpu, guest_page: s
     if not mode.long or host_mode.narrow:
         wide = mode.name == "PAE" or guest_page == "4M"  # frames of more than 32 bits
         return _Places(data=far if far and wide else 2 << 30, home=1 << 30, stride=2 << 21)
-    return _Places(data=5 << 30, home=far or 8 << 30, stride=(1 << 30) + (1 << 21))
+    return _Places(data=6 << 30, home=far or 8 << 30, stride=(1 << 30) + (1 << 21))
 
 
 def build(
@@ -101,8 +104,9 @@ def build(
     in the guest dimension and of `nested_page` in the nested one; `none` there is NP_ENABLE=0: L2's
     tables hold sPAs. L2's tables for a to d are mapped by nested pages of `table_page`."""
     mode = MODES[guest]
-    arena = Arena(image.arena.start)
     host_mode = HOST_MODES[nested_mode]
+    tables_at, data = _regions(image, mode, host_mode, nested_page != NO_NESTED_PAGING)
+    arena = Arena(tables_at.start)
     at = _places(mode, host_mode, cpu, guest_page)
     nested = None
     if nested_page != NO_NESTED_PAGING:
@@ -131,7 +135,7 @@ def build(
         if table_page == "1G" and at.stride < 1 << 30:
             address = 3 << 30  # where nothing else is
         place(name, address, arena.page(), shift=PAGE_SHIFTS[table_page])
-    system = image.arena.end - PAGE
+    system = tables_at.end - PAGE
     own = at.home + (0x10 << 21) + (0x20 << 12)
     for number in range(1, len(names)):
         place(f"own{number}", own + (number << 12), arena.page(), RIGHTS | KEPT, named=False)
@@ -159,16 +163,16 @@ def build(
 
     # Pages a to d. A large page keeps the offset in it; a 4K leaf scatters; regions of 2M rotate.
     guest_shift, nested_shift = PAGE_SHIFTS[guest_page], PAGE_SHIFTS.get(nested_page, 0)
-    offset = image.data.start & (1 << 30) - 1
-    regions = (image.data.end - image.data.start) // REGION
+    offset = data.start & (1 << 30) - 1
+    regions = (data.end - data.start) // REGION
     for number, page in enumerate(PAGES):
         inside = _TEST_PT + number << 12
         gva[page] = mode.test + offset + inside
         region, inside = _next(0, inside, guest_shift, _FLIP_GUEST, regions)
-        gpa[page] = (at.data + offset if nested else image.data.start) + region * REGION + inside
+        gpa[page] = (at.data + offset if nested else data.start) + region * REGION + inside
         if nested:
             region, inside = _next(region, inside, nested_shift, _FLIP_NESTED, regions)
-        spa[page] = image.data.start + region * REGION + inside
+        spa[page] = data.start + region * REGION + inside
         if tables:
             tables.map(gva[page], gpa[page], guest_shift, f"guest.{page}", tables=[gpa[n] for n in names[1:]])
         else:
@@ -184,7 +188,7 @@ def build(
         vmcb["cs.base"] = words[image.mailbox + MAILBOX_CODE] = aliases["code"]
     entries = (tables.entries if tables else {}) | (nested.entries if nested else {})
     return World(
-        vmcb_address=image.vmcbs.start,
+        vmcb_address=(image.low_vmcbs if host_mode.narrow else image.vmcbs).start,
         words=words,
         vmcb=vmcb,
         entries=entries,
@@ -192,6 +196,8 @@ def build(
         gpa=gpa,
         spa=spa,
         watch=(*range(arena.start, arena.start + arena.used, PAGE), system, *sorted({spa[p] for p in PAGES})),
+        arena=tables_at,
+        data=data,
         arena_used=arena.used,
         entry_gva={
             name: aliases[table] + (at & 0xFFF)
@@ -207,6 +213,14 @@ def build(
         code=code,
         mailbox=(aliases["mailbox"], aliases["mailbox3"]),
     )
+
+
+def _regions(image: Image, mode: modes.Mode, host_mode: modes.HostMode, nested: bool) -> tuple[Region, Region]:
+    """Where tables and pages are: above 4 GiB, but for what entries of four bytes, or no paging at all, must
+    reach, and for tables whose root is a PDPT of PAE, which CR3 has 32 bits for."""
+    wide = host_mode.wide if nested else mode.paging and (mode.long or bool(mode.cr4 & CR4.PAE))
+    long = not host_mode.narrow if nested else mode.long
+    return image.arena if long else image.low_arena, image.data if wide else image.low_data
 
 
 def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tuple[int, int]:

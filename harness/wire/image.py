@@ -30,9 +30,14 @@ class Stub(NamedTuple):
 
 
 class Image(NamedTuple):
-    """L1's memory map, in sPAs, and the symbols of its L2."""
+    """L1's memory map, in sPAs, and the symbols of its L2.
+
+    VMCBs, tables and data lie above 4 GiB, where an address that was cut to 32 bits leads elsewhere; the `low_`
+    ones are for what hardware addresses with 32 bits only. RAM has a hole from `low_end` to 4 GiB.
+    """
 
     ram_end: int
+    low_end: int
     shared: int
     op_ring: int
     record_ring: int
@@ -42,6 +47,9 @@ class Image(NamedTuple):
     vmcbs: Region
     arena: Region
     data: Region
+    low_vmcbs: Region
+    low_arena: Region
+    low_data: Region
     mirror_offset: int
     stubs: Mapping[str, Stub]
     """L2's code, by the kind of code: long, prot, real."""
@@ -57,12 +65,36 @@ class Image(NamedTuple):
             mailbox=symbols["tw_mailbox"],
             msrpm=symbols["tw_msr_permission_map"],
             iopm=symbols["tw_io_permission_map"],
-            vmcbs=Region(symbols["tw_vmcb"], symbols["tw_vmcb_end"]),
-            arena=Region(symbols["tw_arena"], symbols["tw_arena_end"]),
-            data=Region(symbols["tw_data"], symbols["tw_data_end"]),
+            low_end=symbols["tw_low_end"],
+            **{f"{low}{name}s" if name == "vmcb" else f"{low}{name}":
+               Region(symbols[f"tw_{high}{name}"], symbols[f"tw_{high}{name}_end"])
+               for low, high in (("", "high_"), ("low_", "")) for name in ("vmcb", "arena", "data")},
             mirror_offset=symbols["tw_mirror_offset"],
             stubs={kind: _stub(symbols, f"l2_{kind}_") for kind in ("long", "prot", "real")},
         )
+
+    @property
+    def ram_bytes(self) -> int:
+        """How much RAM that is."""
+        return self.offset(self.ram_end)
+
+    def offset(self, spa: int) -> int:
+        """Where `spa` is in the file that backs L1's RAM: what lies above the hole follows on what lies below."""
+        return spa if spa < 1 << 32 else spa - (1 << 32) + self.low_end
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The RAM on either side of the hole: sPA, bytes, offset in the file."""
+        high = 1 << 32
+        return (0, self.low_end, 0), (high, self.ram_end - high, self.low_end)
+
+    def in_arena(self, spa: int) -> bool:
+        """Whether `spa` is one of page tables."""
+        return spa in self.arena or spa in self.low_arena
+
+    def in_data(self, spa: int) -> bool:
+        """Whether `spa` is one of data pages."""
+        return spa in self.data or spa in self.low_data
 
 
 def _stub(symbols: Mapping[str, int], prefix: str) -> Stub:

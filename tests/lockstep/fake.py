@@ -18,7 +18,7 @@ from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
 from harness.model.dirty import Liberties
 from harness.model.registers import CR0, Cpu
-from harness.model.vmcb import ExitCode
+from harness.model.vmcb import ExitCode, Vmcb
 from harness.model.vmrun import Host
 from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.program import Program
@@ -153,9 +153,12 @@ class FakeMachine:
         return WireProbe(_PROBES[kind], size, address, value)
 
     def _reset(self, vmcb: int, size: int) -> None:
-        arena, data = self.image.arena, self.image.data
-        self.memory[arena.start : arena.end] = bytes(arena.end - arena.start)
-        self.memory[data.start : data.end] = _tags(data)
+        image = self.image
+        for arena in (image.arena, image.low_arena):
+            self.memory[arena.start : arena.end] = bytes(arena.end - arena.start)
+        for data in (image.data, image.low_data):
+            self.memory[data.start : data.end] = _tags(data)
+        self.twin.vmcb = Vmcb(self.twin.memory, vmcb)
         self.memory[vmcb : vmcb + size] = bytes(size)
         self._mirror.clear()
         self.twin.watched = frozenset()

@@ -44,6 +44,7 @@ class Mutant:
 NO_NXE: Final = 'vmcb = "efer"\nclear = ["nxe"]'
 NO_HOST_NXE: Final = 'host = "efer"\nclear = ["nxe"]'
 ALL: Final = run("read a; write a; fetch a+8")
+READ: Final = ("first-light",)
 
 
 def set_bits(entry: str, *bits: str) -> str:
@@ -196,6 +197,33 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "A cleared by a walk": Mutant(
         "model.dirty", "new = old | bits <<", "new = old & ~0x20 | (bits & ~0x20) <<", ("ad/first-access",), "C2",
         "entry"),
+    # addresses of more than 32 bits
+    "nCR3 cut to 32 bits": Mutant(
+        "model.walk", "table = paging.ncr3 & root_mask", "table = paging.ncr3 & root_mask & 0xFFFF_FFFF", READ,
+        "C1", "outcome"),
+    "gCR3 cut to 32 bits": Mutant(
+        "model.walk", "table = paging.gcr3 & root_mask", "table = paging.gcr3 & root_mask & 0xFFFF_FFFF", READ,
+        "C1", "outcome"),
+    "gCR3 cut to 32 bits, without nested paging": Mutant(
+        "model.walk", "table = paging.gcr3 & root_mask", "table = paging.gcr3 & root_mask & 0xFFFF_FFFF",
+        (one(ALL, head='nested_page = "none"\n'),), "C1", "outcome"),
+    "sPA of a nested table cut to 32 bits": Mutant(
+        "model.walk", "table = entry & FRAME", "table = entry & 0xFFFF_F000", READ, "C1", "outcome"),
+    "address of a guest table cut to 32 bits": Mutant(
+        "model.walk", "table = entry & FRAME", "table = entry & 0xFFFF_F000", READ, "C1", "outcome", 2),
+    "address of a guest table cut to 32 bits, without nested paging": Mutant(
+        "model.walk", "table = entry & FRAME", "table = entry & 0xFFFF_F000",
+        (one(ALL, head='nested_page = "none"\n'),), "C1", "outcome", 2),
+    "sPA of a page cut to 32 bits": Mutant(
+        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset", READ, "C1", ""),
+    "sPA of a page cut to 32 bits, under an L1 in PAE mode": Mutant(
+        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset",
+        (one(ALL, head='nested = "PAE"\n'),), "C1", ""),
+    "sPA of a large page cut to 32 bits": Mutant(
+        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset",
+        (one(ALL, head='nested_page = "1G"\n'),), "C1", ""),
+    "gPA of a page cut to 32 bits": Mutant(
+        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset", READ, "C1", "", 2),
     # formats
     "PDPE bit 8 reserved": Mutant(
         "model.entries", 'Level("pdpte", 30, PS if page1g else 0, ', 'Level("pdpte", 30, PS if page1g else 0, G | ',

@@ -270,3 +270,22 @@ def test_pages_lie_behind_another_entry_of_the_nested_root(guest: str, page: str
     """So that what is changed of one is not what the walk for L2's tables meets first."""
     entries = build(image, Cpu(40, features=frozenset({"nx"})), guest, guest_page=page).entries
     assert entries["nested.a.pml4e"] != entries["nested.pd.pml4e"]
+
+
+@pytest.mark.parametrize(("guest", "host", "nested", "tables", "pages"), [
+    ("4-level", "4-level", "4K", True, True), ("5-level", "5-level", "1G", True, True),
+    ("32-bit", "4-level", "4K", True, True), ("real", "4-level", "4K", True, True),
+    ("4-level", "PAE", "2M", False, True), ("4-level", "32-bit", "4K", False, False),
+    ("4-level", "4-level", NO_NESTED_PAGING, True, True), ("PAE", "4-level", NO_NESTED_PAGING, False, True),
+    ("32-bit", "4-level", NO_NESTED_PAGING, False, False), ("off", "4-level", NO_NESTED_PAGING, False, False),
+    ("4-level", "off", NO_NESTED_PAGING, True, True),
+])
+def test_above_4_gib_where_it_may_be(
+    guest: str, host: str, nested: str, tables: bool, pages: bool, image: Image
+) -> None:
+    """An address that is cut to 32 bits leads elsewhere: tables of both dimensions and pages lie above 4 GiB."""
+    world = build(image, Cpu(40, features=frozenset({"nx", "la57", "page1g"})), guest, host, "4K", nested)
+    assert {at >> 32 > 0 for at in world.words if at & ~0xFFF not in (image.mailbox,)} == {tables}
+    assert {world.spa[page] >> 32 > 0 for page in PAGES} == {pages}
+    assert world.vmcb_address >> 32 == (not HOST_MODES[host].narrow)
+    assert tuple(world.arena) == tuple(image.arena if tables else image.low_arena)

@@ -149,13 +149,22 @@ class TestImage:
         # regions that the checker or L1 writes do not overlap
         rings = (image.op_ring, image.op_ring + layout.OP_SLOTS * 32)
         records = (image.record_ring, image.record_ring + layout.RECORD_SLOTS * 4096)
-        regions = sorted([rings, records, tuple(image.vmcbs), tuple(image.arena), tuple(image.data),
-                          *((r.start + image.mirror_offset, r.end + image.mirror_offset)
-                            for r in (image.arena, image.data)),
+        mirrored = (image.arena, image.data, image.low_arena, image.low_data)
+        regions = sorted([rings, records, image.vmcbs, image.low_vmcbs, *mirrored,
+                          *((r.start + image.mirror_offset, r.end + image.mirror_offset) for r in mirrored),
                           (image.shared, image.shared + 4096), (image.mailbox, image.mailbox + 4096)])
         for one, other in itertools.pairwise(regions):
             assert one[1] <= other[0], (one, other)
         assert regions[-1][1] <= image.ram_end
+        for high, low in ((image.vmcbs, image.low_vmcbs), (image.arena, image.low_arena), (image.data, image.low_data)):
+            assert tuple(high) == (low.start + (1 << 32), low.end + (1 << 32))  # guests/l1/main.c
+            assert low.end + image.mirror_offset <= image.low_end
+
+    def test_ram_has_a_hole(self, image: Image) -> None:
+        (low, low_bytes, at), (high, high_bytes, behind) = image.pieces
+        assert (low, at, low_bytes, behind) == (0, 0, image.low_end, image.low_end) and high == 1 << 32
+        assert high + high_bytes == image.ram_end and image.ram_bytes == low_bytes + high_bytes
+        assert image.offset(image.low_end - 8) == low_bytes - 8 and image.offset(image.data.start) < image.ram_bytes
 
     def test_mailbox_holds_all_probes(self) -> None:
         # and what L2 keeps at its end (l2.inc)
