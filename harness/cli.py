@@ -148,27 +148,32 @@ class _Picked(NamedTuple):
 
 
 def _selected(options: argparse.Namespace) -> _Picked:
-    paths = options.paths or [LIBRARY]
-    found, sweeps = files.load(paths), sweepfiles.load(paths)
-    chosen = [scenario for scenario in found if _matches(options.expression, scenario.name)]
-    chosen += _cases(options.expression, sweeps)
-    picked = _Picked(chosen, [sweep for sweep in sweeps if _matches(options.expression, sweep.name)])
+    paths, expression = options.paths or [LIBRARY], options.expression
+    chosen = files.load(paths, lambda name: _matches(expression, name))
+    sweeps = sweepfiles.load(paths, lambda name: _matches(expression, name) or any(_terms(expression, name)))
+    chosen += _cases(expression, sweeps)
+    picked = _Picked(chosen, [sweep for sweep in sweeps if _matches(expression, sweep.name)])
     if not any(picked):
-        raise UsageError(f"-k {options.expression!r} matches none of {len(found)} scenarios and {len(sweeps)} sweeps: "
-                         "see `twinwalk list`")
+        raise UsageError(f"-k {expression!r} matches none of the scenarios and sweeps: see `twinwalk list`")
     return picked
 
 
 def _cases(expression: str, sweeps: Sequence[Sweep]) -> Iterator[Scenario]:
     """The cases of sweeps that an expression names in full, as `sweeps/joint[...]`."""
+    for sweep in sweeps:
+        for name in _terms(expression, sweep.name):
+            try:
+                yield sweep.scenario(sweep.case(name))
+            except ValueError as reason:
+                raise UsageError(f"-k: {name}: {reason}") from None
+
+
+def _terms(expression: str, sweep: str) -> Iterator[str]:
+    """What in an expression is the name of a case of that sweep."""
     for term in expression.split(" or "):
         name = term.strip()
-        for sweep in sweeps:
-            if name.startswith(f"{sweep.name}[") and name.endswith("]"):
-                try:
-                    yield sweep.scenario(sweep.case(name))
-                except ValueError as reason:
-                    raise UsageError(f"-k: {name}: {reason}") from None
+        if name.startswith(f"{sweep}[") and name.endswith("]"):
+            yield name
 
 
 def _plan(options: argparse.Namespace, sweeps: Sequence[Sweep]) -> Plan | None:

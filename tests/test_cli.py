@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import cli
 from harness.cli import _parser, _targeted
 from harness.errors import UsageError
-from harness.scenario import files
+from harness.scenario import files, sweepfiles
+from harness.scenario.ops import Scenario
 from harness.target import AUTO
 from tests.conftest import LIBRARY, ROOT
 from tests.quality.mutants import plant
@@ -90,6 +93,23 @@ class TestList:
     def test_a_folder(self, tmp_path: Path, good: Path, faulting: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["list", str(tmp_path), "-k", "not good"]) == 0
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["faulting"]
+
+    def test_only_what_is_asked_for_is_read(
+        self, good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Reading the library takes longer than running one scenario of it."""
+        made: list[str] = []
+        whole = files.File.scenario
+
+        def counted(file: files.File, data: Mapping[str, Any], name: str) -> Scenario:
+            made.append(name)
+            return whole(file, data, name)
+
+        monkeypatch.setattr(files.File, "scenario", counted)
+        monkeypatch.setattr(sweepfiles, "read", lambda path, name: pytest.fail(f"{name} was read"))
+        assert cli.main(["list", str(LIBRARY), "-k", "first-access-user[fetch or first-light"]) == 0
+        assert made == ["ad/first-access-user[fetch a+0x20]", "first-light"]
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [n.split()[0] for n in made]
 
 
 class TestWrongUse:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -84,19 +84,28 @@ def _is_sweep(path: Path) -> bool:
         return False  # its reader will say so
 
 
-def load(paths: Sequence[Path]) -> list[Scenario]:
-    """The scenarios of files and folders; those of a folder are named by their path in it."""
+def every(name: str) -> bool:
+    """What is `wanted` of files where nobody says otherwise."""
+    return True
+
+
+def load(paths: Sequence[Path], wanted: Callable[[str], bool] = every) -> list[Scenario]:
+    """The scenarios of files and folders whose name is `wanted`; those of a folder are named by their path in it."""
     scenarios = []
     for path in paths:
         for file in find([path]):
-            name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
-            scenarios += read(file, name)
+            scenarios += read(file, name_of(file, path), wanted)
     return scenarios
 
 
-def read(path: Path, name: str | None = None) -> list[Scenario]:
+def name_of(file: Path, path: Path) -> str:
+    """What a file is called that was found in, or is, `path`."""
+    return file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+
+
+def read(path: Path, name: str | None = None, wanted: Callable[[str], bool] = every) -> list[Scenario]:
     """The scenarios of one file, called `name`, by default the file's. Raises UsageError with file and line."""
-    return parse(text_of(path), str(path), name or path.stem)
+    return parse(text_of(path), str(path), name or path.stem, wanted)
 
 
 def text_of(path: Path) -> str:
@@ -107,7 +116,7 @@ def text_of(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read: {reason}") from None
 
 
-def parse(text: str, source: str, stem: str) -> list[Scenario]:
+def parse(text: str, source: str, stem: str, wanted: Callable[[str], bool] = every) -> list[Scenario]:
     """As `read`, from text; `source` is named in messages, `stem` in the scenarios' names."""
     data = tables(text, source)
     file = File(source, stem, text.splitlines())
@@ -115,7 +124,10 @@ def parse(text: str, source: str, stem: str) -> list[Scenario]:
     for key in REQUIRED:
         if key not in data:
             raise file.error(None, "", f"{key!r} is missing")
-    return [file.scenario(substitute(data, choice), choice) for choice in file.choices(data.get("each", {}))]
+    return [
+        file.scenario(substitute(data, choice), name)
+        for choice in file.choices(data.get("each", {})) if wanted(name := file.name(choice))
+    ]
 
 
 def tables(text: str, source: str) -> dict[str, Any]:
@@ -174,7 +186,11 @@ class File:
         for combination in product(*each.values()):
             yield dict(zip(each, map(str, combination), strict=True))
 
-    def scenario(self, data: Mapping[str, Any], choice: Mapping[str, str]) -> Scenario:
+    def name(self, choice: Mapping[str, str]) -> str:
+        """Of the scenario with these values of `each`."""
+        return self.stem + (f"[{','.join(choice.values())}]" if choice else "")
+
+    def scenario(self, data: Mapping[str, Any], name: str) -> Scenario:
         guest = data.get("guest", DEFAULT_MODE)
         if guest not in MODES:
             raise self.error(None, "guest", f"guest must be one of {', '.join(MODES)}, not {guest!r}")
@@ -189,9 +205,8 @@ class File:
                 raise self.error(None, key, f"{key} must be one of {', '.join(sizes)}, not {data[key]!r}")
         if not data["op"]:
             raise self.error(None, "op", "a scenario needs at least one op")
-        suffix = f"[{','.join(choice.values())}]" if choice else ""
         return Scenario(
-            name=self.stem + suffix,
+            name=name,
             title=data["title"],
             manual=data["manual"],
             shows=data["shows"],

@@ -30,7 +30,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -62,14 +62,14 @@ _NAME: Final = re.compile(r"[^\s,\[\]{}]+")
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
 
 
-def load(paths: Sequence[Path]) -> list[Sweep]:
-    """The sweeps of files and folders; those of a folder are named by their path in it."""
-    sweeps = []
-    for path in paths:
-        for file in files.find([path], sweeps=True):
-            name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
-            sweeps.append(read(file, name))
-    return sweeps
+def load(paths: Sequence[Path], wanted: Callable[[str], bool] = files.every) -> list[Sweep]:
+    """The sweeps of files and folders whose name is `wanted`; those of a folder are named by their path in it."""
+    return [
+        read(file, name)
+        for path in paths
+        for file in files.find([path], sweeps=True)
+        if wanted(name := files.name_of(file, path))
+    ]
 
 
 def read(path: Path, name: str | None = None) -> Sweep:
