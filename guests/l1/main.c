@@ -7,11 +7,22 @@
 
 enum {
 	VMCB_EXIT_CODE = 0x70,
+	VMCB_NP_CONTROL = 0x90,
 	VMCB_SAVE = 0x400,
+	VMCB_FS = 0x440,
+	VMCB_LDTR = 0x470,
+	VMCB_TR = 0x490,
 	VMCB_CPL = 0x4cb,
+	VMCB_EFER = 0x4d0,
+	VMCB_CR4 = 0x548,
+	VMCB_DR7 = 0x560,
+	VMCB_DR6 = 0x568,
 	VMCB_RFLAGS = 0x570,
 	VMCB_RIP = 0x578,
 	VMCB_RSP = 0x5d8,
+	VMCB_STAR = 0x600,
+	VMCB_G_PAT = 0x668,
+	DR7_NONE = 0x400,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
 	CR0_PG = 1u << 31,
@@ -37,12 +48,13 @@ extern uint64_t l1_spin_rip;
 extern uint64_t l1_pml4[], l1_pml5[], l1_pd[], l1_pae_pdpt[];
 extern uint32_t l1_legacy_pd[];
 extern struct { uint64_t cr3, cr4, efer, pg; } l1_legacy;
+extern struct { uint64_t cr4, efer; } l1_long;
 extern uint64_t l1_ud_gate;
 extern uint32_t l1_vmrun_raised;
 void l1_ud(void);
-void l1_vmrun(uint64_t vmcb);
+void l1_vmrun(uint64_t vmcb, uint32_t vmload);
 void l1_vmrun_legacy(uint64_t vmcb);
-void l1_switch(uint64_t cr3, uint64_t cr4);
+void l1_switch(uint64_t cr3);
 void l1_spin(uint64_t vmcb, uint64_t count);
 
 struct tw_shared tw_shared_page __attribute__((aligned(PAGE)));
@@ -66,6 +78,8 @@ static uint8_t is_touched[MAX_PAGES];
 enum { UNDO = 1 << 14 };
 static struct { uint64_t *at, value; } undo[UNDO];
 static uint32_t undo_count;
+/* Whether L1 is to read its dear registers behind the next VMRUN (see vmrun_long). */
+static uint32_t read_is_due = 1;
 static uint8_t marked_vmcb[PAGE] __attribute__((aligned(PAGE)));
 
 static inline uint64_t rdmsr(uint32_t msr)
@@ -167,6 +181,7 @@ static void rewind(uint64_t vmcb)
 		*at = *mirror(at) = undo[undo_count].value;
 	}
 	copy64((void *)vmcb, marked_vmcb, PAGE);
+	read_is_due = 1;
 }
 
 static void reset(void)
@@ -185,6 +200,7 @@ static void reset(void)
 	}
 	touched_count = 0;
 	watched_count = 0;
+	read_is_due = 1;
 }
 
 static void write(uint64_t address, uint64_t value, uint32_t width)
@@ -206,11 +222,46 @@ static void write(uint64_t address, uint64_t value, uint32_t width)
 	}
 }
 
-static inline uint64_t read_cr4(void)
+#define READ(reg) ({ uint64_t value_; __asm__ volatile("mov %%" #reg ", %0" : "=r"(value_)); value_; })
+#define SET(reg, value) __asm__ volatile("mov %0, %%" #reg : : "r"((uint64_t)(value)) : "memory")
+
+/*
+ * L1's registers that a hypervisor under it makes dear: each read or write is a #VMEXIT. What is in them is
+ * remembered here, so that they are written only where that changes something.
+ */
+static struct tw_host own;
+static uint64_t own_pkru;
+static uint32_t knows_pkru;
+
+static void read_dear(struct tw_host *to)
 {
-	uint64_t value;
-	__asm__ volatile("mov %%cr4, %0" : "=r"(value));
-	return value;
+	to->cr4 = READ(cr4);
+	to->dr6 = READ(dr6);
+	to->dr7 = READ(dr7);
+	to->efer = rdmsr(MSR_EFER);
+	to->pat = rdmsr(MSR_PAT);
+	to->all_read = 1;
+}
+
+/* After a #VMEXIT: what the machine did not restore. PAT and DR7 are the same in all modes of L1. */
+static void put_back(void)
+{
+	const struct tw_host *now = &l1_host_after;
+
+	if (now->pat != own.pat)
+		wrmsr(MSR_PAT, own.pat);
+	if (now->dr7 != own.dr7)
+		SET(dr7, own.dr7);
+}
+
+static void put_back_long(void)
+{
+	const struct tw_host *now = &l1_host_after;
+
+	if (now->cr4 != own.cr4)
+		SET(cr4, own.cr4);
+	if (now->efer != own.efer)
+		wrmsr(MSR_EFER, own.efer);
 }
 
 /* L1's paging at VMRUN, and so the format of its nested tables. */
@@ -219,10 +270,10 @@ static uint32_t host_mode = TW_HOST_MODE_LONG4;
 static void set_host_mode(uint32_t mode)
 {
 	if ((mode == TW_HOST_MODE_LONG5) != (host_mode == TW_HOST_MODE_LONG5)) {
-		if (mode == TW_HOST_MODE_LONG5)
-			l1_switch((uint64_t)l1_pml5, read_cr4() | CR4_LA57);
-		else
-			l1_switch((uint64_t)l1_pml4, read_cr4() & ~(uint64_t)CR4_LA57);
+		own.cr4 ^= CR4_LA57;
+		l1_long.cr4 = own.cr4;
+		l1_long.efer = own.efer;
+		l1_switch((uint64_t)(mode == TW_HOST_MODE_LONG5 ? l1_pml5 : l1_pml4));
 	}
 	host_mode = mode;
 }
@@ -235,14 +286,84 @@ static void make_other_tables(void)
 		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
 }
 
-static void vmrun(uint64_t vmcb)
+/* What VMLOAD loads, and VMSAVE saves. */
+struct vmload_state { uint64_t fs_gs[4], ldtr[2], tr[2], msrs[8]; };
+
+static struct vmload_state vmload_state(uint64_t vmcb)
 {
-	if (host_mode == TW_HOST_MODE_LONG4 || host_mode == TW_HOST_MODE_LONG5) {
-		l1_vmrun(vmcb);
+	struct vmload_state state;
+
+	copy64(state.fs_gs, (void *)(vmcb + VMCB_FS), sizeof(state.fs_gs));
+	copy64(state.ldtr, (void *)(vmcb + VMCB_LDTR), sizeof(state.ldtr));
+	copy64(state.tr, (void *)(vmcb + VMCB_TR), sizeof(state.tr));
+	copy64(state.msrs, (void *)(vmcb + VMCB_STAR), sizeof(state.msrs));
+	return state;
+}
+
+static int same(const void *one, const void *other, uint64_t bytes)
+{
+	for (uint64_t i = 0; i < bytes / 8; i++)
+		if (((const uint64_t *)one)[i] != ((const uint64_t *)other)[i])
+			return 0;
+	return 1;
+}
+
+/* What the processor has of it since the last VMSAVE. */
+static struct vmload_state held;
+
+/* What a machine that errs may make L1's own registers of behind a #VMEXIT: the exit, and L2's registers. */
+struct likeness {
+	uint64_t exit_code, np_control, efer[2], cr4_to_dr6[2][5], g_pat[2];	/* before VMRUN, and behind it */
+};
+
+static struct likeness last_read;
+
+static void take_likeness(struct likeness *of, uint64_t vmcb, int behind)
+{
+	of->exit_code = *(uint64_t *)(vmcb + VMCB_EXIT_CODE);
+	of->np_control = *(uint64_t *)(vmcb + VMCB_NP_CONTROL);
+	of->efer[behind] = *(uint64_t *)(vmcb + VMCB_EFER);
+	copy64(of->cr4_to_dr6[behind], (void *)(vmcb + VMCB_CR4), sizeof(of->cr4_to_dr6[behind]));
+	of->g_pat[behind] = *(uint64_t *)(vmcb + VMCB_G_PAT);
+}
+
+/*
+ * VMRUN in long mode. Where L1 spares, it leaves out a VMLOAD of what the processor holds; and it reads its dear
+ * registers behind the first VMRUN of a program or of a case, and where one is not like the last of which it
+ * read them. What a machine spoils all the same stays spoilt: it is found at the next reading, at the program's
+ * end (SYNC) at the latest. `plain`: L2 is to do nothing but access memory.
+ */
+static void vmrun_long(uint64_t vmcb, int plain)
+{
+	struct vmload_state wanted = vmload_state(vmcb);
+	struct likeness like;
+
+	take_likeness(&like, vmcb, 0);
+	l1_host_before.cr4 = own.cr4;
+	l1_host_before.efer = own.efer;
+	l1_vmrun(vmcb, !shared->sparing || !same(&held, &wanted, sizeof(held)));
+	if (l1_host_after.cr0 != l1_host_before.cr0)
+		SET(cr0, l1_host_before.cr0);
+	if (l1_host_after.cr8 != l1_host_before.cr8)
+		SET(cr8, l1_host_before.cr8);
+	take_likeness(&like, vmcb, 1);
+	if (shared->sparing && plain && !read_is_due && same(&like, &last_read, sizeof(like))) {
+		l1_host_after.all_read = 0;
 		return;
 	}
-	l1_legacy.efer = rdmsr(MSR_EFER) & ~(uint64_t)(EFER_LME | EFER_LMA);
-	l1_legacy.cr4 = read_cr4();
+	read_dear(&l1_host_after);
+	put_back();
+	put_back_long();
+	last_read = like;
+	read_is_due = !plain || own.dr7 != DR7_NONE;
+}
+
+static void vmrun_legacy(uint64_t vmcb)
+{
+	l1_long.cr4 = own.cr4;
+	l1_long.efer = own.efer;
+	l1_legacy.efer = own.efer & ~(uint64_t)(EFER_LME | EFER_LMA);
+	l1_legacy.cr4 = own.cr4;
 	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt;
 	for (uint64_t i = 0; i < 4; i++)	/* anew: QEMU TCG sets A in them, a reserved bit */
 		l1_pae_pdpt[i] = ((uint64_t)l1_pd + i * PAGE) | 1;
@@ -251,7 +372,22 @@ static void vmrun(uint64_t vmcb)
 		l1_legacy.cr4 = (l1_legacy.cr4 & ~(uint64_t)CR4_PAE) | CR4_PSE;
 		l1_legacy.cr3 = (uint64_t)l1_legacy_pd;
 	}
+	l1_host_before.cr4 = l1_legacy.cr4;
+	l1_host_before.efer = l1_legacy.efer;
 	l1_vmrun_legacy(vmcb);
+	put_back();
+	read_is_due = 1;
+}
+
+static void vmrun(uint64_t vmcb, int plain)
+{
+	l1_host_before.pat = own.pat;
+	l1_host_before.dr7 = own.dr7;
+	if (host_mode == TW_HOST_MODE_LONG4 || host_mode == TW_HOST_MODE_LONG5)
+		vmrun_long(vmcb, plain);
+	else
+		vmrun_legacy(vmcb);
+	held = vmload_state(vmcb);
 	if (l1_vmrun_raised) {
 		l1_vmrun_raised = 0;
 		*(uint64_t *)(vmcb + VMCB_EXIT_CODE) = TW_VMRUN_RAISED | 6;
@@ -261,26 +397,42 @@ static void vmrun(uint64_t vmcb)
 /* PKRU is out of reach while CR4.PKE is 0, as it is for L1. */
 static void set_pkru(uint32_t value)
 {
-	uint64_t cr4 = read_cr4();
-
-	if (!(shared->features & TW_FEATURE_PKU))
+	if (!(shared->features & TW_FEATURE_PKU) || (knows_pkru && own_pkru == value))
 		return;
-	__asm__ volatile("mov %0, %%cr4" : : "r"(cr4 | CR4_PKE));
+	SET(cr4, own.cr4 | CR4_PKE);
 	__asm__ volatile("wrpkru" : : "a"(value), "c"(0), "d"(0));
-	__asm__ volatile("mov %0, %%cr4" : : "r"(cr4));
+	SET(cr4, own.cr4);
+	own_pkru = value;
+	knows_pkru = 1;
+}
+
+static uint64_t *own_register(uint32_t reg)
+{
+	switch (reg) {
+	case TW_HOST_CR4: return &own.cr4;
+	case TW_HOST_EFER: return &own.efer;
+	case TW_HOST_PAT: return &own.pat;
+	default: return &own.dr7;
+	}
 }
 
 static void set_host(uint32_t reg, uint64_t value)
 {
+	read_is_due = 1;
+	if (reg == TW_HOST_PKRU) {
+		set_pkru(value);
+		return;
+	}
 	if (reg == TW_HOST_CR4 && host_mode == TW_HOST_MODE_LONG5)
 		value |= CR4_LA57;
+	if (value == (reg == TW_HOST_CR0 ? READ(cr0) : *own_register(reg)))
+		return;
 	switch (reg) {
-	case TW_HOST_CR0: __asm__ volatile("mov %0, %%cr0" : : "r"(value) : "memory"); break;
-	case TW_HOST_CR4: __asm__ volatile("mov %0, %%cr4" : : "r"(value) : "memory"); break;
-	case TW_HOST_DR7: __asm__ volatile("mov %0, %%dr7" : : "r"(value)); break;
-	case TW_HOST_EFER: wrmsr(MSR_EFER, value); break;
-	case TW_HOST_PAT: wrmsr(MSR_PAT, value); break;
-	case TW_HOST_PKRU: set_pkru(value); break;
+	case TW_HOST_CR0: SET(cr0, value); break;
+	case TW_HOST_CR4: SET(cr4, value); own.cr4 = READ(cr4); break;
+	case TW_HOST_DR7: SET(dr7, value); own.dr7 = READ(dr7); break;
+	case TW_HOST_EFER: wrmsr(MSR_EFER, value); own.efer = rdmsr(MSR_EFER); break;
+	case TW_HOST_PAT: wrmsr(MSR_PAT, value); own.pat = rdmsr(MSR_PAT); break;
 	}
 }
 
@@ -367,9 +519,13 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	uint8_t *save = (uint8_t *)op->a + VMCB_SAVE;
 	struct resume begun;
 	volatile uint64_t *exit_code = (volatile uint64_t *)(op->a + VMCB_EXIT_CODE);
+	int plain = 1;
 
-	for (uint32_t i = 0; i < count; i++)
+	for (uint32_t i = 0; i < count; i++) {
 		tw_mailbox[i] = probes[i];
+		plain = plain && probes[i].kind <= TW_PROBE_INVLPG;
+		knows_pkru = knows_pkru && probes[i].kind != TW_PROBE_WRPKRU;
+	}
 	tw_mailbox[count] = (struct tw_probe){ .kind = TW_PROBE_END };
 	if (op->b & -(uint64_t)PAGE)	/* in real mode RIP is an offset: the program has written it */
 		*(uint64_t *)((uint8_t *)tw_mailbox + TW_MAILBOX_CODE) = op->b & -(uint64_t)PAGE;
@@ -394,7 +550,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		post(shared->lag);
 
 		copy64(loaded, save, sizeof(loaded));
-		vmrun(op->a);
+		vmrun(op->a, plain);
 
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
@@ -423,6 +579,19 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		*(uint64_t *)(save + VMCB_RSP - VMCB_SAVE) = begun.rsp;
 		*(volatile uint64_t *)(op->a + VMCB_RIP) = op->b;
 	}
+}
+
+/* A program's end, at which L1's own registers are read in any case. */
+static void sync(uint64_t number)
+{
+	struct tw_record *record = next_record(TW_RECORD_SYNC, number);
+
+	read_dear(&l1_host_after);
+	record->before = own;
+	record->after = l1_host_after;
+	put_back();
+	put_back_long();
+	post(0);
 }
 
 static void interpret(void)
@@ -464,8 +633,7 @@ static void interpret(void)
 			slots += op->arg;
 			break;
 		case TW_OP_SYNC:
-			next_record(TW_RECORD_SYNC, done);
-			post(0);
+			sync(done);
 			break;
 		case TW_OP_SPIN:
 			l1_regs.rsi = op->c;
@@ -527,6 +695,7 @@ void l1_main(void)
 	uint32_t a, b, c, d;
 
 	make_other_tables();
+	read_dear(&own);
 	wrmsr(MSR_VM_HSAVE_PA, (uint64_t)tw_host_save);
 	cpuid(0x80000008, &a, &b, &c, &d);
 	shared->maxphyaddr = a & 0xff;

@@ -1,33 +1,20 @@
 /*
- * l1_vmrun(vmcb): one VMRUN. L1's state is read right before it and right after the #VMEXIT, before
- * L1 relies on any of it: a machine that restores a wrong value is caught by the checker, and L1
- * lives on, because everything it needs is put back here.
+ * l1_vmrun(vmcb, vmload): one VMRUN, behind VMLOAD if that is not 0. L1's state is read right before it and right
+ * after the #VMEXIT, before L1 relies on any of it: a machine that restores a wrong value is caught by the
+ * checker, and L1 lives on, because everything it needs is put back here, and by the caller. Registers that a
+ * hypervisor under L1 makes dear are read by the caller (main.c: read_dear).
  */
 #include "wire.h"
 #include "vmsave.inc"
 
-	/* Read L1's own state into \to; clobbers rax, rcx, rdx. RAX, RSP and RFLAGS are the caller's. */
+	/* Read L1's own state into \to; clobbers rax. RAX, RSP and RFLAGS are the caller's. */
 	.macro READ_HOST to
 	mov %cr0, %rax
 	mov %rax, \to + TW_AT_HOST_CR0(%rip)
 	mov %cr3, %rax
 	mov %rax, \to + TW_AT_HOST_CR3(%rip)
-	mov %cr4, %rax
-	mov %rax, \to + TW_AT_HOST_CR4(%rip)
 	mov %cr8, %rax
 	mov %rax, \to + TW_AT_HOST_CR8(%rip)
-	mov %dr6, %rax
-	mov %rax, \to + TW_AT_HOST_DR6(%rip)
-	mov %dr7, %rax
-	mov %rax, \to + TW_AT_HOST_DR7(%rip)
-	mov $0xc0000080, %ecx
-	rdmsr
-	mov %eax, \to + TW_AT_HOST_EFER(%rip)
-	mov %edx, \to + TW_AT_HOST_EFER + 4(%rip)
-	mov $0x277, %ecx
-	rdmsr
-	mov %eax, \to + TW_AT_HOST_PAT(%rip)
-	mov %edx, \to + TW_AT_HOST_PAT + 4(%rip)
 	movw %es, \to + TW_AT_HOST_ES(%rip)
 	movw %cs, \to + TW_AT_HOST_CS(%rip)
 	movw %ss, \to + TW_AT_HOST_SS(%rip)
@@ -54,13 +41,17 @@ l1_vmrun:
 	push %r14
 	push %r15
 	mov %rdi, vmcb_address(%rip)
+	mov %esi, want_vmload(%rip)
 	READ_HOST l1_host_before
 	mov vmcb_address(%rip), %rax
 	mov %rax, l1_host_before + TW_AT_HOST_RAX(%rip)
 	mov %rsp, l1_host_before + TW_AT_HOST_RSP(%rip)
-	push $0x8d7			/* OF, SF, ZF, AF, PF, CF: flags that L2 does not have */
-	popf
 	movq $0x8d7, l1_host_before + TW_AT_HOST_RFLAGS(%rip)
+	cmpl $0, want_vmload(%rip)
+	je 1f
+	vmload %rax
+1:	push $0x8d7			/* OF, SF, ZF, AF, PF, CF: flags that L2 does not have */
+	popf
 
 	mov l1_regs + TW_AT_REGS_RBX(%rip), %rbx
 	mov l1_regs + TW_AT_REGS_RCX(%rip), %rcx
@@ -76,7 +67,6 @@ l1_vmrun:
 	mov l1_regs + TW_AT_REGS_R13(%rip), %r13
 	mov l1_regs + TW_AT_REGS_R14(%rip), %r14
 	mov l1_regs + TW_AT_REGS_R15(%rip), %r15
-	vmload %rax
 	.globl l1_vmrun_instruction
 l1_vmrun_instruction:
 	vmrun %rax
@@ -117,22 +107,6 @@ l1_vmrun_instruction:
 	mov %eax, %ss
 	mov $L1_ES, %eax
 	mov %eax, %es
-	mov l1_host_before + TW_AT_HOST_CR0(%rip), %rax
-	mov %rax, %cr0
-	mov l1_host_before + TW_AT_HOST_CR4(%rip), %rax
-	mov %rax, %cr4
-	mov l1_host_before + TW_AT_HOST_EFER(%rip), %eax
-	mov l1_host_before + TW_AT_HOST_EFER + 4(%rip), %edx
-	mov $0xc0000080, %ecx
-	wrmsr
-	mov l1_host_before + TW_AT_HOST_PAT(%rip), %eax
-	mov l1_host_before + TW_AT_HOST_PAT + 4(%rip), %edx
-	mov $0x277, %ecx
-	wrmsr
-	mov l1_host_before + TW_AT_HOST_CR8(%rip), %rax
-	mov %rax, %cr8
-	mov l1_host_before + TW_AT_HOST_DR7(%rip), %rax
-	mov %rax, %dr7
 	pop %r15
 	pop %r14
 	pop %r13
@@ -181,5 +155,6 @@ l1_host_before:	.skip TW_SIZEOF_HOST
 		.balign 16
 l1_host_after:	.skip TW_SIZEOF_HOST
 vmcb_address:	.skip 8
+want_vmload:	.skip 8
 l1_spin_rip:	.skip 8
 pointer:	.skip 16

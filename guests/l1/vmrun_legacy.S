@@ -1,9 +1,11 @@
 /*
  * l1_vmrun_legacy(vmcb): one VMRUN from 32-bit protected mode, for nested tables in the formats of that
  * mode, or with paging off. L1 leaves long mode right before it and comes back right after; C code only ever
- * runs in long mode. What the mode is made of is in l1_legacy: CR3, CR4, EFER, and PG of CR0.
+ * runs in long mode. What the mode is made of is in l1_legacy: CR3, CR4, EFER, and PG of CR0; what long mode is,
+ * in l1_long: CR4 and EFER.
  *
- * l1_switch(cr3, cr4): the way from 4-level to 5-level paging and back, which leads through paging off.
+ * l1_switch(cr3): the way to long mode with another CR4, from 4-level to 5-level paging or back, which leads
+ * through paging off.
  */
 #include "wire.h"
 #include "vmsave.inc"
@@ -14,13 +16,10 @@
 	movl $0, \to + 4
 	.endm
 
-	.macro READ_HOST32 to
-	STORE %cr0, \to + TW_AT_HOST_CR0
-	STORE %cr3, \to + TW_AT_HOST_CR3
+	.macro READ_DEAR32 to
 	STORE %cr4, \to + TW_AT_HOST_CR4
 	STORE %dr6, \to + TW_AT_HOST_DR6
 	STORE %dr7, \to + TW_AT_HOST_DR7
-	STORE $0, \to + TW_AT_HOST_CR8	/* out of reach in this mode */
 	mov $0xc0000080, %ecx
 	rdmsr
 	mov %eax, \to + TW_AT_HOST_EFER
@@ -29,6 +28,13 @@
 	rdmsr
 	mov %eax, \to + TW_AT_HOST_PAT
 	mov %edx, \to + TW_AT_HOST_PAT + 4
+	movl $1, \to + TW_AT_HOST_ALL_READ
+	.endm
+
+	.macro READ_HOST32 to
+	STORE %cr0, \to + TW_AT_HOST_CR0
+	STORE %cr3, \to + TW_AT_HOST_CR3
+	STORE $0, \to + TW_AT_HOST_CR8	/* out of reach in this mode */
 	movw %es, \to + TW_AT_HOST_ES
 	movw %cs, \to + TW_AT_HOST_CS
 	movw %ss, \to + TW_AT_HOST_SS
@@ -84,11 +90,6 @@ l1_vmrun_legacy:
 	mov %rsp, long_rsp(%rip)
 	mov %cr3, %rax
 	mov %rax, long_cr3(%rip)
-	mov %cr4, %rax
-	mov %rax, long_cr4(%rip)
-	mov $0xc0000080, %ecx
-	rdmsr
-	mov %eax, long_efer(%rip)
 	mov l1_regs + TW_AT_REGS_R8(%rip), %r8
 	mov l1_regs + TW_AT_REGS_R9(%rip), %r9
 	mov l1_regs + TW_AT_REGS_R10(%rip), %r10
@@ -139,6 +140,7 @@ l1_vmrun_back:
 	STORE %edi, l1_regs + TW_AT_REGS_RDI
 	STORE %ebp, l1_regs + TW_AT_REGS_RBP
 	READ_HOST32 l1_host_after
+	READ_DEAR32 l1_host_after
 	lgdt l1_gdt_pointer
 	lidt l1_idt_pointer
 	mov $L1_DS, %eax
@@ -146,16 +148,10 @@ l1_vmrun_back:
 	mov %eax, %ss
 	mov $L1_ES, %eax
 	mov %eax, %es
-	PAGING long_cr3, long_cr4, long_efer
+	PAGING long_cr3, l1_long, l1_long + 8
 	ljmp $L1_CS, $1f
 	.code64
-1:	mov l1_host_before + TW_AT_HOST_PAT(%rip), %eax
-	mov l1_host_before + TW_AT_HOST_PAT + 4(%rip), %edx
-	mov $0x277, %ecx
-	wrmsr
-	mov l1_host_before + TW_AT_HOST_DR7(%rip), %rax
-	mov %rax, %dr7
-	mov %r8, l1_regs + TW_AT_REGS_R8(%rip)
+1:	mov %r8, l1_regs + TW_AT_REGS_R8(%rip)
 	mov %r9, l1_regs + TW_AT_REGS_R9(%rip)
 	mov %r10, l1_regs + TW_AT_REGS_R10(%rip)
 	mov %r11, l1_regs + TW_AT_REGS_R11(%rip)
@@ -186,13 +182,9 @@ l1_ud:
 l1_switch:
 	push %rbx
 	mov %rdi, long_cr3(%rip)
-	mov %rsi, long_cr4(%rip)
-	mov $0xc0000080, %ecx
-	rdmsr
-	mov %eax, long_efer(%rip)
 	mov %rsp, long_rsp(%rip)
 	TO_32_BITS
-	PAGING long_cr3, long_cr4, long_efer
+	PAGING long_cr3, l1_long, l1_long + 8
 	ljmp $L1_CS, $1f
 	.code64
 1:	mov long_rsp(%rip), %rsp
@@ -207,14 +199,13 @@ l1_ud_pointer:
 
 	.section .bss
 	.balign 16
-	.globl l1_legacy, l1_ud_gate, l1_vmrun_raised
+	.globl l1_legacy, l1_long, l1_ud_gate, l1_vmrun_raised
 l1_legacy:	.skip 32
+l1_long:	.skip 16
 l1_ud_idt:	.skip 6 * 8
 l1_ud_gate:	.skip 8
 l1_vmrun_raised: .skip 8
 vmcb_address:	.skip 8
 long_rsp:	.skip 8
 long_cr3:	.skip 8
-long_cr4:	.skip 8
-long_efer:	.skip 8
 pointer:	.skip 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
-from harness.lockstep.compare import Context, Divergence, check_enter, check_exit
+from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, explain, quirks_of
@@ -268,8 +268,9 @@ class Lockstep:
     def _sync(self, program: Program, result: Result) -> None:
         """The end of a scenario: L1 stands still, and all of its memory is compared, the pages that
         nobody watched included."""
-        self._next("SYNC")
+        record = self._next("SYNC")
         context, image = self._context(program, -1, ()), self._twin.image
+        self._add(result, check_sync(context, record))
         regions = [program.world.arena, program.world.data]
         if result.divergences:  # what went astray went, perhaps, where this world has nothing
             regions += {image.arena, image.data, image.low_arena, image.low_data}.difference(regions)

@@ -70,6 +70,7 @@ class KvmOnTcgMachine(L1Machine):
                                    f"{self._lost('it hangs')}")
             time.sleep(0.01)
         self.greet(hello)
+        self.channel.spare()
 
     def _see_whether_it_lives(self, waited: float) -> None:
         if (status := self.l0.process.exit_status()) is not None:

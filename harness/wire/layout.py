@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62
@@ -129,7 +129,7 @@ HOST = _declare(
         "rax", "rsp", "rflags", "cr0", "cr3", "cr4", "cr8", "efer", "dr6", "dr7", "pat",
     )),
     *(Field(n, "u16") for n in ("es", "cs", "ss", "ds", "gdt_limit", "idt_limit")),
-    Field("pad", "u32"),
+    Field("all_read", "u32"),  # behind VMRUN: whether CR4, DR6, DR7, EFER and PAT were read, or are left out
     Field("gdt_base"),
     Field("idt_base"),
 )
@@ -204,6 +204,7 @@ SHARED = _declare(
     Field("op_posted"),
     Field("record_checked"),
     Field("lag"),
+    Field("sparing"),  # 1: reading those registers, and VMLOAD, costs L1 a #VMEXIT; it does it where it has to
 )
 
 OPS = {

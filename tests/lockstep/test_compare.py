@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from harness.lockstep.compare import Divergence
+from harness.lockstep.compare import DEAR, Divergence
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.model.registers import Cpu
@@ -131,7 +131,32 @@ def test_each_register_of_l1_after_a_refusal(name: str, check: Check) -> None:
 
 
 def test_every_register_of_l1_is_covered() -> None:
-    assert set(RESTORED) | {"dr7", "pad"} == set(HOST.names)
+    assert set(RESTORED) | {"dr7", "all_read"} == set(HOST.names)
+
+
+class Sparing(Doctor):
+    """L1 reads what is dear at the program's end only, and a register is spoilt."""
+
+    def record(self, fake: FakeMachine, data: bytearray) -> None:
+        if data[0] == RECORDS["EXIT"]:
+            data[_AT["after"] + HOST.offsets["all_read"]] = 0
+        super().record(fake, data)
+
+
+@pytest.mark.parametrize("name", DEAR)
+def test_what_is_not_read_behind_vmrun_is_not_compared_there(name: str, check: Check) -> None:
+    assert check(Sparing("EXIT", _AT["after"] + HOST.offsets[name], b"\x10"), "read a") == []
+
+
+def test_what_is_cheap_to_read_always_is(check: Check) -> None:
+    found = only(check(Sparing("EXIT", _AT["after"] + HOST.offsets["cr3"], b"\x10"), "read a"))
+    assert found.field == "l1.cr3"
+
+
+@pytest.mark.parametrize("name", [name for name in DEAR if name != "dr6"])
+def test_what_is_dear_is_compared_at_the_end(name: str, check: Check) -> None:
+    found = only(check(Sparing("SYNC", _AT["after"] + HOST.offsets[name], b"\x10"), "read a"))
+    assert (found.check, found.field, found.rule) == ("C3", f"l1.{name} at the end", "exit.host")
 
 
 @pytest.mark.parametrize("ops", [("read a",), REFUSED], ids=["exit", "refused"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,6 +14,8 @@ from harness.machine import kernel, kvm_on_tcg
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler
+from harness.wire.layout import RECORDS
+from harness.wire.records import Record
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
@@ -71,6 +73,30 @@ def test_the_librarys_sample_agrees(kvm: kvm_on_tcg.KvmOnTcgMachine, errata: lis
     for result in check(kvm, scenarios, errata):
         assert result.lost is None
         assert [d for d in result.divergences if d.erratum is None] == [], result.scenario
+
+
+def test_l1_spares_exits_and_says_so(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
+    """Behind the first VMRUN, behind one that ends otherwise than the last, and where L2 changes registers L1 reads
+    its own; behind those that are like the last one, and L2 only reads, it does not."""
+    seen: list[int] = []
+    ran = kvm.channel.next_record
+
+    def watched(idle: Callable[[float], None]) -> Record:
+        record = ran(idle)
+        if record.kind == RECORDS["EXIT"]:
+            seen.append(record.after["all_read"])
+        return record
+
+    ops = ["read a", "read a+8", "write b+8 = 1", "read a; read 0x7fff00000000", "wrcr4 = 0x20", "read a", "read a"]
+    program = Compiler(kvm.image, kvm.cpu).compile(one(*map(run, ops)))
+    kvm.channel.next_record = watched  # type: ignore[method-assign]
+    try:
+        lockstep = Lockstep(kvm, kvm.channel, Twin(kvm.image, kvm.cpu, kvm.liberties), False)
+        (result,) = lockstep.run([program])
+    finally:
+        kvm.channel.next_record = ran  # type: ignore[method-assign]
+    assert result.lost is None and not result.divergences
+    assert seen == [1, 0, 0, 1, 1, 1, 0]
 
 
 def test_a_fault_that_is_planted_is_found(kvm: kvm_on_tcg.KvmOnTcgMachine, errata: list[Erratum]) -> None:
