@@ -62,8 +62,6 @@ struct tw_op tw_op_ring[TW_OP_SLOTS] __attribute__((aligned(PAGE)));
 struct tw_record tw_record_ring[TW_RECORD_SLOTS] __attribute__((aligned(PAGE)));
 struct tw_probe tw_mailbox[PAGE / sizeof(struct tw_probe)] __attribute__((aligned(PAGE)));
 uint8_t tw_host_save[PAGE] __attribute__((aligned(PAGE)));
-uint8_t tw_msr_permission_map[2 * PAGE] __attribute__((aligned(PAGE)));
-uint8_t tw_io_permission_map[3 * PAGE] __attribute__((aligned(PAGE)));
 
 static volatile struct tw_shared *const shared = &tw_shared_page;
 

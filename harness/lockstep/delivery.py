@@ -20,15 +20,16 @@ _WRITE = Access(write=True, implicit=True)
 
 class Leave(Exception):
     """L2 leaves: the exit's code, EXITINFO1 and 2, the walk that faulted, and the rule behind it.
-    `event` is what was being delivered."""
+    `event` is what was being delivered; `length` is that of the instruction, in bytes, where nRIP tells it."""
 
     def __init__(
         self, code: int, info1: int = 0, info2: int = 0, walk: Walk | None = None, rule: str = "",
-        event: Event | None = None,
+        event: Event | None = None, length: int = 0,
     ) -> None:
         super().__init__(code)
         self.code, self.info1, self.info2 = code, info1, info2
         self.walk, self.rule, self.event = walk, rule, event
+        self.length = length
 
 
 class Bus:

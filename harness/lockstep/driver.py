@@ -260,7 +260,9 @@ class Lockstep:
     def _rewind(self, program: Program, step: Step, result: Result) -> None:
         """All is again as at the batch's start, as far as L1 watches."""
         words = self._twin.memory.words
-        far = [at for at in self._twin.touched_unwatched() if words[at >> 3] != self._twin.first(at)]
+        maps = range(min(program.world.maps.values()), program.world.system)  # L1 writes these, and undoes it
+        far = [at for at in self._twin.touched_unwatched()
+               if at not in maps and words[at >> 3] != self._twin.first(at)]
         self._twin.reset(program.world)
         if far:
             result.senseless = f"{where(program.scenario, 0)}: it writes to sPA {far[0]:#x}, which no batch puts back"

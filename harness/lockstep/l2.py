@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.errors import UsageError
-from harness.lockstep import stub
+from harness.lockstep import instructions, stub
 from harness.lockstep.delivery import Bus, Leave
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
@@ -13,6 +13,7 @@ from harness.model.access import Access, GeneralProtection, NestedPageFault, Pag
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import P
 from harness.model.events import Event
+from harness.model.intercepts import asks
 from harness.model.registers import CR4, RFLAGS
 from harness.model.vmcb import MISC1_VINTR, NP_ENABLE, SEGMENT_P, ExitCode, VIntr
 from harness.model.walk import GUEST, Walk, translate
@@ -117,14 +118,16 @@ class L2:
         elif kind == "fetch":
             result = self._fetch(address, index)
         else:
-            result = self._register(kind, address, value)
+            result = instructions.do(self, kind, size, address, value)
         self.regs.rax = result
         return result
 
     def end(self) -> None:
         """All probes done: L2 leaves by VMMCALL."""
         self.at("end", 0)
-        raise Leave(ExitCode.VMMCALL, rule="exit.vmmcall")
+        if not asks(self.state.vmcb, "vmmcall"):
+            self.exception(Event.exception(events.UD))
+        raise Leave(ExitCode.VMMCALL, rule="exit.vmmcall", length=instructions.length(self, "end"))
 
     # --- probes -----------------------------------------------------------------------------------
 
@@ -244,11 +247,9 @@ class L2:
         first = address >> shift << shift - 12
         self.fresh.update(range(first, first + (1 << shift - 12)))
 
-    def _register(self, kind: str, address: int, value: int) -> int:
+    def register(self, kind: str, address: int, value: int) -> int:
         """Reads and writes of L2's own registers."""
         regs, vmcb = self.regs, self.state.vmcb
-        if regs.cpl and kind not in stub.UNPRIVILEGED:
-            self.exception(Event.exception(events.GP))
         if kind in ("rdpkru", "wrpkru"):
             return self._pkru(kind, value)
         if kind in stub.DESCRIPTOR_READS:
@@ -259,11 +260,6 @@ class L2:
             return value
         if kind in stub.SEGMENT_LOADS:
             return self._load_segment(stub.SEGMENT_LOADS[kind], value)
-        if kind in stub.INTERCEPTED:
-            code = stub.INTERCEPTED[kind]
-            if not vmcb["intercept_misc2"] >> code - ExitCode.VMRUN & 1:
-                raise UsageError(f"L1 must intercept {kind.upper()}: what it does inside of L2 is not modelled")
-            raise Leave(code, rule="exit.intercept")
         what = kind[2:]
         if what == "cr8":
             return self._cr8(kind, value)
@@ -282,30 +278,39 @@ class L2:
         if kind == "invlpg":
             self._invlpg(address)
             return value
+        if what == "msr" and address not in stub.MSR_FIELDS:
+            raise UsageError(f"L1 must intercept MSR {address:#x}: it is not modelled")
+        if what != "msr" and not hasattr(regs, what):
+            raise UsageError(f"L1 must intercept {kind.upper()}: what it does inside of L2 is not modelled")
         name = stub.MSR_FIELDS[address] if what == "msr" else what
         own = hasattr(regs, name)
         if kind.startswith("rd"):
             return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
         if own:
-            lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(name)
-            if lacking is not None and lacking(value, self.state.cpu):
-                raise UsageError(f"L2 cannot write {value:#x} to {name.upper()}: this CPU has no such feature")
-            keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
-            if name == "cr4" and (value ^ regs.cr4) & _FLUSHING:
-                self.fresh = None
-            setattr(regs, name, value)
-            if name == "cr3":
-                self.fresh = None
-            if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
-                self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
-            before, self.paging = self.paging, self.state.paging(regs)
-            self.caching = vmrun.caching(regs, vmcb, self.state.host)
-            if keys_on and self.state.quirks.has(PKE_NOT_FLUSHED):
-                self.paging = self.paging._replace(pkru=before.pkru)
-            self.enter_again()
+            self.write_register(name, value)
         else:
             vmcb[name] = value
         return value
+
+    def write_register(self, name: str, value: int) -> None:
+        """L2 writes a register that decides over translation."""
+        regs, vmcb = self.regs, self.state.vmcb
+        lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(name)
+        if lacking is not None and lacking(value, self.state.cpu):
+            raise UsageError(f"L2 cannot write {value:#x} to {name.upper()}: this CPU has no such feature")
+        keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
+        if name == "cr4" and (value ^ regs.cr4) & _FLUSHING:
+            self.fresh = None
+        setattr(regs, name, value)
+        if name == "cr3":
+            self.fresh = None
+        if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
+            self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
+        before, self.paging = self.paging, self.state.paging(regs)
+        self.caching = vmrun.caching(regs, vmcb, self.state.host)
+        if keys_on and self.state.quirks.has(PKE_NOT_FLUSHED):
+            self.paging = self.paging._replace(pkru=before.pkru)
+        self.enter_again()
 
     def _cr8(self, kind: str, value: int) -> int:
         """CR8 is V_TPR with V_INTR_MASKING, and without it L1's own, which writes go to beside V_TPR
@@ -409,20 +414,26 @@ class L2:
 
     def exception(self, event: Event, info2: int = 0, walk: Walk | None = None) -> None:
         """An exception of L2: an exit, or its own handler's business."""
-        rule = walk.rule if walk is not None else "exit.privileged"
+        own = "exit.privileged" if event.vector == events.GP else "exit.exception"
+        rule = walk.rule if walk is not None else own
         if self.intercepted(event.vector):
             raise Leave(ExitCode.EXCEPTION + event.vector, event.error or 0, info2, walk, rule)
         self.deliver(event, walk)
 
-    def deliver(self, event: Event, walk: Walk | None = None) -> None:
-        """Through L2's own IDT; its handlers do nothing but leave by HLT."""
+    def deliver(self, event: Event, walk: Walk | None = None, next_rip: int | None = None) -> None:
+        """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame
+        where that is not RIP."""
+        if not self.state.mode.long:
+            raise UsageError(f"vector {event.vector} is delivered outside of long mode, which is not modelled")
         self.out.event = event
         try:
-            undefined = events.deliver(event, self.regs, self.state.vmcb, Bus(self, event))
+            undefined = events.deliver(event, self.regs, self.state.vmcb, Bus(self, event), next_rip)
         except ValueError as reason:
             raise UsageError(f"delivery of vector {event.vector}: {reason}") from None
         self.undefined |= dict.fromkeys(undefined, WHOLE)
         landed = self.access(self.regs.rip, _FETCH[self.regs.cpl])
         if not isinstance(landed.outcome, Reached):
             self.fault(landed)
-        raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered")
+        if not asks(self.state.vmcb, "hlt"):
+            raise UsageError("L1 must intercept HLT, by which L2's handlers end")
+        raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)

@@ -29,6 +29,13 @@ INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
 NESTED_PDPTE_SHUTDOWN: Final = "nested-pdpte-shutdown"
 VMRUN_WANTS_PAGING: Final = "vmrun-wants-paging"
+BREAKPOINT_AS_SOFTWARE: Final = "breakpoint-as-software"
+INVD_AS_WBINVD: Final = "invd-as-wbinvd"
+RDTSCP_AS_RDTSC: Final = "rdtscp-as-rdtsc"
+ICEBP_UNDEFINED: Final = "icebp-undefined"
+LMSW_BY_BITS: Final = "lmsw-by-bits"
+MAPS_TO_THE_BYTE: Final = "maps-to-the-byte"
+XSETBV_NOT_INTERCEPTED: Final = "xsetbv-not-intercepted"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -163,6 +170,13 @@ QUIRKS: Final[dict[str, Quirk]] = {
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),
     NESTED_PDPTE_SHUTDOWN: Quirk(),
     VMRUN_WANTS_PAGING: Quirk(),
+    BREAKPOINT_AS_SOFTWARE: Quirk(),
+    INVD_AS_WBINVD: Quirk(),
+    RDTSCP_AS_RDTSC: Quirk(),
+    ICEBP_UNDEFINED: Quirk(),
+    XSETBV_NOT_INTERCEPTED: Quirk(),
+    MAPS_TO_THE_BYTE: Quirk(),
+    LMSW_BY_BITS: Quirk(),
     INTERRUPT_AS_EXCEPTION: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),

@@ -9,20 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 from harness.model.registers import RFLAGS
-from harness.model.vmcb import ExitCode
 from harness.scenario.ops import SIZED
 
 FLAGS: Final = RFLAGS.ZF | RFLAGS.PF
 """Status flags at each labelled access: those of a comparison of equals."""
-
-INTERCEPTED: Final = {
-    "vmrun": ExitCode.VMRUN, "vmload": ExitCode.VMLOAD, "vmsave": ExitCode.VMSAVE, "stgi": ExitCode.STGI,
-    "clgi": ExitCode.CLGI,
-}
-"""Probes that are an instruction of SVM, and the exit that each ends in."""
-
-INSTRUCTION_BYTES: Final = {ExitCode.VMMCALL: 3, ExitCode.HLT: 1} | dict.fromkeys(INTERCEPTED.values(), 3)
-"""Length of the instruction by which L2 leaves of its own will, by exit code."""
 
 CONSTANT: Final = {
     "r8": 0x0808_0808_0808_0808, "r9": 0x0909_0909_0909_0909, "r10": 0x1010_1010_1010_1010,
@@ -51,7 +41,9 @@ SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
 """Probes that load a segment register."""
 
 UNPRIVILEGED: Final = frozenset(
-    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru"} | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
+    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn", "icebp",
+     "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "monitor", "mwait"}
+    | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
 """Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""
 

@@ -21,6 +21,7 @@ from harness.model import consistency, events, vmrun
 from harness.model.access import ErrorCode
 from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
+from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode
 from harness.wire.image import PAGE
@@ -33,6 +34,12 @@ _RESUMED = ("cpl", "rflags", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds
 
 
 _NONE = Active()
+_BOTH_INFO = ("exitinfo1", "exitinfo2")
+_UNDEFINED = dict.fromkeys((one.exitcode for one in INTERCEPTS.values()), _BOTH_INFO) | {
+    ExitCode.EXCEPTION + vector: ("exitinfo2",) if vector in events.WITH_ERROR_CODE else _BOTH_INFO
+    for vector in range(32) if vector != events.PF
+} | {INTERCEPTS["msr"].exitcode: ("exitinfo2",), INTERCEPTS["ioio"].exitcode: ()}
+"""Fields in which no value is named for the exit (sections 15.6 and 15.12), by exit code."""
 
 
 class Twin(State):
@@ -169,10 +176,7 @@ class Twin(State):
         if l2.begun:
             vmcb["interrupt_shadow"] = 0  # 15.21.5: over with the first instruction
         undefined = ["fetched_count", "fetched_bytes"]
-        if code in stub.INSTRUCTION_BYTES:
-            undefined += ["exitinfo1", "exitinfo2"]  # 15.6: not defined where no value is named for the exit
-        elif code == ExitCode.EXCEPTION + events.GP:
-            undefined.append("exitinfo2")
+        undefined += _UNDEFINED.get(code, ())
         out.free = dict.fromkeys(undefined, WHOLE) | l2.undefined
         if leave.info1 & ErrorCode.ID and code == ExitCode.NPF and not self.host.efer & EFER.NXE:
             # 15.25.6 has I/D for every fetch, and an error code like that of #PF, where it needs NXE or SMEP (8.4.2)
@@ -185,7 +189,7 @@ class Twin(State):
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:
             out.free["rflags"] = RFLAGS.RF  # 15.5.1 and 15.7.1 leave open whether a fault saves it set
         if "nrips" in self.cpu.features:
-            vmcb["nrip"] = l2.regs.rip + stub.INSTRUCTION_BYTES[code] if code in stub.INSTRUCTION_BYTES else 0
+            vmcb["nrip"] = l2.regs.rip + leave.length if leave.length else 0
         out.control, out.save = self.vmcb_bytes()
         out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
         out.host = self._host() | {"dr6": l2.regs.dr6} | l2.host

@@ -17,11 +17,14 @@ NMI: Final = 2
 EXCEPTION: Final = 3
 SOFTWARE: Final = 4
 
+DE: Final = 0
+BP: Final = 3
+OF: Final = 4
 UD: Final = 6
 SS: Final = 12
 GP: Final = 13
 PF: Final = 14
-_WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
+WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 
 EVENT_VALID: Final = 1 << 31
 """V of EVENTINJ and EXITINTINFO: there is an event."""
@@ -61,7 +64,7 @@ class Event(NamedTuple):
     @classmethod
     def exception(cls, vector: int, error: int = 0) -> Self:
         """The exception of that vector, as the processor raises it."""
-        return cls(vector, EXCEPTION, error if vector in _WITH_ERROR_CODE else None)
+        return cls(vector, EXCEPTION, error if vector in WITH_ERROR_CODE else None)
 
 
 class Bus(Protocol):
@@ -74,8 +77,11 @@ class Bus(Protocol):
         """Write a quadword; the bits of `free` are not defined."""
 
 
-def deliver(event: Event, regs: Registers, vmcb: Vmcb, bus: Bus) -> tuple[str, ...]:
-    """Bring L2 to the first instruction of its handler (section 8.9.3). Returns the VMCB fields that
+def deliver(
+    event: Event, regs: Registers, vmcb: Vmcb, bus: Bus, next_rip: int | None = None
+) -> tuple[str, ...]:
+    """Bring L2 to the first instruction of its handler (section 8.9.3). `next_rip` goes into the frame, as that of
+    the next instruction, where it is not RIP. Returns the VMCB fields that
     the manual leaves undefined by it. Raises ValueError for tables that this model does not cover."""
     gate_at = vmcb["idtr.base"] + 16 * event.vector
     if 16 * event.vector + 15 > vmcb["idtr.limit"]:
@@ -98,7 +104,7 @@ def deliver(event: Event, regs: Registers, vmcb: Vmcb, bus: Bus) -> tuple[str, .
     # 8.9.3: SS is pushed in 64-bit mode always; RF is set in the image of a fault (3.1.6). Whether it
     # is for an event that was injected is not said.
     flags, free = regs.rflags, RFLAGS.RF
-    frame = [vmcb["ss.selector"], regs.rsp, flags, vmcb["cs.selector"], regs.rip]
+    frame = [vmcb["ss.selector"], regs.rsp, flags, vmcb["cs.selector"], regs.rip if next_rip is None else next_rip]
     if event.error is not None:
         frame.append(event.error)
     for slot, value in enumerate(frame):

@@ -113,10 +113,15 @@ _MEMORY: Final = (
 _EXIT: Final = (
     Rule("exit.vmmcall", "15.9",
          "When all probes are done L2 executes VMMCALL, which L1 intercepts: state is saved as of that instruction."),
-    Rule("exit.privileged", "8.2.14, 5.6.7",
-         "A privileged instruction at a CPL other than 0 raises #GP(0); RDPKRU and WRPKRU raise #UD while CR4.PKE=0."),
-    Rule("exit.intercept", "15.9",
-         "An instruction of SVM that L1 intercepts does nothing: L2 leaves with the state as it was before it."),
+    Rule("exit.privileged", "8.2.14",
+         "A privileged instruction at a CPL other than 0 raises #GP(0)."),
+    Rule("exit.exception", "8.2, 15.12",
+         "UD2, DIV by 0, INT3 and INTO raise #UD, #DE, #BP and #OF, and so does, with #UD, what is not there: VMMCALL "
+         "that L1 does not intercept, SVM while EFER.SVME=0, RDPKRU while CR4.PKE=0; the RIP that L1 finds is the "
+         "instruction's."),
+    Rule("exit.intercept", "15.9, 15.10, 15.11",
+         "An instruction that L1 intercepts does nothing: L2 leaves with the state as it was before it; MSRs and ports "
+         "are intercepted one by one, by the permission maps."),
     Rule("exit.delivered", "8.9.3, 15.7",
          "An exception or injected event that L1 does not intercept goes through L2's own IDT, and its handler runs."),
     Rule("exit.host", "15.6",

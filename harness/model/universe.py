@@ -27,8 +27,10 @@ from harness.model.coverage import (
 )
 from harness.model.dirty import write_back
 from harness.model.entries import NX, PS, PSE36_SHIFT, RW, US, D, Format, Level, P, legacy, long_mode, pae
+from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import PKRU_AD, PKRU_WD, Cpu
 from harness.model.rules import RULES, Rule
+from harness.model.vmcb import ExitCode
 from harness.model.walk import FINAL, GUEST, NESTED, Paging, translate
 
 ACCESSES: Final = tuple(
@@ -81,6 +83,14 @@ NO_CELLS: Final = {
 }
 """Rules that no run can put to the test, and why."""
 
+_INTERCEPTED: Final = sorted(
+    {one.exitcode for one in INTERCEPTS.values()} - {INTERCEPTS[name].exitcode for name in (
+        "intr", "nmi", "smi", "init", "vintr", "task-switch", "ferr-freeze", "shutdown", "vmmcall",
+        *(f"{kind}{n}" for n in range(16) for kind in ("rdcr", "wrcr") if n not in (0, 2, 3, 4)),
+        *(f"{kind}{n}" for n in range(16) for kind in ("rddr", "wrdr") if n not in (6, 7)))}
+)
+"""Exits of instructions that L2 has in all modes."""
+
 _EXITS: Final = (
     ("exit.vmmcall", "VMEXIT_VMMCALL"),
     *(("exit.intercept", f"VMEXIT_{name}") for name in ("VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI")),
@@ -90,6 +100,12 @@ _EXITS: Final = (
     ("exit.registers", "#VMEXIT"),
 )
 """Rules of #VMEXIT that hold in every pair of modes, and their outcomes."""
+
+_INSTRUCTIONS: Final = (
+    *(("exit.intercept", ExitCode.describe(code)) for code in _INTERCEPTED),
+    *(("exit.exception", f"VMEXIT_EXCP{vector}") for vector in (0, 3, 6)),
+)
+"""Rules of #VMEXIT that hold in every mode of L2, whatever L1's is, and their outcomes."""
 
 DELIVERIES: Final = ("#PF", "#GP", "exception", "interrupt", "NMI", "software interrupt")
 """What goes through L2's own IDT, as `exit.delivered` has it."""
@@ -138,6 +154,8 @@ def _everything(cpu: Cpu) -> Iterator[Cell]:
         yield from _walks(cpu, guest, nested)
         mode = f"{_name(guest) or OFF}/{_name(nested) or NONE}"
         for rule, outcome in _EXITS:
+            yield Cell(rule, "", "", mode, outcome)
+        for rule, outcome in _INSTRUCTIONS if nested is not None and nested.name == "4-level" else ():
             yield Cell(rule, "", "", mode, outcome)
         if guest is not None and guest.address_bits > 32:  # the model has deliveries in long mode
             for outcome in _deliveries(nested is not None):

@@ -124,18 +124,28 @@ class ExitCode:
     NPF: Final = 0x400
     INVALID: Final = (1 << 64) - 1
 
+    _INSTRUCTIONS: Final = (
+        "INTR", "NMI", "SMI", "INIT", "VINTR", "CR0_SEL_WRITE", "IDTR_READ", "GDTR_READ", "LDTR_READ", "TR_READ",
+        "IDTR_WRITE", "GDTR_WRITE", "LDTR_WRITE", "TR_WRITE", "RDTSC", "RDPMC", "PUSHF", "POPF", "CPUID", "RSM", "IRET",
+        "SWINT", "INVD", "PAUSE", "HLT", "INVLPG", "INVLPGA", "IOIO", "MSR", "TASK_SWITCH", "FERR_FREEZE", "SHUTDOWN",
+        "VMRUN", "VMMCALL", "VMLOAD", "VMSAVE", "STGI", "CLGI", "SKINIT", "RDTSCP", "ICEBP", "WBINVD", "MONITOR",
+        "MWAIT", "MWAIT_CONDITIONAL", "XSETBV",
+    )
+
     @classmethod
     def describe(cls, code: int) -> str:
         """The manual's name for an exit code."""
         names = {
-            cls.HLT: "HLT", cls.SHUTDOWN: "SHUTDOWN", cls.VMMCALL: "VMMCALL", cls.NPF: "NPF",
-            cls.VMRUN: "VMRUN", cls.VMLOAD: "VMLOAD", cls.VMSAVE: "VMSAVE", cls.STGI: "STGI", cls.CLGI: "CLGI",
-            cls.INVALID: "INVALID", 0x4D: "#GP", 0x4E: "#PF",
+            cls.NPF: "NPF", cls.INVALID: "INVALID", 0x4D: "#GP", 0x4E: "#PF",
         }
         if code in names:
             return f"VMEXIT_{names[code]}"
         if cls.EXCEPTION <= code < cls.EXCEPTION + 32:
             return f"VMEXIT_EXCP{code - cls.EXCEPTION}"
+        if code < cls.EXCEPTION:
+            return f"VMEXIT_{'CR' if code < 0x20 else 'DR'}{code & 0xF}_{'WRITE' if code & 0x10 else 'READ'}"
+        if 0x60 <= code < 0x60 + len(cls._INSTRUCTIONS):
+            return f"VMEXIT_{cls._INSTRUCTIONS[code - 0x60]}"
         return f"VMEXIT {code:#x}"
 
 

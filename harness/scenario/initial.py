@@ -8,7 +8,7 @@ from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import FIELDS, MISC2_SVM, NP_ENABLE
 from harness.model.vmrun import Host
 from harness.scenario.modes import Mode
-from harness.wire.image import PAGE, Image
+from harness.wire.image import PAGE
 
 SYSTEM: Final = ("idt", "gdt", "tss", "stack")
 """L2's system structures: each has a gPA and a gVA of its own, all lie on one sPA page."""
@@ -33,15 +33,15 @@ INITIAL_HOST: Final = Host(HOST_CR0, HOST_CR4, HOST_EFER, HOST_PAT, HOST_DR7)
 """L1's registers in 4-level paging, before a scenario changes any."""
 
 
-def vmcb_fields(image: Image, mode: Mode, gva: dict[str, int], gcr3: int, ncr3: int | None) -> dict[str, int]:
-    """A VMCB for L2 in `mode`; `ncr3` None is NP_ENABLE=0. Where a value is free it is unlike L1's and
-    unlike any other, so that a field loaded or saved in the wrong place shows."""
+def vmcb_fields(maps: dict[str, int], mode: Mode, gva: dict[str, int], gcr3: int, ncr3: int | None) -> dict[str, int]:
+    """A VMCB for L2 in `mode`; `ncr3` None is NP_ENABLE=0, `maps` are the permission maps. Where a value is free it
+    is unlike L1's and unlike any other, so that a field loaded or saved in the wrong place shows."""
     return {
         "intercept_exceptions": 0xFFFF_FFFF,
         "intercept_misc1": 1 << 31 | 1 << 24,  # SHUTDOWN: a triple fault of L2 is L2's; HLT: its handlers' end
         "intercept_misc2": MISC2_SVM,
-        "iopm_base": image.iopm,
-        "msrpm_base": image.msrpm,
+        "iopm_base": maps["iopm"],
+        "msrpm_base": maps["msrpm"],
         "asid": 5,
         "tlb_control": 1,
         "v_intr": 1 << 24,  # V_INTR_MASKING

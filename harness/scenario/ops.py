@@ -118,9 +118,10 @@ class Scenario:
     """Size of the nested pages that map L2's tables."""
 
 
-SIZED: Final = frozenset({"read", "write", "rmw"})
-MEMORY: Final = SIZED | {"fetch", "invlpg", "push", "pop"}
-STORES: Final = frozenset({"write", "rmw", "push"})
+PORTS: Final = frozenset({"in", "out"})
+SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
+MEMORY: Final = SIZED - PORTS | {"fetch", "invlpg", "push", "pop"}
+STORES: Final = frozenset({"write", "rmw", "push", "out"})
 """Probes that write a value of their own where none is given."""
 _PROBE: Final = re.compile(
     r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
@@ -142,10 +143,10 @@ def parse_probe(text: str) -> Probe:
         raise ValueError(f"{text!r} is not a probe; it is KIND[SIZE] [TARGET[+OFFSET]] [= VALUE], KIND one of {known}")
     if match["size"] and kind not in SIZED:
         raise ValueError(f"{text!r}: {kind} takes no size")
-    needs_target = kind in MEMORY or kind.endswith("msr")
+    needs_target = kind in MEMORY | PORTS or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in STORES or kind.startswith("wr") or kind == "lar"
+    takes_value = kind in STORES or kind.startswith("wr") or kind in ("lar", "lmsw")
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
     if takes_value and not match["value"] and kind not in STORES:

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from harness.errors import UsageError
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import BITS, FRAME
+from harness.model.intercepts import msr_bit
 from harness.model.registers import CR4, REGISTER_BITS, Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
@@ -20,7 +21,7 @@ from harness.scenario.world import World, build
 from harness.wire import layout
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
-from harness.wire.layout import HOST_REGISTERS, MAX_PROBES
+from harness.wire.layout import HOST_REGISTERS, MAX_PROBES, PROBES
 from harness.wire.program import Step, WireProbe, encode
 
 T = TypeVar("T")
@@ -28,8 +29,10 @@ T = TypeVar("T")
 LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
 """Probes that L2 cannot make with 32-bit code."""
 
-NOT_REAL: Final = frozenset({"fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "wrgdtr",
-                             "wridtr", "rdldtr", "rdtr", "vmrun", "vmload", "vmsave", "stgi", "clgi"})
+NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >= PROBES["cpuid"]) | {
+    "fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "wrgdtr", "wridtr", "rdldtr", "rdtr",
+    "vmrun", "vmload", "vmsave", "stgi", "clgi",
+}
 """Probes that L2 cannot make in real mode."""
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
@@ -176,6 +179,9 @@ class _Body:
         self.steps.append(Step("REWIND", a=self.world.vmcb_address))
 
     def _entry(self, index: int, op: ops.EntryOp) -> None:
+        if op.entry.startswith(tuple(self.world.maps)):
+            self._map(index, op)
+            return
         address = _lookup(self.world.entries, op.entry, "entry")
         width = self.world.entry_widths[op.entry.partition(".")[0]]
         new = _change(op.change, self._entry_now(op.entry), BITS)
@@ -186,6 +192,25 @@ class _Body:
             raise ValueError(f"{new:#x} does not fit in {op.entry}, which has {8 * width} bits")
         self.written[address] = new
         self.steps.append(Step("WRITE", width, address, new, origin=index))
+
+    def _map(self, index: int, op: ops.EntryOp) -> None:
+        """`msrpm.NUMBER` or `iopm.NUMBER`: the bits of an MSR or a port in L1's permission maps."""
+        name, _, text = op.entry.partition(".")
+        if not re.fullmatch(r"0x[0-9a-fA-F]+|\d+", text) or op.frame is not None or op.change.value is not None:
+            raise ValueError(f"{op.entry!r}: write {name}.NUMBER, with bits to set or clear")
+        number = int(text, 0)
+        if name == "iopm":
+            places = {"any": (number >> 3, number & 7)} if number < 1 << 16 else {}
+        else:
+            places = {"read": at, "write": (at[0], at[1] + 1)} if (at := msr_bit(number, False)) else {}
+        if not places:
+            raise ValueError(f"{op.entry!r} has no bit in that map")
+        offset = next(iter(places.values()))[0] & ~7
+        bits = {what: 1 << 8 * (at & 7) + bit for what, (at, bit) in places.items()}
+        address = self.world.maps[name] + offset
+        new = _change(op.change, self.written.get(address, 0), bits)
+        self.written[address] = new
+        self.steps.append(Step("WRITE", 8, address, new, origin=index))
 
     def _entry_now(self, name: str) -> int:
         """The entry of that name as L1 last wrote it."""
@@ -237,7 +262,11 @@ class _Body:
         address = 0
         if probe.target:
             address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
-        size = probe.size or self.world.mode.native
+        size = probe.size or (4 if probe.kind in ops.PORTS else self.world.mode.native)
+        if probe.kind in ops.PORTS and (size > 4 or not probe.target[0].isdigit() or address + size > 1 << 16):
+            raise ValueError(f"`{probe}` needs a port's number, and 1, 2 or 4 bytes")
+        if probe.kind == "overflow" and self.world.mode.long:
+            raise ValueError(f"`{probe}` is none of 64-bit mode's instructions")
         if size > self.world.mode.native or (probe.kind in LONG_ONLY and not self.world.mode.long):
             raise ValueError(f"`{probe}` needs 64-bit mode")
         if probe.kind in NOT_REAL and self.world.mode.real:

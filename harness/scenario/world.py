@@ -71,6 +71,8 @@ class World:
     code: tuple[int, int] = (0, 0)
     """What RIP is at the start of L2's code page, by whether at CPL 3."""
     mailbox: tuple[int, int] = (0, 0)
+    maps: dict[str, int] = field(default_factory=dict)
+    """sPAs of L1's permission maps for MSRs and ports, `msrpm` and `iopm`: no bit is set."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def build(
         if nested:
             nested.map(gpa[page], spa[page], nested_shift, f"nested.{page}")
 
-    vmcb = vmcb_fields(image, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)
+    maps = {"msrpm": system - 2 * PAGE, "iopm": system - 5 * PAGE}
+    vmcb = vmcb_fields(maps, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)
     words = arena.words | system_words(system, gva["stack"], aliases["code"] + stub.labels["vectors"])
     code = aliases["code"], aliases["code3"]
     if mode.real:  # RIP is an offset in a segment that begins with the page, and L2 is told where that is
@@ -212,6 +215,7 @@ def build(
         entry_widths={"guest": tables.width if tables else 8, "nested": nested.width if nested else 8},
         code=code,
         mailbox=(aliases["mailbox"], aliases["mailbox3"]),
+        maps=maps,
     )
 
 

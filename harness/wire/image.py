@@ -42,8 +42,6 @@ class Image(NamedTuple):
     op_ring: int
     record_ring: int
     mailbox: int
-    msrpm: int
-    iopm: int
     vmcbs: Region
     arena: Region
     data: Region
@@ -63,8 +61,6 @@ class Image(NamedTuple):
             op_ring=symbols["tw_op_ring"],
             record_ring=symbols["tw_record_ring"],
             mailbox=symbols["tw_mailbox"],
-            msrpm=symbols["tw_msr_permission_map"],
-            iopm=symbols["tw_io_permission_map"],
             low_end=symbols["tw_low_end"],
             **{f"{low}{name}s" if name == "vmcb" else f"{low}{name}":
                Region(symbols[f"tw_{high}{name}"], symbols[f"tw_{high}{name}_end"])

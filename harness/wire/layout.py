@@ -234,6 +234,11 @@ PROBES = {
     "rdgdtr": 32, "rdgdtl": 33, "rdidtr": 34, "rdidtl": 35, "wrgdtr": 36, "wridtr": 37, "rdldtr": 38, "rdtr": 39,
     "wres": 40, "wrds": 41, "vmrun": 42, "vmload": 43, "vmsave": 44, "stgi": 45, "clgi": 46,
     "push": 48, "pop": 49, "lar": 50, "rdpkru": 51, "wrpkru": 52,
+    # what L1 may intercept, and what raises an exception of its own
+    "cpuid": 64, "rdtsc": 65, "rdtscp": 66, "rdpmc": 67, "pause": 68, "hlt": 69, "invd": 70, "wbinvd": 71,
+    "invlpga": 72, "skinit": 73, "monitor": 74, "mwait": 75, "xsetbv": 76, "iret": 77, "rsm": 78, "icebp": 79,
+    "clts": 80, "smsw": 81, "lmsw": 82, "in": 83, "out": 84, "lldt": 85, "ltr": 86, "vmmcall": 87,
+    "intn": 88, "breakpoint": 89, "overflow": 90, "undefined": 91, "divide": 92,
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",

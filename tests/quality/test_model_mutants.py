@@ -303,9 +303,78 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "rdcr8"),
     "CR8 of L1 is not L2's to write": Mutant(
         "lockstep.l2", 'self.host["cr8"] = value & 0xF', "pass", ("state/cr8-not-masked",), "C3", "l1.cr8"),
+    # intercepts
     "one exit for VMLOAD and VMSAVE": Mutant(
-        "lockstep.l2", "code = stub.INTERCEPTED[kind]", 'code = stub.INTERCEPTED[kind.replace("save", "load")]',
-        ("state/svm-instructions-alone",), "C1", "outcome"),
+        "lockstep.instructions", "code = INTERCEPTS[kind].exitcode",
+        'code = INTERCEPTS[kind.replace("save", "load")].exitcode', ("state/svm-instructions-alone",), "C1", "outcome"),
+    "intercepts of reads and writes of CRs swapped": Mutant(
+        "model.intercepts", "return bool(vmcb[field] >> bit & 1)",
+        'return bool(vmcb[field] >> (bit ^ 16 if field == "intercept_cr" else bit) & 1)', ("intercepts/cr-bits",), "C1",
+        "outcome"),
+    "intercepts of reads and writes of DRs swapped": Mutant(
+        "model.intercepts", "return bool(vmcb[field] >> bit & 1)",
+        'return bool(vmcb[field] >> (bit ^ 16 if field == "intercept_dr" else bit) & 1)', ("intercepts/dr-bits",), "C1",
+        "outcome"),
+    "an intercept bit's neighbour asks for it": Mutant(
+        "model.intercepts", "return bool(vmcb[field] >> bit & 1)", "return bool(vmcb[field] >> bit & 3)",
+        ("intercepts/misc1-bits", "intercepts/misc2-bits"), "C1", "outcome"),
+    "WBINVD is not intercepted": Mutant(
+        "model.intercepts", "return bool(vmcb[field] >> bit & 1)",
+        'return bool(vmcb[field] >> bit & 1) and name != "wbinvd"', ("intercepts/misc2-bits",), "C1", "outcome"),
+    "the intercept of PUSHF comes behind its push": Mutant(
+        "lockstep.instructions", 'if kind == "wrflags" else 0)', "if True else 0)", ("intercepts/all",), "C3", "rsp"),
+    "the selective intercept of CR0 looks at TS": Mutant(
+        "model.intercepts", "& ~(CR0.TS | CR0.MP)", "& ~CR0.MP", ("intercepts/selective",), "C1", "outcome"),
+    "the selective intercept of CR0 looks at no bits": Mutant(
+        "model.intercepts", "(old ^ new) & ~(CR0.TS | CR0.MP)", "1", ("intercepts/selective",), "C1", "outcome"),
+    "CLTS is intercepted by its bits": Mutant(
+        "lockstep.instructions", 'if not asked and kind in ("wrcr0", "lmsw")',
+        'if not asked and kind in ("wrcr0", "lmsw", "clts")', ("intercepts/selective",), "C1", "outcome"),
+    "MSR map: reads for writes": Mutant(
+        "model.intercepts", "% 4 * 2 + write", "% 4 * 2 + (not write)", ("intercepts/msr",), "C1", "outcome"),
+    "MSR map: one bit for both": Mutant(
+        "model.intercepts", "% 4 * 2 + write", "% 4 * 2", ("intercepts/msr",), "C1", "outcome"),
+    "MSR map: the second range where the first is": Mutant(
+        "model.intercepts", "(0xC000_0000, 0x800)", "(0xC000_0000, 0)", ("intercepts/msr",), "C1", "outcome"),
+    "MSR map: its address cut to 32 bits": Mutant(
+        "model.intercepts", '_bit(ram, vmcb["msrpm_base"],', '_bit(ram, vmcb["msrpm_base"] & 0xFFFF_FFFF,',
+        ("intercepts/msr",), "C1", "outcome"),
+    "MSR: EXITINFO1 is 0 for writes": Mutant(
+        "lockstep.instructions", 'info1 = int(kind == "wrmsr")', "info1 = 0", ("intercepts/msr",), "C3", "exitinfo1"),
+    "ports: the first byte's bit alone": Mutant(
+        "model.intercepts", "range(number, number + size)", "range(number, number + 1)", ("intercepts/ports",), "C1",
+        "outcome"),
+    "ports: bits of the same byte of the map only": Mutant(
+        "model.intercepts", "range(number, number + size)", "range(number, min(number + size, (number | 7) + 1))",
+        ("intercepts/ports",), "C1", "outcome"),
+    "ports: one byte too many": Mutant(
+        "model.intercepts", "range(number, number + size)", "range(number, number + size + 1)", ("intercepts/ports",),
+        "C1", "outcome"),
+    "ports: the map's address cut to 32 bits": Mutant(
+        "model.intercepts", 'base = vmcb["iopm_base"]', 'base = vmcb["iopm_base"] & 0xFFFF_FFFF', ("intercepts/ports",),
+        "C1", "outcome"),
+    "ports: IN for OUT in EXITINFO1": Mutant(
+        "model.intercepts", "| size << 4 | read", "| size << 4 | (not read)", ("intercepts/ports",), "C3", "exitinfo1"),
+    "ports: no operand size": Mutant(
+        "model.intercepts", "| size << 4 | read", "| read", ("intercepts/ports",), "C3", "exitinfo1"),
+    "ports: EXITINFO2 is RIP": Mutant(
+        "lockstep.instructions", "info2 = _next_rip(l2, kind, size)", "info2 = regs.rip", ("intercepts/ports",), "C3",
+        "exitinfo2"),
+    "TSC_OFFSET ignored": Mutant(
+        "lockstep.instructions", 'return vmcb["tsc_offset"] >> 56', "return 0", ("intercepts/tsc-offset",), "C3",
+        "rdtsc"),
+    "VMMCALL that is not intercepted does nothing": Mutant(
+        "lockstep.instructions", 'case "vmmcall" | "undefined":', 'case "undefined":', ("intercepts/vmmcall",), "C1",
+        "outcome"),
+    "SVM's instructions are intercepted though EFER.SVME=0": Mutant(
+        "lockstep.instructions", "return kind in SVM and not l2.regs.efer & EFER.SVME", "return False",
+        ("intercepts/svme-off",), "C1", "outcome"),
+    "INT n meets exception intercepts": Mutant(
+        "lockstep.instructions", "l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
+        "l2.exception(Event(_INT_VECTOR)), l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
+        ("intercepts/exceptions",), "C1", "outcome"),
+    "the frame of INT n has its own RIP": Mutant(
+        "model.events", "regs.rip if next_rip is None else next_rip", "regs.rip", ("intercepts/exceptions",), "C1", ""),
     "ES keeps its base": Mutant(
         "lockstep.l2", 'vmcb[f"{name}.base"] = entry', 'entry = entry', ("state/load-descriptor",), "C3", "es.base"),
     "ES keeps its limit": Mutant(

@@ -17,7 +17,7 @@ OP_RING = 0x1000
 RECORD_RING = OP_RING + OP_SLOTS * OP.size
 IMAGE = Image(
     ram_end=RECORD_RING + RECORD_SLOTS * RECORD.size, low_end=1 << 31, shared=0, op_ring=OP_RING,
-    record_ring=RECORD_RING, mailbox=0, msrpm=0, iopm=0, mirror_offset=0, stubs={},
+    record_ring=RECORD_RING, mailbox=0, mirror_offset=0, stubs={},
     **dict.fromkeys(("vmcbs", "arena", "data", "low_vmcbs", "low_arena", "low_data"), Region(0, 0)),
 )
 

@@ -1,0 +1,160 @@
+"""Instructions of L2 that L1 may intercept: whether it does, and what they do where it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from harness.errors import UsageError
+from harness.lockstep import stub
+from harness.lockstep.delivery import Leave
+from harness.lockstep.quirks import (
+    BREAKPOINT_AS_SOFTWARE,
+    ICEBP_UNDEFINED,
+    INVD_AS_WBINVD,
+    LMSW_BY_BITS,
+    MAPS_TO_THE_BYTE,
+    RDTSCP_AS_RDTSC,
+    XSETBV_NOT_INTERCEPTED,
+)
+from harness.model import events, intercepts
+from harness.model.events import Event
+from harness.model.intercepts import FIRST, INTERCEPTS
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.vmcb import ExitCode
+
+if TYPE_CHECKING:
+    from harness.lockstep.l2 import L2
+
+SVM: Final = frozenset({"vmrun", "vmload", "vmsave", "stgi", "clgi", "skinit", "invlpga"})
+"""Those that raise #UD while EFER.SVME is 0, before anything else is looked at."""
+
+QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
+"""Those that go on with no effect that L2 looks at."""
+
+OTHERS: Final = QUIET | {
+    "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "breakpoint", "overflow", "undefined",
+    "divide", "invd", "xsetbv",
+}
+"""Those that this module carries out."""
+
+_TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RDTSC, "rdtsc")}
+"""Quirks: instructions that another one's intercept is checked for."""
+
+_INT_VECTOR: Final = 13
+"""Of the INT n of L2's code: one that is an exception's, and that no exception intercept catches."""
+_SMSW: Final = 0xFFFF_FFFF
+_LMSW: Final = CR0.MP | CR0.EM | CR0.TS
+_OF_AN_OVERFLOW: Final = RFLAGS.OF | RFLAGS.SF | RFLAGS.AF | RFLAGS.PF
+
+
+def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
+    """A probe that is no access to memory: exceptions for what the instruction is, its intercept, and what it does.
+    Returns its result."""
+    quirks = l2.state.quirks
+    if _undefined(l2, kind):
+        l2.exception(Event.exception(events.UD))
+    if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
+        _check(l2, kind, size, address, value)
+    if l2.regs.cpl and kind not in stub.UNPRIVILEGED:
+        l2.exception(Event.exception(events.GP))
+    if kind in _TAKEN_FOR and quirks.has(_TAKEN_FOR[kind][0]):
+        _check(l2, _TAKEN_FOR[kind][1], size, address, value, kind)
+    elif kind in INTERCEPTS and kind not in FIRST:
+        _check(l2, kind, size, address, value)
+    if kind in OTHERS:
+        return _execute(l2, kind, size, address, value)
+    return l2.register(kind, address, value)
+
+
+def _undefined(l2: L2, kind: str) -> bool:
+    """Whether the instruction is none of this processor's as L2 has set it up."""
+    if kind == "icebp":
+        return l2.state.quirks.has(ICEBP_UNDEFINED)
+    if kind == "xsetbv":
+        return not l2.regs.cr4 & CR4.OSXSAVE
+    return kind in SVM and not l2.regs.efer & EFER.SVME
+
+
+def length(l2: L2, kind: str, size: int = 0) -> int:
+    """Bytes of a probe's instruction."""
+    name = stub.label(kind, size)
+    return l2.state.stub.labels[f"next_{name}"] - l2.state.stub.labels[name]
+
+
+def _next_rip(l2: L2, kind: str, size: int = 0) -> int:
+    return l2.regs.rip + length(l2, kind, size)
+
+
+def _check(l2: L2, kind: str, size: int, address: int, value: int, probe: str = "") -> None:
+    """Leave, if L1 intercepts this instruction; `probe` is the one that it is in truth."""
+    vmcb, regs, ram = l2.state.vmcb, l2.regs, l2.state.memory.words
+    begun = regs.rsp
+    if kind in ("rdflags", "wrflags"):
+        regs.rsp = l2.step.c + 0x1000 - (l2.state.mode.native if kind == "wrflags" else 0) & l2.mask
+    info1 = info2 = 0
+    try:
+        if kind in ("rdmsr", "wrmsr"):
+            asked = intercepts.msr(vmcb, ram, address, kind == "wrmsr", l2.state.quirks.has(MAPS_TO_THE_BYTE))
+            info1 = int(kind == "wrmsr")
+        elif kind in ("in", "out"):
+            asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
+            info1 = intercepts.ioio_info(address, size, kind == "in", 64 if l2.state.mode.long else 32)
+            info2 = _next_rip(l2, kind, size)
+        else:
+            asked = intercepts.asks(vmcb, kind)
+    except IndexError:
+        raise UsageError(f"a permission map at {vmcb['msrpm_base']:#x} or {vmcb['iopm_base']:#x} is not in "
+                         "L1's memory") from None
+    code = INTERCEPTS[kind].exitcode
+    if not asked and kind in ("wrcr0", "lmsw"):
+        new = regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE) if kind == "lmsw" else value
+        always = kind == "lmsw" and not l2.state.quirks.has(LMSW_BY_BITS)
+        asked = intercepts.cr0_selective(vmcb, regs.cr0, new, always)
+        code = INTERCEPTS["cr0-selective"].exitcode
+    if asked:
+        raise Leave(code, info1, info2, rule="exit.intercept", length=length(l2, probe or kind, size))
+    regs.rsp = begun
+
+
+def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
+    """What an instruction of OTHERS does that is not intercepted; returns the probe's result."""
+    regs, vmcb = l2.regs, l2.state.vmcb
+    match kind:
+        case "rdtsc" | "rdtscp":
+            return vmcb["tsc_offset"] >> 56  # the counter itself has not come that far
+        case "clts":
+            l2.write_register("cr0", regs.cr0 & ~CR0.TS)
+        case "smsw":
+            return regs.cr0 & _SMSW
+        case "lmsw":
+            l2.write_register("cr0", regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE))
+        case "in" | "out":
+            if regs.cpl > regs.rflags >> 12 & 3:
+                raise UsageError("ports at a CPL above IOPL are not modelled")
+            return 0
+        case "invd" if not l2.state.quirks.has(INVD_AS_WBINVD):
+            raise UsageError("L1 must intercept INVD: what is in the caches is lost by it")
+        case "xsetbv":
+            l2.exception(Event.exception(events.GP))  # ECX is none of an extended control register
+        case "vmmcall" | "undefined":
+            l2.exception(Event.exception(events.UD))
+        case "divide":
+            l2.exception(Event.exception(events.DE))
+        case "intn":
+            l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip=_next_rip(l2, kind))
+        case "breakpoint" | "overflow":
+            _trap(l2, kind)
+    return 0 if kind in QUIET else value
+
+
+def _trap(l2: L2, kind: str) -> None:
+    """INT3 and INTO: exceptions whose saved RIP, where they are intercepted, is their own (section 15.12)."""
+    vector = events.BP if kind == "breakpoint" else events.OF
+    if kind == "overflow":
+        l2.regs.rflags = l2.regs.rflags & ~RFLAGS.STATUS | _OF_AN_OVERFLOW
+    if l2.state.quirks.has(BREAKPOINT_AS_SOFTWARE):
+        if intercepts.asks(l2.state.vmcb, "intn"):
+            raise Leave(INTERCEPTS["intn"].exitcode, rule="exit.intercept")
+    elif l2.intercepted(vector):
+        raise Leave(ExitCode.EXCEPTION + vector, rule="exit.exception", length=length(l2, kind))
+    l2.deliver(Event(vector), next_rip=_next_rip(l2, kind))
