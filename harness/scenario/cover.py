@@ -135,11 +135,15 @@ class _Case:
     def best(self, axis: int, missing: list[list[int]]) -> int:
         """The value of `axis` that fits and, with the values that are there, has the most of what is missing:
         `missing` has rows by the numbers of candidates."""
-        first, mask, room, most = self.space.first[axis], self.mask, self._part.room, -1
+        space, mask, most = self.space, self.mask, -1
+        first, kind_of = space.first[axis], space.kind_of
         best: list[int] = []
-        free = axis in self.space.free
-        for value in range(first, self.space.first[axis + 1]):
-            if free or room(axis, value - first):
+        fits: dict[int, bool] = {}
+        for value in range(first, space.first[axis + 1]):
+            kind = kind_of[value]
+            if kind not in fits:
+                fits[kind] = bool(self._part.room(axis, value - first))
+            if fits[kind]:
                 gain = 0
                 for row in missing:
                     new = row[value] & mask

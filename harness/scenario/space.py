@@ -199,6 +199,7 @@ class Space:
         self.size = self._before[-1]
         """How many cases there are."""
         self.everything = sum(1 << n for n, size in enumerate(sizes_then) if size)
+        self._thirds: dict[tuple[int, int], int] = {}
 
     def at(self, rank: int) -> Case:
         """The case of that number, 0 to `size` - 1."""
@@ -239,35 +240,63 @@ class Space:
         return tuple(axis for axis, (start, end) in enumerate(pairwise(self.first)) for _ in range(start, end))
 
     @cached_property
+    def kind_of(self) -> tuple[int, ...]:
+        """By a value's number: its kind. Values of one axis between which no constraint makes a difference are of
+        one, so that what goes with one of them goes with all."""
+        kinds: dict[tuple[int, int], int] = {}
+        found = []
+        for one, axis in enumerate(self.axis_of):
+            value, at = one - self.first[axis], self.block_of.get(axis)
+            sort = 0 if axis in self.free else value if at is None else self.blocks[at].classes[axis][value]
+            found.append(kinds.setdefault((axis, sort), len(kinds)))
+        return tuple(found)
+
+    @cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """By the number of a kind: the first of its values, and all of them as bits by their numbers."""
+        found: dict[int, tuple[int, int]] = {}
+        for value, kind in enumerate(self.kind_of):
+            first, values = found.get(kind, (value, 0))
+            found[kind] = first, values | 1 << value
+        return list(found.values())
+
+    @cached_property
     def together(self) -> list[int]:
         """By a value's number: the set of values, as bits by their numbers, of other axes with which it has
         a case. The value itself is among them if it has one at all."""
         rows = []
-        for one, axis in enumerate(self.axis_of):
-            with_one = self._with(one)
-            rows.append(sum(
-                1 << other for other, its_axis in enumerate(self.axis_of)
-                if (other == one and with_one.open) or (its_axis != axis and self._goes(with_one, other))
-            ))
-        return rows
+        for first, _ in self.kinds:
+            with_one = self._with(first)
+            rows.append((bool(with_one.open), sum(
+                values for other, values in self.kinds
+                if self.axis_of[other] != self.axis_of[first] and self._goes(with_one, other)
+            )))
+        return [rows[kind][1] | rows[kind][0] << one for one, kind in enumerate(self.kind_of)]
 
     def third(self, one: int, other: int) -> int:
         """The values, as bits by their numbers, that have a case with both of two values of different axes."""
+        pair = self.kind_of[one], self.kind_of[other]
+        found = self._thirds.get(pair)
+        if found is None:
+            found = self._thirds[pair] = self._third(one, other)
+        return found
+
+    def _third(self, one: int, other: int) -> int:
         if one == other or not self.together[one] >> other & 1:
             return 0
         candidates = self.together[one] & self.together[other] & ~(1 << one) & ~(1 << other)
         both = self._with(one, other)
         near = self._blocks(one, other) - {None}
-        for axis, start in enumerate(self.first[:-1]):
+        for first, values in self.kinds:
+            axis = self.axis_of[first]
             if self.block_of.get(axis) in near:
-                goes = [self._goes(both, value) for value in range(start, self.first[axis + 1])]
+                goes = self._goes(both, first)
             elif both.open == self.everything:
                 continue  # all that goes with each goes with both
             else:  # a block of its own is tied to them by the hub alone
-                goes = [bool(both.open & alone) for alone in self._alone[start : self.first[axis + 1]]]
-            for value, fits in enumerate(goes, start):
-                if not fits:
-                    candidates &= ~(1 << value)
+                goes = bool(both.open & self._alone[first])
+            if not goes:
+                candidates &= ~values
         return candidates
 
     @cached_property
