@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Final
 
 from harness.lockstep.prediction import Prediction
@@ -27,6 +28,7 @@ _RESTORED: Final = (
     "rsp", "rflags", "cr3", "cr8", *_SELECTORS, "gdt_base", "gdt_limit", "idt_base", "idt_limit",
 )
 """L1's registers that must be behind VMRUN what they were before it."""
+_restored: Final = itemgetter(*_RESTORED)
 
 
 @dataclass(frozen=True)
@@ -222,18 +224,20 @@ def _walk_through(prediction: Prediction, address: int) -> Walk | None:
 def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[Divergence]:
     """L1's own registers, and L2's that pass through."""
     before, after = record.before, record.after
-    wanted = {name: before[name] for name in _RESTORED} | prediction.host
+    wanted = dict(zip(_RESTORED, _restored(before), strict=True)) | prediction.host
     read = after["all_read"]
-    for name, want in wanted.items():
-        if after[name] != want and (read or name not in DEAR):
-            yield _plain(context, "C3", f"l1.{name}", want, after[name], "exit.host")
+    if not wanted.items() <= after.items():
+        for name, want in wanted.items():
+            if after[name] != want and (read or name not in DEAR):
+                yield _plain(context, "C3", f"l1.{name}", want, after[name], "exit.host")
     if read and after["dr7"] & 0xFF:
         yield _plain(context, "C3", "l1.dr7", after["dr7"] & ~0xFF, after["dr7"], "exit.host-dr7")
     if same_course(prediction, record):
         regs = record.regs
-        for name, want in prediction.regs.items():
-            if regs[name] != want:
-                yield _plain(context, "C3", f"l2.{name}", want, regs[name], "exit.registers")
+        if not prediction.regs.items() <= regs.items():
+            for name, want in prediction.regs.items():
+                if regs[name] != want:
+                    yield _plain(context, "C3", f"l2.{name}", want, regs[name], "exit.registers")
 
 
 def check_sync(context: Context, record: Record) -> Iterator[Divergence]:

@@ -89,7 +89,7 @@ class Lockstep:
         self._machine = machine
         self._contexts = contexts
         self._enter = b"", b""
-        self._errata = errata
+        self._errata = [erratum for erratum in errata if erratum.checks]
         self._quirks = quirks_of(errata)
         self._channel = channel
         self._twin = twin

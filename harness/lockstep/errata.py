@@ -111,9 +111,8 @@ def _text(value: int | str) -> str:
     return value if isinstance(value, str) else f"{value:#x}"
 
 
-def explain(found: Sequence[Divergence], errata: Iterable[Erratum]) -> list[Divergence]:
+def explain(found: Sequence[Divergence], errata: Sequence[Erratum]) -> list[Divergence]:
     """`found`, of one scenario, each with the id of the erratum that explains it, if one does."""
-    errata = list(errata)
     out = []
     causes: list[tuple[Divergence, Erratum]] = []
     for divergence in found:

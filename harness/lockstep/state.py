@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple, Self
 
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
 from harness.model import vmrun
+from harness.model.access import Access
 from harness.model.dirty import Liberties
-from harness.model.memory import Memory
+from harness.model.memory import Memory, Words
 from harness.model.registers import RFLAGS, Cpu
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Host, Registers
-from harness.model.walk import Paging
+from harness.model.walk import Paging, Walk
 from harness.scenario.initial import INITIAL_HOST
 from harness.scenario.modes import HOST_MODES, MODES, Mode
 from harness.scenario.ops import DEFAULT_MODE
@@ -24,6 +26,29 @@ from harness.wire.program import Step
 
 _HOST_NAMES = {number: name for name, number in HOST_REGISTERS.items()}
 _MAX_PAGINGS = 1000
+
+
+class Entered(NamedTuple):
+    """Accesses as they are made again: as long as `words`, by quadword index, are as the first time left them, their
+    walks come out like this, and set no bit. `played` are the quirks that have a part in them."""
+
+    words: dict[int, int]
+    accesses: list[tuple[Paging, Access, Walk]]
+    played: frozenset[str]
+
+    @classmethod
+    def of(cls, ram: Words, accesses: list[tuple[Paging, Access, Walk]], played: Iterable[str]) -> Self:
+        """Of `accesses` that were made and that reached their pages; `ram` has the bits that they set."""
+        words = {step[3] >> 3: ram[step[3] >> 3] for _, _, walk in accesses for step in walk.trail}
+        again = []
+        for paging, access, walk in accesses:
+            set_since = dict.fromkeys((at for at, _, _ in walk.updates), 0)
+            for at, bits, _ in walk.updates:
+                set_since[at] |= bits
+            trail = [(dimension, level, purpose, at, entry | set_since.get(at, 0))
+                     for dimension, level, purpose, at, entry in walk.trail]
+            again.append((paging, access, walk._replace(trail=trail)))
+        return cls(words, again, frozenset(played))
 
 
 class State:
@@ -45,13 +70,14 @@ class State:
         self.watched: frozenset[int] = frozenset()
         self.tables: frozenset[int] = frozenset()
         """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
-        self.support: tuple[Paging, int, int] | None = None
-        """L2's own pages were walked under this translation, and no table was written since."""
+        self.entered: dict[tuple[object, ...], Entered] = {}
+        """L2's accesses of its own pages, by translation, place and CPL: see `harness.lockstep.l2`."""
         self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
         self._world: World | None = None
         self._touched: dict[int, None] = {}
         self._paging: dict[tuple[object, ...], tuple[Paging, tuple[str, ...]]] = {}
+        self._at_vmrun: tuple[tuple[object, ...], Host] = (), self.host
 
     def reset(self, world: World) -> None:
         """The state that each scenario starts in, whatever was before it."""
@@ -67,11 +93,10 @@ class State:
             for address, value in first.items():
                 words[address >> 3] = value
             self._world = world
-        self.support = None
-        self.watched = frozenset(world.watch)
+            self.watched = frozenset(world.watch)
+            self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
         self.mode = world.mode
         self.stub = self.image.stubs[world.mode.stub]
-        self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
         start = world.vmcb_address
         self.memory.bytes[start : start + PAGE] = world.vmcb_page
         self.vmcb = Vmcb(self.memory, start)
@@ -82,8 +107,6 @@ class State:
         """Do one op that is not a RUN."""
         if step.code == "WRITE":
             self.touch(step.a & ~7)
-            if self.image.in_arena(step.a):
-                self.support = None
             self.memory.write(step.a, step.b, step.arg)
         elif step.code == "HOST":
             setattr(self.host, _HOST_NAMES[step.arg], step.b)
@@ -108,7 +131,11 @@ class State:
 
     def host_at_vmrun(self) -> Host:
         """L1's registers as VMRUN finds them."""
-        return self.host_mode.registers(self.host)
+        host = self.host
+        key = (self.host_mode.name, host.cr0, host.cr4, host.efer, host.pat, host.dr7, host.pkru, host.u_cet)
+        if key != self._at_vmrun[0]:
+            self._at_vmrun = key, self.host_mode.registers(host)
+        return self._at_vmrun[1]
 
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""

@@ -23,13 +23,13 @@ from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
-from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode
+from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
 
-_RESUMED = ("cpl", "rflags", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds")
-                                      for p in ("selector", "attrib", "limit", "base")))
+_RESUMED = Group("cpl", "rflags", "rip", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds")
+                                                  for p in ("selector", "attrib", "limit", "base")))
 """What L1 puts back into the VMCB before it re-enters L2 behind a fault (guests/l1/main.c)."""
 
 
@@ -56,12 +56,14 @@ class Twin(State):
 
     def begin(self, step: Step) -> dict[str, int]:
         """What to hand to `resume` later in this RUN op."""
-        return {name: self.vmcb[name] for name in _RESUMED} | {"rip": step.b}
+        return _RESUMED.read(self.vmcb) | {"rip": step.b}
 
     def resume(self, begun: dict[str, int]) -> None:
         """L1 gets the VMCB ready to re-enter L2 behind the probe that faulted."""
+        now = _RESUMED.read(self.vmcb)
         for name, value in begun.items():
-            self.vmcb[name] = value
+            if now[name] != value:
+                self.vmcb[name] = value
 
     def predict(self, step: Step, first: int) -> Prediction:
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
@@ -104,7 +106,6 @@ class Twin(State):
         words = self.memory.words
         for address, old in out.old.items():
             words[address >> 3] = old
-        self.support = None
 
     def _refusal(self) -> str:
         """The rule by which this VMRUN is refused, or an empty string."""
@@ -208,12 +209,10 @@ class Twin(State):
             return self.predict(step, out.first_probe)
         finally:
             self.quirks = _NONE
-            self.support = None
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:
         """Go on from what the machine did: where a prediction failed, one divergence is enough."""
         words = self.memory.words
-        self.support = None
         for address, old in out.old.items():
             if address & ~0xFFF in self.watched:
                 words[address >> 3] = observed.get(address, old)

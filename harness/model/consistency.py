@@ -14,13 +14,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from harness.model.entries import P, pae
 from harness.model.memory import Words
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import MISC1_NMI, MISC2_VMRUN, NP_ENABLE, NP_SSS, SEGMENT_D, SEGMENT_L, VIntr, Vmcb
+from harness.model.vmcb import MISC1_NMI, MISC2_VMRUN, NP_ENABLE, NP_SSS, SEGMENT_D, SEGMENT_L, Group, VIntr, Vmcb
 from harness.model.vmrun import Host
 
 _CR4_ALWAYS: Final = 0x7FF  # bits 10:0 are in every CPU with SVM
@@ -43,13 +44,26 @@ _EXCEPTIONS: Final = {0, 1, *range(3, 9), *range(10, 15), *range(16, 20), 21, 28
 _NOT_IN_64_BIT_MODE: Final = {4, 5}  # #OF and #BR: INTO and BOUND are none of its instructions
 _IOPM_BYTES: Final = 0x3000
 _MSRPM_BYTES: Final = 0x2000
+_CONSULTED: Final = Group(
+    "asid", "avic_backing_page", "avic_logical_table", "avic_physical_table", "cr0", "cr3", "cr4", "cs.attrib",
+    "dr6", "dr7", "efer", "eventinj", "g_pat", "intercept_misc1", "intercept_misc2", "iopm_base", "msrpm_base",
+    "ncr3", "np_control", "rflags", "s_cet", "v_intr",
+)
+"""The fields that checks look at."""
+
+
+class _Host(NamedTuple):
+    """L1's registers that checks look at."""
+
+    cr0: int
+    u_cet: int
 
 
 class _Vmrun(NamedTuple):
     """What VMRUN has before it. `long` is EFER.LME and CR0.PG, `nested` NP_ENABLE."""
 
-    vmcb: Vmcb
-    host: Host
+    vmcb: Mapping[str, int]
+    host: _Host
     cpu: Cpu
     ram: Words
     cr0: int
@@ -76,6 +90,20 @@ def violations(vmcb: Vmcb, host: Host, cpu: Cpu, ram: Words) -> Iterator[str]:
 
     Raises IndexError where VMRUN would read PDPEs outside of `ram`.
     """
+    values, registers = _CONSULTED.values(vmcb), _Host(host.cr0, host.u_cet)
+    if vmcb["np_control"] & NP_ENABLE:
+        return iter(_violated_under_nested_paging(values, registers, cpu))
+    return _violated(values, registers, cpu, ram)
+
+
+@lru_cache(maxsize=10_000)
+def _violated_under_nested_paging(values: tuple[int, ...], host: _Host, cpu: Cpu) -> tuple[str, ...]:
+    """There no memory is looked at, so that one VMCB is like the last, mostly."""
+    return tuple(_violated(values, host, cpu, []))
+
+
+def _violated(values: tuple[int, ...], host: _Host, cpu: Cpu, ram: Words) -> Iterator[str]:
+    vmcb = dict(zip(_CONSULTED.names, values, strict=True))
     cr0, efer = vmcb["cr0"], vmcb["efer"]
     long, nested = bool(efer & EFER.LME and cr0 & CR0.PG), bool(vmcb["np_control"] & NP_ENABLE)
     it = _Vmrun(vmcb, host, cpu, ram, cr0, vmcb["cr3"], vmcb["cr4"], efer, long, nested)

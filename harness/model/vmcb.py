@@ -98,10 +98,14 @@ STATE: Final[dict[str, Field]] = _segments() | {
 FIELDS: Final[dict[str, Field]] = CONTROL | STATE
 
 
+_LETTERS: Final = {1: "B", 2: "H", 4: "I", 8: "Q", 15: "15s"}
+"""How struct calls fields of so many bytes."""
+
+
 def _accessors() -> dict[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., None], int]]:
     table = {}
     for name, (offset, width) in FIELDS.items():
-        packer = struct.Struct({1: "<B", 2: "<H", 4: "<I", 8: "<Q", 15: "<15s"}[width])
+        packer = struct.Struct(f"<{_LETTERS[width]}")
         table[name] = (packer.unpack_from, packer.pack_into, offset)
     return table
 
@@ -187,12 +191,35 @@ class Vmcb:
 
     def __init__(self, memory: Memory, address: int) -> None:
         self.address = address
-        self._memory = memory
+        self.bytes = memory.bytes
 
     def __getitem__(self, name: str) -> int:
         unpack, _, offset = _ACCESS[name]
-        return int(unpack(self._memory.bytes, self.address + offset)[0])
+        value: int = unpack(self.bytes, self.address + offset)[0]
+        return value
 
     def __setitem__(self, name: str, value: int) -> None:
         _, pack, offset = _ACCESS[name]
-        pack(self._memory.bytes, self.address + offset, value)
+        pack(self.bytes, self.address + offset, value)
+
+
+class Group:
+    """Some fields of the VMCB, to be read together: `names` are in the order of their places."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = tuple(sorted(names, key=lambda name: FIELDS[name].offset))
+        self._start = at = FIELDS[self.names[0]].offset
+        parts = ["<"]
+        for name in self.names:
+            offset, width = FIELDS[name]
+            parts.append(f"{offset - at}x{_LETTERS[width]}")
+            at = offset + width
+        self._unpack = struct.Struct("".join(parts)).unpack_from
+
+    def values(self, vmcb: Vmcb) -> tuple[int, ...]:
+        """In the order of `names`."""
+        return self._unpack(vmcb.bytes, vmcb.address + self._start)
+
+    def read(self, vmcb: Vmcb) -> dict[str, int]:
+        """By name."""
+        return dict(zip(self.names, self._unpack(vmcb.bytes, vmcb.address + self._start), strict=True))

@@ -12,7 +12,7 @@ from typing import Final
 from harness.model.entries import Format, legacy, long_mode, pae
 from harness.model.memory_type import Caching
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
-from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, VIntr, Vmcb
+from harness.model.vmcb import NP_ENABLE, NP_GMET, NP_SSS, Group, VIntr, Vmcb
 from harness.model.walk import Paging
 
 
@@ -37,7 +37,8 @@ class Registers:
 
 
 LOADED: Final = tuple(f.name for f in fields(Registers))
-_LOADED_SEGMENTS: Final = ("es", "cs", "ss", "ds", "gdtr", "idtr")
+_LOADED: Final = Group(*LOADED)
+_LOADED_BASES: Final = Group(*(f"{name}.base" for name in ("es", "cs", "ss", "ds", "gdtr", "idtr")))
 
 
 @dataclass(slots=True)
@@ -58,9 +59,9 @@ def canonicalize(vmcb: Vmcb, cpu: Cpu) -> None:
     """VMRUN sign-extends the bases of the segments that it loads (section 15.5.1): from the highest bit of a
     linear address of this CPU, with which they then are saved."""
     top = 1 << (56 if "la57" in cpu.features else 47)
-    for name in _LOADED_SEGMENTS:
-        base = vmcb[f"{name}.base"] & 2 * top - 1
-        vmcb[f"{name}.base"] = (base ^ top) - top & (1 << 64) - 1
+    for name, base in _LOADED_BASES.read(vmcb).items():
+        if base >= top:
+            vmcb[name] = ((base & 2 * top - 1) ^ top) - top & (1 << 64) - 1
 
 
 def virtual_interrupt(vmcb: Vmcb, rflags: int, at_priority: bool = False) -> int | None:
@@ -76,7 +77,7 @@ def load(vmcb: Vmcb, host: Host) -> Registers:
     """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken
     from the VMCB: it is LME and PG (section 15.5.1). DR6, DR7 and RFLAGS come with their fixed bits as
     they always read (section 13.1.1)."""
-    regs = Registers(**{name: vmcb[name] for name in LOADED})
+    regs = Registers(**_LOADED.read(vmcb))
     if not vmcb["np_control"] & NP_ENABLE:
         regs.g_pat = host.pat
     regs.efer &= ~EFER.LMA
@@ -133,6 +134,8 @@ def caching(regs: Registers, vmcb: Vmcb, host: Host) -> Caching:
 
 def save(vmcb: Vmcb, regs: Registers) -> None:
     """#VMEXIT: write L2's registers back. gPAT only with nested paging (section 15.25.4)."""
-    for name in LOADED:
-        if name != "g_pat" or vmcb["np_control"] & NP_ENABLE:
-            vmcb[name] = getattr(regs, name)
+    nested = vmcb["np_control"] & NP_ENABLE
+    for name, old in _LOADED.read(vmcb).items():
+        new = getattr(regs, name)
+        if new != old and (nested or name != "g_pat"):
+            vmcb[name] = new

@@ -131,7 +131,6 @@ class FakeMachine:
                     for page, content in self._marked.items():
                         self.memory[page : page + PAGE] = content
                     self._mirror = {page: self._marked[page] for page in self._mirror}
-                    self.twin.support = None
                 case "HOST_MODE":
                     self.twin.host_mode = _HOST_MODES[arg]
                 case "WRITE" | "HOST":
@@ -163,7 +162,6 @@ class FakeMachine:
         self._mirror.clear()
         self.twin.watched = frozenset()
         self.twin.tables = Everything()
-        self.twin.support = None
         self.twin.host = Host(0, 0, 0, 0, 0)
 
     def _run(self, step: Step, number: int) -> Iterator[None]:

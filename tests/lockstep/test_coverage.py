@@ -79,7 +79,7 @@ def test_what_was_seen_costs_little(twin: Twin, compiler: Compiler, monkeypatch:
     coverage = Coverage()
     for _ in range(2):
         rehearse(twin, program, lambda p: coverage.add(p, 0))
-    assert len(worked_out) <= 4
+    assert len(worked_out) <= 5  # L2's own pages before and after their bits are set, page a
     assert Cell("reached", "both", "pte/pte", MODE, "supervisor read") in coverage.cells
     before = set(coverage.cells)
     monkeypatch.setattr(coverage_module, "_MAX_SEEN", 2)
