@@ -23,6 +23,10 @@ NX: Final = 1 << 63
 FRAME: Final = 0x000F_FFFF_FFFF_F000
 """Bits 51:12, the widest physical address that an entry can hold."""
 
+OPEN: Final = P | RW | US
+"""What an entry has that is present and grants all rights that are granted by 1; NX, which is granted by 0, is not
+among them."""
+
 BITS: Final[dict[str, int]] = {
     "p": P, "rw": RW, "us": US, "pwt": PWT, "pcd": PCD, "a": A, "d": D, "ps": PS, "g": G,
     "pat": PAT_LARGE, "nx": NX,
@@ -37,8 +41,9 @@ class Level(NamedTuple):
     1 << shift bytes (a PTE always does: its `leaf` is P); else it points to a table. A set bit of
     `reserved_table` or `reserved_leaf` respectively is a reserved-bit fault. `granted` are the rights
     that the entry does not decide over, `accessed` the bit that use of it as a pointer sets. `plain` are
-    the bits of which an entry has P alone if it points to a table and nothing is wrong with it: most
-    entries are that, and the walk asks one question of them. 0 is always right: it then asks them all.
+    the bits of which an entry has those of OPEN alone if it points to a table, with nothing wrong with it and no
+    right withheld: most entries are that, and the walk asks one question of them. 0 is always right: it then asks
+    them all.
     """
 
     name: str
@@ -68,7 +73,7 @@ class Format(NamedTuple):
     @classmethod
     def of(cls, name: str, levels: tuple[Level, ...], address_bits: int, **shape: int) -> Self:
         """A format of these levels, with their `plain` filled in."""
-        plain = (0 if level.leaf == P else P | level.leaf | level.reserved_table for level in levels)
+        plain = (0 if level.leaf == P else OPEN | NX | level.leaf | level.reserved_table for level in levels)
         return cls(name, tuple(level._replace(plain=bits) for level, bits in zip(levels, plain, strict=True)),
                    address_bits, **shape)
 

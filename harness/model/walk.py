@@ -20,7 +20,7 @@ from harness.model.access import (
     StackFault,
 )
 from harness.model.dirty import CUT, NESTED_TABLE, PAGE, TABLE, Update
-from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, PSE36_SHIFT, RW, US, A, D, Format, Level, P
+from harness.model.entries import ALL_RIGHTS, FRAME, KEY_SHIFT, NX, OPEN, PSE36_SHIFT, RW, US, A, D, Format, Level, P
 from harness.model.memory import Words
 from harness.model.registers import PKRU_AD, PKRU_WD
 
@@ -124,6 +124,7 @@ def walk_nested(
 ) -> int:
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
+    short = entry_shift == 2
     table = paging.ncr3 & root_mask
     indexed = (gpa if address_bits > 32 else gpa & 0xFFFF_FFFF) << entry_shift
     index_mask <<= entry_shift
@@ -133,12 +134,12 @@ def walk_nested(
     for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed, plain in levels:
         address = table + (indexed >> shift & index_mask)
         entry = ram[address >> 3]
-        if entry_shift == 2:
+        if short:
             entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((NESTED, name, purpose, address, entry))
-        rights &= entry | granted
-        no_execute |= entry
-        if entry & plain != P:
+        if entry & plain != OPEN:
+            rights &= entry | granted
+            no_execute |= entry
             if not entry & P:
                 raise _nested_fault("present", paging, gpa, access, purpose, 0)
             if entry & leaf:
@@ -151,25 +152,26 @@ def walk_nested(
             updates.append((address, accessed, NESTED_TABLE))
         table = entry & FRAME
     # Every access is a user access in the nested dimension, whatever L2's CPL (but see 15.25.13 and 15.25.14).
-    code = ErrorCode.P | (ErrorCode.SSS if paging.sss and entry & NX and not entry & US else 0)
     if shadow and paging.sss and not user:
         if not _is_supervisor_shadow_stack(levels, trail, purpose):
-            raise _nested_fault("sss", paging, gpa, access, purpose, code)
+            raise _denied("sss", paging, gpa, access, purpose, entry)
     else:
-        if paging.gmet:
-            if fetch and not user and rights & US:
-                raise _nested_fault("gmet", paging, gpa, access, purpose, code)
-        elif not rights & US:
-            raise _nested_fault("user", paging, gpa, access, purpose, code)
+        if not rights & US:
+            if not paging.gmet:
+                raise _denied("user", paging, gpa, access, purpose, entry)
+        elif fetch and not user and paging.gmet:
+            raise _denied("gmet", paging, gpa, access, purpose, entry)
         if write and not rights & RW:
-            raise _nested_fault("write", paging, gpa, access, purpose, code)
+            raise _denied("write", paging, gpa, access, purpose, entry)
     if fetch and no_execute & NX:
-        raise _nested_fault("execute", paging, gpa, access, purpose, code)
+        raise _denied("execute", paging, gpa, access, purpose, entry)
     updates.append((address, A | D if write else A, NESTED_TABLE))
     offset = (1 << shift) - 1
-    frame = entry & FRAME & ~offset
-    if shift == PSE36_SHIFT:
-        frame |= (entry >> 13 & 0xFF) << 32
+    frame = entry & FRAME
+    if shift > 12:
+        frame &= ~offset
+        if shift == PSE36_SHIFT:
+            frame |= (entry >> 13 & 0xFF) << 32
     return frame | gpa & offset
 
 
@@ -198,6 +200,7 @@ def _walk_guest(
     """The guest dimension: from gVA to gPA through L2's table at gCR3; each entry's own address is
     a gPA, and is translated by the nested dimension as a user write (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
+    short = entry_shift == 2
     write, fetch, user, implicit, stack, shadow = access
     if address_bits > 32 and gva >> address_bits - 1 not in (0, (1 << 65 - address_bits) - 1):
         if stack:
@@ -214,12 +217,12 @@ def _walk_guest(
         if nested is not None:
             address = walk_nested(paging, nested, ram, address, _TABLE_ACCESS, name, trail, updates)
         entry = ram[address >> 3]
-        if entry_shift == 2:
+        if short:
             entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
         trail.append((GUEST, name, "", address, entry))
-        rights &= entry | granted
-        no_execute |= entry
-        if entry & plain != P:
+        if entry & plain != OPEN:
+            rights &= entry | granted
+            no_execute |= entry
             if not entry & P:
                 raise _guest_fault("present", paging, gva, access, 0)
             if entry & leaf:
@@ -256,9 +259,11 @@ def _walk_guest(
         raise _guest_fault("key", paging, gva, access, code)
     updates.append((address, A | D if write else A, PAGE))
     offset = (1 << shift) - 1
-    frame = entry & FRAME & ~offset
-    if shift == PSE36_SHIFT:
-        frame |= (entry >> 13 & 0xFF) << 32
+    frame = entry & FRAME
+    if shift > 12:
+        frame &= ~offset
+        if shift == PSE36_SHIFT:
+            frame |= (entry >> 13 & 0xFF) << 32
     return frame | gva & offset
 
 
@@ -297,6 +302,12 @@ def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int)
     if access.shadow_stack:
         code |= ErrorCode.SS
     return _Fault(f"guest.{rule}", PageFault(code, gva))
+
+
+def _denied(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, leaf: int) -> _Fault:
+    """#NPF since a right is lacking; SSS where `leaf` marks a supervisor's shadow stack (section 15.25.14)."""
+    sss = paging.sss and leaf & NX and not leaf & US
+    return _nested_fault(rule, paging, gpa, access, purpose, ErrorCode.P | (ErrorCode.SSS if sss else 0))
 
 
 def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> _Fault:

@@ -58,8 +58,8 @@ def clear_bits(entry: str, *bits: str) -> str:
 MUTANTS: Final[dict[str, Mutant]] = {
     # permissions
     "nested U/S ignored": Mutant(
-        "model.walk", 'elif not rights & US:\n            raise _nested_fault("user"',
-        'elif False:\n            raise _nested_fault("user"', ("walk/nested-supervisor",), "C1", "outcome"),
+        "model.walk", "if not rights & US:\n            if not paging.gmet:", "if False:\n            if False:",
+        ("walk/nested-supervisor",), "C1", "outcome"),
     "nested R/W ignored": Mutant(
         "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1",
         "outcome"),
@@ -69,9 +69,8 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
         (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
     "guest tables are supervisor accesses that nested U/S spares": Mutant(
-        "model.walk", "        elif not rights & US:\n            raise _nested",
-        "        elif purpose == FINAL and not rights & US:\n            raise _nested", ("walk/table-supervisor",),
-        "C1", "outcome"),
+        "model.walk", "if not paging.gmet:\n                raise", "if purpose == FINAL:\n                raise",
+        ("walk/table-supervisor",), "C1", "outcome"),
     "only the nested leaf's rights count": Mutant(
         "model.walk", "rights &= entry | granted", "rights = entry | granted", ("walk/nested-read-only",), "C1",
         "outcome"),
@@ -174,7 +173,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if access.fetch:\n        code", "if False:\n        code", ("walk/nested-no-execute",), "C1",
         "exitinfo1"),
     "permission fault without P": Mutant(
-        "model.walk", 'raise _nested_fault("write", paging, gpa, access, purpose, code)',
+        "model.walk", 'raise _denied("write", paging, gpa, access, purpose, entry)',
         'raise _nested_fault("write", paging, gpa, access, purpose, 0)', ("walk/nested-read-only",), "C1", "exitinfo1"),
     # accessed and dirty
     "A of a guest table entry not set": Mutant(
@@ -215,15 +214,15 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "table = entry & FRAME", "table = entry & 0xFFFF_F000",
         (one(ALL, head='nested_page = "none"\n'),), "C1", "outcome", 2),
     "sPA of a page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset", READ, "C1", ""),
+        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000", READ, "C1", ""),
     "sPA of a page cut to 32 bits, under an L1 in PAE mode": Mutant(
-        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset",
+        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000",
         (one(ALL, head='nested = "PAE"\n'),), "C1", ""),
     "sPA of a large page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset",
+        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000",
         (one(ALL, head='nested_page = "1G"\n'),), "C1", ""),
     "gPA of a page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME & ~offset", "frame = entry & 0xFFFF_F000 & ~offset", READ, "C1", "", 2),
+        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000", READ, "C1", "", 2),
     # formats
     "PDPE bit 8 reserved": Mutant(
         "model.entries", 'Level("pdpte", 30, PS if page1g else 0, ', 'Level("pdpte", 30, PS if page1g else 0, G | ',
@@ -381,7 +380,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "lockstep.l2", "limit << 12 | 0xFFF if entry >> 55 & 1 else limit", "0xFFFF_FFFF", ("state/load-descriptor",),
         "C3", "es.limit"),
     "RAX not saved": Mutant(
-        "model.vmrun", 'if name != "g_pat" or', 'if name != "rax" and name != "g_pat" or name == "g_pat" and',
+        "model.vmrun", "if new != old and", 'if name != "rax" and new != old and',
         (one(run("read a")),), "C3", "rax"),
     "CR2 written by an intercepted #PF": Mutant(
         "lockstep.l2", "if not self.intercepted(events.PF):", "if True:", ("faults/cr2-kept",), "C3", "cr2"),
