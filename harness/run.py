@@ -182,17 +182,21 @@ class _Queue:
 
     def take(self, result: Result) -> Iterator[tuple[Scenario, Result]]:
         """The next result; returns those that are final. What is found at the end of a batch may be any
-        one's doing: its scenarios are run again, each alone."""
+        one's doing: its scenarios are run again, each alone. Where a batch does not come to its end, since the machine
+        is lost, those before are run again with those behind."""
         batch = self._out[0]
         self._results.append(result)
         if result.lost is None and len(self._results) < len(batch):
             return
         results, self._results = self._results, []
         self._out.popleft()
-        if result.lost is not None and len(results) < len(batch):
-            self._out.appendleft(batch[len(results):])
         at_end = [one for one in result.divergences if one.op < 0]
-        if len(batch) > 1 and at_end:
+        if result.lost is not None:
+            at = len(results) - 1
+            if rest := batch[:at] + batch[at + 1 :]:
+                self._out.appendleft(rest)
+            batch, results = (batch[at],), [result]
+        elif len(batch) > 1 and at_end:
             self._first.extend((scenario,) for scenario in batch)
             self._doubts.append(_Doubt({scenario.name for scenario in batch}, at_end))
             return

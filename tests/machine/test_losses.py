@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,27 @@ def test_ctrl_c() -> None:
     assert child.exitstatus == 130, child.before
     assert "Traceback" not in (child.before or "")
     assert gone(name, 5)
+
+
+def test_ctrl_c_in_a_sweep(tmp_path: Path) -> None:
+    """What was done is told, and recorded: the next run goes on in front of the first case that is missing."""
+    name, record = unique(), tmp_path / "record"
+    argv = [sys.executable, "-m", "harness.cli", "run", "-k", "sweeps/table", "--budget", "3000", "--pipelined",
+            "--record", str(record), "--qemu-arg=-name", f"--qemu-arg={name}"]
+    child = subprocess.Popen(argv, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    assert child.stdout is not None
+    assert any("300 of 3000 scenarios" in line for line in child.stdout)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == 130 and "Traceback" not in err
+    assert gone(name, 5)
+    (done,) = (int(line.split()[-1].replace(",", "")) for line in out.splitlines() if "cases of sweeps" in line)
+    assert 300 <= done < 3000
+    before = json.loads(record.read_text())["done"] if record.read_text() else 0
+    assert 0 <= before <= done
+    again = subprocess.run([*argv, "--budget", "5"], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not before or f"{before:,} of sweeps/table" in again.stdout
 
 
 def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
