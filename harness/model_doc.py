@@ -56,8 +56,11 @@ Manual, volume 2 (publication 24593, revisions 3.42 to 3.45). It covers
 - which VMCBs VMRUN refuses, what it loads, what #VMEXIT saves and restores; exceptions and injected events on their
   way through L2's own IDT.
 
-It does not cover SEV, nor the TLB: what a processor may still hold of an old translation is not asked about, as
-scenarios flush first.
+It does not cover read-only guest page tables (15.25.5, CPUID 8000_000Ah EDX[21]; no processor that L1 runs on here
+has them): accesses to guest tables are then writes only where an accessed or dirty bit is to be set, but the manual
+does not say whether the nested walk's fault for that comes before or after what else the guest's walk comes to. Nor
+does it cover SEV, nor the TLB: what a processor may still hold of an old translation is not asked about, as scenarios
+flush first.
 
 ## The walk
 
@@ -101,9 +104,13 @@ all.
   `other_page`), and a machine's profile says whether it takes it always, sometimes or never. A bit that is set where it
   may not be, or missing where it must be, is a divergence.
 - Fields of the VMCB that an exit does not define (`Prediction.free`), bit by bit: EXITINFO1 and 2 where no value is
-  named for the exit, I/D of an #NPF where the manual says two things, EXITINTINFO and EVENTINJ beside a V bit of 0, RF
-  in the RFLAGS that a fault saves, attributes of a null segment, the save area behind a VMRUN that is refused. They are
-  not compared; every other bit is.
+  named for the exit, I/D of an #NPF where the manual says two things, U of one for a supervisor's data under guest
+  mode execute trap (of which 15.25.6 says that features may override it, and 15.25.13 not whether this one does),
+  EXITINTINFO and EVENTINJ beside a V bit of 0, RF in the RFLAGS that a fault saves, RIP behind a double fault,
+  attributes of a null segment, the save area behind a VMRUN that is refused and behind a shutdown. They are not
+  compared; every other bit is.
+- What an injected software interrupt returns to: nRIP of the VMCB on a processor that has the field, RIP on others, of
+  which 15.20 says no more than that they cannot do it properly.
 - Memory types and memory that is not RAM: types are computed and shown beside a walk, and compared with nothing.
 
 ## The rules

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.errors import UsageError
+from harness.lockstep.prediction import WHOLE
+from harness.lockstep.quirks import (
+    DOUBLE_FAULT_NOT_INTERCEPTED,
+    IDT_ERROR_OF_SLOT,
+    INJECTED_TRAP_NO_DPL,
+    IST_NULL_SS,
+)
 from harness.model import events
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
-from harness.model.events import Event
+from harness.model.events import Event, Habits
+from harness.model.intercepts import asks
 from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
 
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
 
 _READ = Access(implicit=True)
 _WRITE = Access(write=True, implicit=True)
+_FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
 
 
 class Leave(Exception):
@@ -50,6 +59,9 @@ class Bus:
         if free:
             out.permitted[spa] = out.permitted.get(spa, 0) | free
 
+    def raises(self, event: Event) -> NoReturn:
+        _second(self._l2, self._event, event, 0, None, "exit.delivery")
+
     def _reach(self, gva: int, access: Access) -> int:
         walk = self._l2.access(gva, access)
         match walk.outcome:
@@ -59,8 +71,46 @@ class Bus:
                 return spa
             case NestedPageFault(code, gpa):
                 raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, self._event)
-            case PageFault(code, fault) if self._l2.intercepted(events.PF):
-                raise Leave(ExitCode.EXCEPTION + events.PF, code, fault, walk, walk.rule, self._event)
+            case PageFault(code, fault):
+                _second(self._l2, self._event, Event.exception(events.PF, code), fault, walk, walk.rule)
             case outcome:
-                raise UsageError(f"a delivery faults with {outcome}, which L1 does not intercept: double faults are "
-                                 "not modelled")
+                raise UsageError(f"a delivery faults with {outcome}: that is not modelled")
+
+
+def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> NoReturn:
+    """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame where
+    that is not RIP."""
+    if not l2.state.mode.long:
+        raise UsageError(f"vector {event.vector} is delivered outside of long mode, which is not modelled")
+    l2.out.event = event
+    undefined = events.deliver(event, l2.regs, l2.state.vmcb, Bus(l2, event), next_rip, _habits(l2, event))
+    l2.undefined |= dict.fromkeys(undefined, WHOLE)
+    landed = l2.access(l2.regs.rip, _FETCH[l2.regs.cpl])
+    if not isinstance(landed.outcome, Reached):
+        l2.fault(landed)
+    if not asks(l2.state.vmcb, "hlt"):
+        raise UsageError("L1 must intercept HLT, by which L2's handlers end")
+    raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)
+
+
+def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, rule: str) -> NoReturn:
+    """The delivery of `first` raises `second` (section 15.7.3): that is intercepted before the two are combined,
+    what comes of them after."""
+    if l2.intercepted(second.vector):
+        raise Leave(ExitCode.EXCEPTION + second.vector, second.error or 0, info2, walk, rule, first)
+    if second.vector == events.PF:
+        l2.regs.cr2 = info2
+    result = events.combine(first, second)
+    if result is None:
+        raise Leave(ExitCode.SHUTDOWN, walk=walk, rule="exit.double-fault", event=first)
+    if result.vector == events.DF:
+        l2.undefined |= {"rip": WHOLE}  # 15.12.9
+        if l2.intercepted(events.DF) and not l2.state.quirks.has(DOUBLE_FAULT_NOT_INTERCEPTED):
+            raise Leave(ExitCode.EXCEPTION + events.DF, walk=walk, rule="exit.double-fault", event=first)
+    deliver(l2, result, walk, None)
+
+
+def _habits(l2: L2, event: Event) -> Habits:
+    has = l2.state.quirks.has
+    trap = event.kind == events.EXCEPTION and event.software and l2.injected is event
+    return Habits(has(IST_NULL_SS), has(IDT_ERROR_OF_SLOT), trap and has(INJECTED_TRAP_NO_DPL))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.errors import UsageError
 from harness.lockstep import instructions, stub
-from harness.lockstep.delivery import Bus, Leave
+from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
 from harness.lockstep.state import Entered, State
@@ -58,6 +58,7 @@ class L2:
         self.mask = (1 << 8 * state.mode.native) - 1
         self.host: dict[str, int] = {}
         """Registers of L1 that L2 wrote."""
+        self.injected: Event | None = None
         self.begun = False
         """Whether it has executed an instruction."""
         self.undefined: dict[str, int] = {}
@@ -434,19 +435,5 @@ class L2:
         self.deliver(event, walk)
 
     def deliver(self, event: Event, walk: Walk | None = None, next_rip: int | None = None) -> None:
-        """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame
-        where that is not RIP."""
-        if not self.state.mode.long:
-            raise UsageError(f"vector {event.vector} is delivered outside of long mode, which is not modelled")
-        self.out.event = event
-        try:
-            undefined = events.deliver(event, self.regs, self.state.vmcb, Bus(self, event), next_rip)
-        except ValueError as reason:
-            raise UsageError(f"delivery of vector {event.vector}: {reason}") from None
-        self.undefined |= dict.fromkeys(undefined, WHOLE)
-        landed = self.access(self.regs.rip, _FETCH[self.regs.cpl])
-        if not isinstance(landed.outcome, Reached):
-            self.fault(landed)
-        if not asks(self.state.vmcb, "hlt"):
-            raise UsageError("L1 must intercept HLT, by which L2's handlers end")
-        raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)
+        """See harness.lockstep.delivery."""
+        deliver(self, event, walk, next_rip)

@@ -33,6 +33,10 @@ BREAKPOINT_AS_SOFTWARE: Final = "breakpoint-as-software"
 INVD_AS_WBINVD: Final = "invd-as-wbinvd"
 RDTSCP_AS_RDTSC: Final = "rdtscp-as-rdtsc"
 ICEBP_UNDEFINED: Final = "icebp-undefined"
+IST_NULL_SS: Final = "ist-null-ss"
+IDT_ERROR_OF_SLOT: Final = "idt-error-of-slot"
+INJECTED_TRAP_NO_DPL: Final = "injected-trap-no-dpl"
+DOUBLE_FAULT_NOT_INTERCEPTED: Final = "double-fault-not-intercepted"
 LMSW_BY_BITS: Final = "lmsw-by-bits"
 MAPS_TO_THE_BYTE: Final = "maps-to-the-byte"
 XSETBV_NOT_INTERCEPTED: Final = "xsetbv-not-intercepted"
@@ -177,6 +181,10 @@ QUIRKS: Final[dict[str, Quirk]] = {
     XSETBV_NOT_INTERCEPTED: Quirk(),
     MAPS_TO_THE_BYTE: Quirk(),
     LMSW_BY_BITS: Quirk(),
+    DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
+    IST_NULL_SS: Quirk(),
+    IDT_ERROR_OF_SLOT: Quirk(),
+    INJECTED_TRAP_NO_DPL: Quirk(),
     INTERRUPT_AS_EXCEPTION: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),

@@ -87,7 +87,8 @@ class Twin(State):
             return out
         try:
             if injected is not None and not self._lost(injected):
-                l2.deliver(injected)
+                l2.injected = injected
+                l2.deliver(injected, next_rip=vmcb["nrip"] if self._has_next_rip(injected) else None)
             l2.interrupt()
             l2.enter()
             for index in range(first, len(step.probes)):
@@ -149,6 +150,11 @@ class Twin(State):
             return True
         return injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)
 
+    def _has_next_rip(self, injected: Event) -> bool:
+        """Whether what an instruction raises returns to nRIP: without that field it cannot be injected properly
+        (section 15.20), and RIP is all that there is."""
+        return injected.software and "nrips" in self.cpu.features
+
     def _raise(self, out: Prediction) -> Prediction:
         """#UD at VMRUN, in L1: nothing happens but that L1 says so."""
         out.exitcode = self.vmcb["exitcode"] = VMRUN_RAISED | events.UD
@@ -178,10 +184,15 @@ class Twin(State):
             vmcb["interrupt_shadow"] = 0  # 15.21.5: over with the first instruction
         undefined = ["fetched_count", "fetched_bytes"]
         undefined += _UNDEFINED.get(code, ())
+        if code == ExitCode.SHUTDOWN:
+            undefined += [*STATE, "exitintinfo", "nrip", "interrupt_shadow"]  # 15.14.3
         out.free = dict.fromkeys(undefined, WHOLE) | l2.undefined
         if leave.info1 & ErrorCode.ID and code == ExitCode.NPF and not self.host.efer & EFER.NXE:
             # 15.25.6 has I/D for every fetch, and an error code like that of #PF, where it needs NXE or SMEP (8.4.2)
             out.free["exitinfo1"] = ErrorCode.ID
+        if code == ExitCode.NPF and l2.paging.gmet and l2.regs.cpl < 3 and not leave.info1 & ErrorCode.ID:
+            # 15.25.6: accesses are a user's unless a feature overrides that; of data 15.25.13 does not tell
+            out.free["exitinfo1"] = ErrorCode.U if leave.info1 & ErrorCode.FINAL else 0
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID

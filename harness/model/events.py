@@ -6,7 +6,7 @@ that faults ends the delivery, and the event it was for is reported in EXITINTIN
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, NoReturn, Protocol, Self
 
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import Vmcb
@@ -21,6 +21,8 @@ DE: Final = 0
 BP: Final = 3
 OF: Final = 4
 UD: Final = 6
+DF: Final = 8
+NP: Final = 11
 SS: Final = 12
 GP: Final = 13
 PF: Final = 14
@@ -30,6 +32,9 @@ EVENT_VALID: Final = 1 << 31
 """V of EVENTINJ and EXITINTINFO: there is an event."""
 _HAS_ERROR: Final = 1 << 11
 _CLEARED: Final = RFLAGS.TF | RFLAGS.RF | 1 << 14 | 1 << 17  # NT and VM
+_EXT: Final = 1 << 0
+_IDT: Final = 1 << 1
+"""In an error code with a selector (8.4.1): an event that no instruction asked for; a gate of the IDT."""
 _INTERRUPT_GATE: Final = 0xE
 _TRAP_GATE: Final = 0xF
 
@@ -67,6 +72,36 @@ class Event(NamedTuple):
         return cls(vector, EXCEPTION, error if vector in WITH_ERROR_CODE else None)
 
 
+_CONTRIBUTORY: Final = frozenset({0, 10, 11, 12, 13, 21})
+"""#DE, #TS, #NP, #SS, #GP and #CP. #PF and #DF are classes of their own; all else is benign."""
+
+
+def combine(first: Event, second: Event) -> Event | None:
+    """What comes of exception `second`, raised while `first` was delivered (8.2.9, 15.7.2): that one; or a double
+    fault; or None, a shutdown."""
+    if (second.vector != PF and second.vector not in _CONTRIBUTORY) or first.kind != EXCEPTION:
+        return second
+    if first.vector == DF:
+        return None
+    if first.vector == PF or (first.vector in _CONTRIBUTORY and second.vector != PF):
+        return Event.exception(DF)
+    return second
+
+
+class Habits(NamedTuple):
+    """How a machine is known to deliver otherwise than the manual says; as they are, it does not."""
+
+    null_ss: bool = False
+    """A stack by IST makes SS null, also where the CPL stays."""
+    error_of_slot: bool = False
+    """The selector of an error code for the IDT is twice the vector, and EXT is 0."""
+    injected_trap: bool = False
+    """The event is an exception 3 or 4 that was injected: the gate's DPL is not looked at."""
+
+
+_NO_HABITS: Final = Habits()
+
+
 class Bus(Protocol):
     """How a delivery reaches memory, by gVA. Each raises what ends the delivery if it faults."""
 
@@ -76,20 +111,29 @@ class Bus(Protocol):
     def store(self, gva: int, value: int, free: int) -> None:
         """Write a quadword; the bits of `free` are not defined."""
 
+    def raises(self, event: Event) -> NoReturn:
+        """The delivery itself raises `event`, of what it found in the IDT."""
+
 
 def deliver(
-    event: Event, regs: Registers, vmcb: Vmcb, bus: Bus, next_rip: int | None = None
+    event: Event, regs: Registers, vmcb: Vmcb, bus: Bus, next_rip: int | None = None, habits: Habits = _NO_HABITS,
 ) -> tuple[str, ...]:
     """Bring L2 to the first instruction of its handler (section 8.9.3). `next_rip` goes into the frame, as that of
     the next instruction, where it is not RIP. Returns the VMCB fields that
-    the manual leaves undefined by it. Raises ValueError for tables that this model does not cover."""
+    the manual leaves undefined by it."""
     gate_at = vmcb["idtr.base"] + 16 * event.vector
+    error = event.vector << 3 | _IDT | (0 if event.software else _EXT)
+    if habits.error_of_slot:
+        error = event.vector << 4 | _IDT
     if 16 * event.vector + 15 > vmcb["idtr.limit"]:
-        raise ValueError(f"vector {event.vector} lies beyond L2's IDT")
+        bus.raises(Event.exception(GP, error))
     low, high = bus.load(gate_at), bus.load(gate_at + 8)
     kind = low >> 40 & 0xF
-    if not low >> 47 & 1 or kind not in (_INTERRUPT_GATE, _TRAP_GATE):
-        raise ValueError(f"the gate of vector {event.vector} is not present, or no interrupt or trap gate")
+    checked = event.software and not habits.injected_trap
+    if kind not in (_INTERRUPT_GATE, _TRAP_GATE) or (checked and low >> 45 & 3 < regs.cpl):
+        bus.raises(Event.exception(GP, error))
+    if not low >> 47 & 1:
+        bus.raises(Event.exception(NP, error))
     selector = low >> 16 & 0xFFFF
     descriptor = bus.load(vmcb["gdtr.base"] + (selector & ~7))
     new_cpl = descriptor >> 45 & 3
@@ -103,13 +147,14 @@ def deliver(
     stack &= ~0xF
     # 8.9.3: SS is pushed in 64-bit mode always; RF is set in the image of a fault (3.1.6). Whether it
     # is for an event that was injected is not said.
-    flags, free = regs.rflags, RFLAGS.RF
+    free = {2: RFLAGS.RF} | ({4: (1 << 64) - 1} if event.vector == DF else {})  # RIP behind #DF: 15.12.9
+    flags = regs.rflags
     frame = [vmcb["ss.selector"], regs.rsp, flags, vmcb["cs.selector"], regs.rip if next_rip is None else next_rip]
     if event.error is not None:
         frame.append(event.error)
     for slot, value in enumerate(frame):
-        bus.store(stack - 8 * (slot + 1), value, free if slot == 2 else 0)
-    if new_cpl < regs.cpl:
+        bus.store(stack - 8 * (slot + 1), value, free.get(slot, 0))
+    if new_cpl < regs.cpl or (ist and habits.null_ss):
         vmcb["ss.selector"] = new_cpl
         undefined = ("ss.attrib", "ss.limit", "ss.base")
     vmcb["cs.selector"] = selector & ~3 | new_cpl

@@ -124,6 +124,13 @@ _EXIT: Final = (
          "are intercepted one by one, by the permission maps."),
     Rule("exit.delivered", "8.9.3, 15.7",
          "An exception or injected event that L1 does not intercept goes through L2's own IDT, and its handler runs."),
+    Rule("exit.delivery", "8.9, 15.20",
+         "A delivery raises #GP for a vector beyond the IDT's limit, for a gate that is none, and for an event that an "
+         "instruction raises, an injected one too, if the gate's DPL is below the CPL; and #NP for a gate that is not "
+         "present."),
+    Rule("exit.double-fault", "8.2.9, 15.7.3",
+         "What is raised while an exception is delivered is intercepted as such; else two contributory exceptions, or "
+         "either of #PF and a contributory one behind #PF, make a #DF, and one of them behind #DF a shutdown."),
     Rule("exit.host", "15.6",
          "#VMEXIT gives L1 back the registers that VMRUN saved."),
     Rule("exit.host-dr7", "15.6",

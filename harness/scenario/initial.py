@@ -20,6 +20,8 @@ _DATA: Final = 0x12CA_9334_5678_BCDE
 _GDT: Final = 0x200
 _TSS: Final = 0x304
 """Offsets in the system page; so that RSP0, four bytes into the TSS, is aligned."""
+_DF: Final = 8
+_IST1: Final = 0x900
 _RSP0: Final = 0xB40
 _RSP: Final = 0xFE8
 """Where the stacks begin in it: for a change to CPL 0, and for L2 at VMRUN (not 16-byte aligned)."""
@@ -79,17 +81,18 @@ def vmcb_fields(maps: dict[str, int], mode: Mode, gva: dict[str, int], gcr3: int
     }
 
 
-def system_words(page: int, stack: int, vectors: int) -> dict[int, int]:
+def system_words(page: int, stack: int, double_fault_stack: int, vectors: int) -> dict[int, int]:
     """L2's IDT, GDT and TSS at sPA `page`; the rest of it is stack. `vectors` is the gVA of the first
-    handler; each has four bytes (guests/l1/l2_long.S)."""
+    handler; each has four bytes (guests/l1/l2_long.S). Double faults have a stack of their own, by IST 1, in a page
+    of its own in gVA."""
     words = {
         page + _GDT + _CODE_SELECTOR: 0x00AF_9B00_0000_FFFF, page + _GDT + _DATA_SELECTOR: _DATA,
-        page + _TSS + 4: stack + _RSP0,
+        page + _TSS + 4: stack + _RSP0, page + _TSS + 0x24: double_fault_stack + _IST1,
     }
     for vector in range(32):
         offset = vectors + 4 * vector
         gate = offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48
-        words[page + 16 * vector] = gate
+        words[page + 16 * vector] = gate | (1 << 32 if vector == _DF else 0)
         words[page + 16 * vector + 8] = offset >> 32
     return words
 

@@ -190,3 +190,16 @@ class TestRehearsal:
         with pytest.raises(UsageError, match="not reached"):
             rehearse(twin, compiler.compile(
                 one('vmcb = "asid"\nvalue = 0', 'run = ["read a", "read b"]\nexpect = ["INVALID", "ok"]')))
+
+
+@pytest.mark.parametrize(
+    ("probe", "cpl", "free"), [("read a", 0, 4), ("write a", 0, 4), ("fetch a", 0, 0), ("read a", 3, 0)]
+)
+def test_u_of_a_supervisors_data_under_gmet(probe: str, cpl: int, free: int, image: Image) -> None:
+    """15.25.6 has every access a user's unless a feature overrides that; 15.25.13 does not say that this one does."""
+    cpu = Cpu(40, True, 16, frozenset({"nx", "gmet"}))
+    program = Compiler(image, cpu).compile(one(
+        'vmcb = "np_control"\nset = ["bit3"]', 'entry = "nested.a.pte"\nclear = ["p"]',
+        f'entry = "nested.code.pte"\n{"clear" if not cpl else "set"} = ["us"]', run(probe, cpl)))
+    (out,) = predictions(Twin(image, cpu, Liberties()), program)
+    assert out.exitcode == 0x400 and out.free.get("exitinfo1", 0) == free

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE, Event, deliver
+from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE, Event, combine, deliver
 from harness.model.memory import Memory
 from harness.model.registers import CR0, EFER, RFLAGS
 from harness.model.vmcb import Vmcb
@@ -14,6 +14,12 @@ from harness.model.vmrun import Host, Registers, load
 
 IDT, GDT, TSS, HANDLER = 0x10_0000, 0x11_0000, 0x12_0004, 0xFFFF_8000_1234_5678
 STACK = 0x13_0018
+
+
+class Faulted(Exception):
+    def __init__(self, event: Event) -> None:
+        super().__init__(event)
+        self.event = event
 
 
 class Bus:
@@ -30,6 +36,9 @@ class Bus:
 
     def store(self, gva: int, value: int, free: int) -> None:
         self.stores.append((gva, value, free))
+
+    def raises(self, event: Event) -> NoReturn:
+        raise Faulted(event)
 
 
 def gate(kind: int = 0xE, ist: int = 0, selector: int = 0x28, present: bool = True) -> tuple[int, int]:
@@ -130,11 +139,56 @@ def test_interrupt_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vector", "parts", "reason"),
-    [(32, {}, "beyond L2's IDT"), (6, {"present": False}, "not present"),
-     (6, {"kind": 0xC}, "no interrupt or trap gate")],
+    ("event", "parts", "raised"),
+    [
+        (Event(32, INTERRUPT), {}, Event.exception(13, 32 << 3 | 3)),  # beyond the IDT's limit
+        (Event(6), {"kind": 0xC}, Event.exception(13, 6 << 3 | 3)),
+        (Event(6), {"present": False}, Event.exception(11, 6 << 3 | 3)),
+        (Event(6), {"kind": 0xC, "present": False}, Event.exception(13, 6 << 3 | 3)),
+        (Event(32, SOFTWARE), {}, Event.exception(13, 32 << 3 | 2)),  # EXT is 0 for what an instruction raises
+        (Event(28, SOFTWARE), {"cpl": 3}, Event.exception(13, 28 << 3 | 2)),  # the gate's DPL is 0
+        (Event(3), {"cpl": 3}, Event.exception(13, 3 << 3 | 2)),
+    ],
 )
-def test_not_covered(vector: int, parts: dict[str, Any], reason: str) -> None:
-    regs, vmcb, bus = world(vector, **parts)
-    with pytest.raises(ValueError, match=reason):
-        deliver(Event(vector), regs, vmcb, bus)
+def test_a_delivery_that_faults_itself(event: Event, parts: dict[str, Any], raised: Event) -> None:
+    regs, vmcb, bus = world(event.vector, **parts)
+    before = regs.rip, regs.rsp, regs.cpl
+    with pytest.raises(Faulted) as fault:
+        deliver(event, regs, vmcb, bus)
+    assert fault.value.event == raised and not bus.stores and before == (regs.rip, regs.rsp, regs.cpl)
+
+
+@pytest.mark.parametrize("event", [Event(14, EXCEPTION, 4), Event(0x20, INTERRUPT), Event(2, NMI), Event(6)])
+def test_hardware_needs_no_dpl(event: Event) -> None:
+    regs, vmcb, bus = world(event.vector if event.vector < 32 else 6, cpl=3)
+    vmcb["idtr.limit"] = 0xFFF
+    bus.words[IDT + 16 * event.vector], bus.words[IDT + 16 * event.vector + 8] = gate()
+    deliver(event, regs, vmcb, bus)
+    assert regs.rip == HANDLER
+
+
+BENIGN, CONTRIBUTORY = (1, 2, 3, 5, 6, 7, 16, 17, 18, 19), (0, 10, 11, 12, 13, 21)
+
+
+def test_double_faults() -> None:
+    """Table 8-4, whole: the first exception's class, the second's, and what comes of them."""
+    def result(first: int, second: int, kind: int = EXCEPTION) -> int | None:
+        event = combine(Event(first, kind), Event.exception(second))
+        return None if event is None else event.vector
+
+    for first in (*BENIGN, *CONTRIBUTORY, 14, 8):
+        for second in (*BENIGN, *CONTRIBUTORY, 14):
+            both = (first in CONTRIBUTORY and second in CONTRIBUTORY) or (first == 14 and second in (*CONTRIBUTORY, 14))
+            expected: int | None = 8 if both else second
+            if first == 8 and second not in BENIGN:
+                expected = None
+            assert result(first, second) == expected, (first, second)
+    for kind in (INTERRUPT, SOFTWARE, NMI):
+        assert result(13, 13, kind) == 13 and result(14, 14, kind) == 14  # interrupts are benign, whatever their vector
+    assert combine(Event(14, EXCEPTION, 2), Event.exception(14, 2)) == Event(8, EXCEPTION, 0)
+
+
+def test_the_next_rip_goes_into_the_frame() -> None:
+    regs, vmcb, bus = world(28)
+    deliver(Event(28, SOFTWARE), regs, vmcb, bus, 0x4000_1002)
+    assert 0x4000_1002 in [value for _, value, _ in bus.stores]

@@ -372,6 +372,23 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "lockstep.instructions", "l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
         "l2.exception(Event(_INT_VECTOR)), l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
         ("intercepts/exceptions",), "C1", "outcome"),
+    # deliveries that fault
+    "no double faults": Mutant(
+        "model.events", "return Event.exception(DF)", "return Event(1)", ("events/double-fault-limit",), "C1", ""),
+    "software interrupts are combined": Mutant(
+        "model.events", "or first.kind != EXCEPTION", "or False", ("events/software-dpl-delivered",), "C1", ""),
+    "no shutdown": Mutant(
+        "model.events", "return None\n    if first.vector == PF", "return Event(1)\n    if first.vector == PF",
+        ("events/inject-double-fault",), "C1", ""),
+    "what is raised on the way is combined before its intercept": Mutant(
+        "lockstep.delivery", "if l2.intercepted(second.vector):", "if False:",
+        ("events/double-fault-limit",), "C1", ""),
+    "no DPL check": Mutant(
+        "model.events", "checked and low >> 45 & 3 < regs.cpl", "False", ("events/software-dpl", "events/int-n"), "C1",
+        ""),
+    "hardware's events meet the DPL check": Mutant(
+        "model.events", "checked = event.software and", "checked = True and", ("events/software-dpl",), "C1", ""),
+    "IST ignored": Mutant("model.events", "    if ist:", "    if False:", ("events/double-fault-limit",), "C1", ""),
     "the frame of INT n has its own RIP": Mutant(
         "model.events", "regs.rip if next_rip is None else next_rip", "regs.rip", ("intercepts/exceptions",), "C1", ""),
     "ES keeps its base": Mutant(
