@@ -10,9 +10,9 @@ A check returns divergences; it raises nothing and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from harness.lockstep.prediction import Prediction
 from harness.model.access import GeneralProtection, NestedPageFault, PageFault, Reached
@@ -31,8 +31,7 @@ _RESTORED: Final = (
 _restored: Final = itemgetter(*_RESTORED)
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """An observation that the model does not permit.
 
     `op` and `probe` are indices in the scenario, -1 where there is none; `expected` and `observed`
@@ -58,11 +57,11 @@ class Divergence:
     """C4: what the kernel under L1 said around it, the event in question marked `>`."""
 
     def explained_by(self, erratum: str) -> Divergence:
-        return replace(self, erratum=erratum)
+        return self._replace(erratum=erratum)
 
     def seen_as(self, after: tuple[int, ...], types: tuple[str, ...]) -> Divergence:
         """With the entries of `walk` as the machine left them, and its memory types."""
-        return replace(self, after=after, types=types)
+        return self._replace(after=after, types=types)
 
 
 @dataclass(frozen=True)

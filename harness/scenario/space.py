@@ -91,6 +91,13 @@ class Block:
         if sum(len(one.solutions) for one in solved.values()) > MAX_SOLUTIONS:
             raise TooTangled(axes)
         self._fits: dict[tuple[int, ...], int] = {}
+        self._sorts = [(sum(1 << n for n, other in enumerate(self.solved) if other is one), len(one.solutions), [
+            {kind: sum(1 << m for m, solution in enumerate(one.solutions) if solution[place] == kind)
+             for kind in range(len(members))}
+            for place, members in enumerate(self._members)
+        ]) for one in solved.values()]
+        """For each set of solutions: under which choices of the hub it is, a bit each; how many they are; and by place
+        and class those that have it, a bit each."""
 
     def _labels(self, one: Constraint, solution: tuple[int, ...], choice: Mapping[int, int]) -> tuple[Label, ...]:
         return tuple(
@@ -128,9 +135,14 @@ class Block:
         found = self._fits.get(part)
         if found is None:
             wanted = [(place, kind) for place, kind in enumerate(part) if kind >= 0]
-            good = {id(one): any(all(solution[p] == k for p, k in wanted) for solution in one.solutions)
-                    for one in self.solved}
-            found = self._fits[part] = sum(1 << n for n, one in enumerate(self.solved) if good[id(one)])
+            found = 0
+            for choices, count, having in self._sorts:
+                left = (1 << count) - 1
+                for place, kind in wanted:
+                    left &= having[place][kind]
+                if left:
+                    found |= choices
+            self._fits[part] = found
         return found
 
 

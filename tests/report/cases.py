@@ -4,7 +4,7 @@ have made of them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
@@ -114,7 +114,7 @@ def erratum(id: str = "e1", **values: Any) -> Erratum:
 
 
 def result(*divergences: Divergence, scenario: str = NAME, **values: Any) -> Result:
-    return Result(scenario, 3, 12, 4096, [replace(d, scenario=scenario) for d in divergences], **values)
+    return Result(scenario, 3, 12, 4096, [d._replace(scenario=scenario) for d in divergences], **values)
 
 
 def pae_walk(gva: int) -> tuple[Space, Walk]:
