@@ -42,12 +42,13 @@ class Entered(NamedTuple):
         words = {step[3] >> 3: ram[step[3] >> 3] for _, _, walk in accesses for step in walk.trail}
         again = []
         for paging, access, walk in accesses:
-            set_since = dict.fromkeys((at for at, _, _ in walk.updates), 0)
+            read = {step[3]: step[4] for step in walk.trail}
+            now = dict(read)
             for at, bits, _ in walk.updates:
-                set_since[at] |= bits
-            trail = [(dimension, level, purpose, at, entry | set_since.get(at, 0))
-                     for dimension, level, purpose, at, entry in walk.trail]
-            again.append((paging, access, walk._replace(trail=trail)))
+                now[at] |= bits
+            if now != read:
+                walk = walk._replace(trail=[(*step[:4], now[step[3]]) for step in walk.trail])
+            again.append((paging, access, walk))
         return cls(words, again, frozenset(played))
 
 
