@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 SOURCES = sorted([*(ROOT / "harness" / "model").glob("*.py"), *(ROOT / "harness" / "lockstep").glob("*.py")])
 DOTTED = re.compile(r"(canonical|guest|nested|exit|vmrun|type|context)\.[a-z][a-z0-9-]*")
-FAULTS = {"_guest_fault": "guest.", "_nested_fault": "nested.", "_Fault": ""}
+FAULTS = {"_guest_fault": "guest.", "_nested_fault": "nested.", "_denied": "nested.", "_Fault": ""}
 RULE_ARGUMENT = {"Divergence": 7, "_plain": 5}
 """Calls that take a rule by position, and which argument it is."""
 
