@@ -19,14 +19,11 @@ from harness.lockstep.quirks import (
 from harness.model import events, intercepts
 from harness.model.events import Event
 from harness.model.intercepts import FIRST, INTERCEPTS
-from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.registers import CR0, CR4, RFLAGS
 from harness.model.vmcb import ExitCode
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
-
-SVM: Final = frozenset({"vmrun", "vmload", "vmsave", "stgi", "clgi", "skinit", "invlpga"})
-"""Those that raise #UD while EFER.SVME is 0, before anything else is looked at."""
 
 QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
 """Those that go on with no effect that L2 looks at."""
@@ -70,9 +67,7 @@ def _undefined(l2: L2, kind: str) -> bool:
     """Whether the instruction is none of this processor's as L2 has set it up."""
     if kind == "icebp":
         return l2.state.quirks.has(ICEBP_UNDEFINED)
-    if kind == "xsetbv":
-        return not l2.regs.cr4 & CR4.OSXSAVE
-    return kind in SVM and not l2.regs.efer & EFER.SVME
+    return kind == "xsetbv" and not l2.regs.cr4 & CR4.OSXSAVE
 
 
 def length(l2: L2, kind: str, size: int = 0) -> int:

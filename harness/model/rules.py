@@ -117,7 +117,7 @@ _EXIT: Final = (
          "A privileged instruction at a CPL other than 0 raises #GP(0)."),
     Rule("exit.exception", "8.2, 15.12",
          "UD2, DIV by 0, INT3 and INTO raise #UD, #DE, #BP and #OF, and so does, with #UD, what is not there: VMMCALL "
-         "that L1 does not intercept, SVM while EFER.SVME=0, RDPKRU while CR4.PKE=0; the RIP that L1 finds is the "
+         "that L1 does not intercept, RDPKRU while CR4.PKE=0; the RIP that L1 finds is the "
          "instruction's."),
     Rule("exit.intercept", "15.9, 15.10, 15.11",
          "An instruction that L1 intercepts does nothing: L2 leaves with the state as it was before it; MSRs and ports "

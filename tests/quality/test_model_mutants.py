@@ -365,9 +365,6 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "VMMCALL that is not intercepted does nothing": Mutant(
         "lockstep.instructions", 'case "vmmcall" | "undefined":', 'case "undefined":', ("intercepts/vmmcall",), "C1",
         "outcome"),
-    "SVM's instructions are intercepted though EFER.SVME=0": Mutant(
-        "lockstep.instructions", "return kind in SVM and not l2.regs.efer & EFER.SVME", "return False",
-        ("intercepts/svme-off",), "C1", "outcome"),
     "INT n meets exception intercepts": Mutant(
         "lockstep.instructions", "l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
         "l2.exception(Event(_INT_VECTOR)), l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
