@@ -58,7 +58,13 @@ def _accessed_lost(paging: Paging, walk: Walk) -> Walk:
     return walk._replace(updates=walk.updates[:-1])
 
 
+def _keys_lost(paging: Paging) -> Paging:
+    """Keys do not hold where SMAP does and L1 is in PAE mode."""
+    return paging._replace(pkru=0) if paging.smap and paging.nested and paging.nested.name == "PAE" else paging
+
+
 FAULTS: Final = {
+    "keys by SMAP and L1's mode": ("sweeps/implicit", Quirk(paging=_keys_lost)),
     "SMAP by pair of modes": ("sweeps/joint", Quirk(paging=_no_smap)),
     "W of #NPF by page size and mode": ("sweeps/joint", Quirk(walk=_write_lost)),
     "A and D by modes, size and what was set": ("sweeps/ad", Quirk(walk=_accessed_lost)),
