@@ -9,9 +9,6 @@ enum {
 	VMCB_EXIT_CODE = 0x70,
 	VMCB_NP_CONTROL = 0x90,
 	VMCB_SAVE = 0x400,
-	VMCB_FS = 0x440,
-	VMCB_LDTR = 0x470,
-	VMCB_TR = 0x490,
 	VMCB_CPL = 0x4cb,
 	VMCB_EFER = 0x4d0,
 	VMCB_CR4 = 0x548,
@@ -20,7 +17,6 @@ enum {
 	VMCB_RFLAGS = 0x570,
 	VMCB_RIP = 0x578,
 	VMCB_RSP = 0x5d8,
-	VMCB_STAR = 0x600,
 	VMCB_G_PAT = 0x668,
 	DR7_NONE = 0x400,
 	EXIT_VMMCALL = 0x81,
@@ -284,18 +280,21 @@ static void make_other_tables(void)
 		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
 }
 
-/* What VMLOAD loads, and VMSAVE saves. */
-struct vmload_state { uint64_t fs_gs[4], ldtr[2], tr[2], msrs[8]; };
+enum { VMLOADED = 16 };
+static const uint16_t vmloaded[VMLOADED] = { TW_VMLOADED };
 
-static struct vmload_state vmload_state(uint64_t vmcb)
+static void take_vmloaded(uint64_t *to, uint64_t vmcb)
 {
-	struct vmload_state state;
+	for (int i = 0; i < VMLOADED; i++)
+		to[i] = *(uint64_t *)(vmcb + vmloaded[i]);
+}
 
-	copy64(state.fs_gs, (void *)(vmcb + VMCB_FS), sizeof(state.fs_gs));
-	copy64(state.ldtr, (void *)(vmcb + VMCB_LDTR), sizeof(state.ldtr));
-	copy64(state.tr, (void *)(vmcb + VMCB_TR), sizeof(state.tr));
-	copy64(state.msrs, (void *)(vmcb + VMCB_STAR), sizeof(state.msrs));
-	return state;
+/* VMSAVE; first its fields are overwritten, so that one that it leaves out does not pass for saved. */
+static void vmsave(uint64_t vmcb)
+{
+	for (int i = 0; i < VMLOADED; i++)
+		*(volatile uint64_t *)(vmcb + vmloaded[i]) = 0x5a5a5a5a5a5a5a5a;
+	__asm__ volatile("vmsave %%rax" : : "a"(vmcb) : "memory");
 }
 
 static int same(const void *one, const void *other, uint64_t bytes)
@@ -306,8 +305,28 @@ static int same(const void *one, const void *other, uint64_t bytes)
 	return 1;
 }
 
-/* What the processor has of it since the last VMSAVE. */
-static struct vmload_state held;
+/*
+ * What VMSAVE saved last, which the processor holds still, if it does not err; and what it was found to hold instead.
+ * A VMSAVE may have been left out since (vmrun_long).
+ */
+static uint64_t held[VMLOADED], found[VMLOADED];
+static uint32_t knows_held, vmsave_is_due, is_spoilt;
+
+static void look_what_is_held(void)
+{
+	static uint8_t spare[PAGE] __attribute__((aligned(PAGE)));
+	uint64_t now[VMLOADED];
+
+	if (!vmsave_is_due)
+		return;
+	vmsave_is_due = 0;
+	vmsave((uint64_t)spare);
+	take_vmloaded(now, (uint64_t)spare);
+	if (is_spoilt || same(now, held, sizeof(held)))
+		return;
+	copy64(found, now, sizeof(found));
+	is_spoilt = 1;
+}
 
 /* What a machine that errs may make L1's own registers of behind a #VMEXIT: the exit, and L2's registers. */
 struct likeness {
@@ -326,20 +345,25 @@ static void take_likeness(struct likeness *of, uint64_t vmcb, int behind)
 }
 
 /*
- * VMRUN in long mode. Where L1 spares, it leaves out a VMLOAD of what the processor holds; and it reads its dear
- * registers behind the first VMRUN of a program or of a case, and where one is not like the last of which it
- * read them. What a machine spoils all the same stays spoilt: it is found at the next reading, at the program's
- * end (SYNC) at the latest. `plain`: L2 is to do nothing but access memory.
+ * VMRUN in long mode. Where L1 spares, it leaves out a VMLOAD of what the processor holds; and it executes VMSAVE and
+ * reads its dear registers behind the first VMRUN of a program or of a case, and where one is not like the last
+ * behind which it did. What a machine spoils all the same stays spoilt: it is found at the next reading, at the
+ * program's end (SYNC) at the latest. `plain`: L2 is to do nothing but access memory.
  */
 static void vmrun_long(uint64_t vmcb, int plain)
 {
-	struct vmload_state wanted = vmload_state(vmcb);
+	uint64_t wanted[VMLOADED];
 	struct likeness like;
+	uint32_t vmload;
 
+	take_vmloaded(wanted, vmcb);
+	vmload = !shared->sparing || !knows_held || !same(held, wanted, sizeof(held));
+	if (vmload)
+		look_what_is_held();
 	take_likeness(&like, vmcb, 0);
 	l1_host_before.cr4 = own.cr4;
 	l1_host_before.efer = own.efer;
-	l1_vmrun(vmcb, !shared->sparing || !same(&held, &wanted, sizeof(held)));
+	l1_vmrun(vmcb, vmload);
 	if (l1_host_after.cr0 != l1_host_before.cr0)
 		SET(cr0, l1_host_before.cr0);
 	if (l1_host_after.cr8 != l1_host_before.cr8)
@@ -347,8 +371,11 @@ static void vmrun_long(uint64_t vmcb, int plain)
 	take_likeness(&like, vmcb, 1);
 	if (shared->sparing && plain && !read_is_due && same(&like, &last_read, sizeof(like))) {
 		l1_host_after.all_read = 0;
+		vmsave_is_due = 1;
 		return;
 	}
+	vmsave(vmcb);
+	vmsave_is_due = 0;
 	read_dear(&l1_host_after);
 	put_back();
 	put_back_long();
@@ -358,6 +385,7 @@ static void vmrun_long(uint64_t vmcb, int plain)
 
 static void vmrun_legacy(uint64_t vmcb)
 {
+	look_what_is_held();
 	l1_long.cr4 = own.cr4;
 	l1_long.efer = own.efer;
 	l1_legacy.efer = own.efer & ~(uint64_t)(EFER_LME | EFER_LMA);
@@ -385,7 +413,8 @@ static void vmrun(uint64_t vmcb, int plain)
 		vmrun_long(vmcb, plain);
 	else
 		vmrun_legacy(vmcb);
-	held = vmload_state(vmcb);
+	take_vmloaded(held, vmcb);
+	knows_held = !l1_vmrun_raised;
 	if (l1_vmrun_raised) {
 		l1_vmrun_raised = 0;
 		*(uint64_t *)(vmcb + VMCB_EXIT_CODE) = TW_VMRUN_RAISED | 6;
@@ -579,7 +608,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	}
 }
 
-/* A program's end, at which L1's own registers are read in any case. */
+/* A program's end, at which all that L1 did without is read. */
 static void sync(uint64_t number)
 {
 	struct tw_record *record = next_record(TW_RECORD_SYNC, number);
@@ -589,6 +618,10 @@ static void sync(uint64_t number)
 	record->after = l1_host_after;
 	put_back();
 	put_back_long();
+	look_what_is_held();
+	copy64(record->results, held, sizeof(held));
+	copy64(record->results + VMLOADED, is_spoilt ? found : held, sizeof(held));
+	is_spoilt = 0;
 	post(0);
 }
 

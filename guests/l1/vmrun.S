@@ -1,11 +1,10 @@
 /*
  * l1_vmrun(vmcb, vmload): one VMRUN, behind VMLOAD if that is not 0. L1's state is read right before it and right
  * after the #VMEXIT, before L1 relies on any of it: a machine that restores a wrong value is caught by the
- * checker, and L1 lives on, because everything it needs is put back here, and by the caller. Registers that a
- * hypervisor under L1 makes dear are read by the caller (main.c: read_dear).
+ * checker, and L1 lives on, because everything it needs is put back here, and by the caller. What a hypervisor
+ * under L1 makes dear, some registers and VMSAVE, is the caller's (main.c: vmrun_long).
  */
 #include "wire.h"
-#include "vmsave.inc"
 
 	/* Read L1's own state into \to; clobbers rax. RAX, RSP and RFLAGS are the caller's. */
 	.macro READ_HOST to
@@ -77,9 +76,6 @@ l1_vmrun_instruction:
 	pushf
 	popq l1_host_after + TW_AT_HOST_RFLAGS(%rip)
 	cld
-	mov vmcb_address(%rip), %rax
-	SPOIL %rax
-	vmsave %rax
 	mov %rbx, l1_regs + TW_AT_REGS_RBX(%rip)
 	mov %rcx, l1_regs + TW_AT_REGS_RCX(%rip)
 	mov %rdx, l1_regs + TW_AT_REGS_RDX(%rip)

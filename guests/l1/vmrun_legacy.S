@@ -8,7 +8,14 @@
  * through paging off.
  */
 #include "wire.h"
-#include "vmsave.inc"
+
+	/* What VMSAVE is to write is overwritten, so that a field that it leaves out does not pass for saved. */
+	.macro SPOIL base
+	.irp offset, TW_VMLOADED
+	movl $0x5a5a5a5a, \offset(\base)
+	movl $0x5a5a5a5a, \offset + 4(\base)
+	.endr
+	.endm
 
 	.macro STORE value, to
 	mov \value, %eax

@@ -19,7 +19,7 @@ from harness.model.access import GeneralProtection, NestedPageFault, PageFault, 
 from harness.model.vmcb import CONTROL, SAVE, STATE, ExitCode, Field
 from harness.model.walk import Walk
 from harness.wire.image import Region
-from harness.wire.layout import VMRUN_RAISED
+from harness.wire.layout import VMLOADED, VMRUN_RAISED
 from harness.wire.program import WireProbe
 from harness.wire.records import Record
 
@@ -245,6 +245,10 @@ def check_sync(context: Context, record: Record) -> Iterator[Divergence]:
     for name in DEAR[:-1]:
         if after[name] != before[name]:
             yield _plain(context, "C3", f"l1.{name} at the end", before[name], after[name], "exit.host")
+    for index, name in enumerate(VMLOADED):
+        want, got = record.result(index), record.result(len(VMLOADED) + index)
+        if want != got:
+            yield _plain(context, "C3", f"{name} at the end", want, got, "exit.registers")
 
 
 def _at(

@@ -32,6 +32,7 @@ def c_header() -> str:
         constants |= {prefix + name.upper(): value for name, value in table.items()}
     constants |= {f"TW_FEATURE_{name.upper()}": 1 << bit for bit, name in enumerate(layout.FEATURES)}
     lines += [f"#define {name} {value:#x}" for name, value in constants.items()]
+    lines += [f"#define TW_VMLOADED {', '.join(map(hex, layout.VMLOADED.values()))}"]
     for shape in layout.STRUCTS.values():
         short = shape.name.removeprefix("tw_").upper()
         lines += [f"#define TW_AT_{short}_{name.upper()} {offset:#x}" for name, offset in shape.offsets.items()]

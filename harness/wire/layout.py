@@ -220,6 +220,14 @@ OPS = {
     "REWIND": 10,  # a: VMCB; all that was written, and all watched pages, are as at the mark
 }
 
+VMLOADED = {
+    "fs": 0x440, "fs.base": 0x448, "gs": 0x450, "gs.base": 0x458, "ldtr": 0x470, "ldtr.base": 0x478, "tr": 0x490,
+    "tr.base": 0x498, "star": 0x600, "lstar": 0x608, "cstar": 0x610, "sfmask": 0x618, "kernel_gs_base": 0x620,
+    "sysenter_cs": 0x628, "sysenter_esp": 0x630, "sysenter_eip": 0x638,
+}
+"""Quadwords of the VMCB that VMLOAD loads and VMSAVE saves; those without `.base` are selector, attributes and limit.
+A SYNC record has them twice in its `results`: as they were at the last VMSAVE, and as they are."""
+
 HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3, "off": 4}
 
 HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4, "pkru": 5}

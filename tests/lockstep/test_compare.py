@@ -15,7 +15,7 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import CONTROL, FIELDS, STATE
 from harness.scenario.program import Compiler
 from harness.wire.image import Image
-from harness.wire.layout import CONTROL_BYTES, HOST, RECORD, RECORDS, REGS
+from harness.wire.layout import CONTROL_BYTES, HOST, RECORD, RECORDS, REGS, VMLOADED
 from tests.lockstep.fake import FakeMachine, Plant, run_on_fake
 from tests.scenario.texts import one, run
 
@@ -157,6 +157,12 @@ def test_what_is_cheap_to_read_always_is(check: Check) -> None:
 def test_what_is_dear_is_compared_at_the_end(name: str, check: Check) -> None:
     found = only(check(Sparing("SYNC", _AT["after"] + HOST.offsets[name], b"\x10"), "read a"))
     assert (found.check, found.field, found.rule) == ("C3", f"l1.{name} at the end", "exit.host")
+
+
+@pytest.mark.parametrize("index", range(len(VMLOADED)))
+def test_what_no_vmsave_saved_is_compared_at_the_end(index: int, check: Check) -> None:
+    found = only(check(Doctor("SYNC", _AT["results"] + 8 * (len(VMLOADED) + index), b"\x10"), "read a"))
+    assert (found.check, found.field) == ("C3", f"{list(VMLOADED)[index]} at the end")
 
 
 @pytest.mark.parametrize("ops", [("read a",), REFUSED], ids=["exit", "refused"])
