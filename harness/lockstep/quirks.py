@@ -232,6 +232,8 @@ class Active:
         self.names = tuple(names)
         self.played: set[str] = set()
         self._quirks = [(name, QUIRKS[name]) for name in self.names]
+        self._on_access = [(name, one.access) for name, one in self._quirks if one.access is not Quirk.access]
+        self._on_walk = [(name, one.walk) for name, one in self._quirks if one.walk is not Quirk.walk]
         self._of_paging: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -260,8 +262,8 @@ class Active:
 
     def on_access(self, access: Access, cpl: int) -> Access:
         """`access` as this machine makes it, at that CPL."""
-        for name, quirk in self._quirks:
-            new = quirk.access(access, cpl)
+        for name, change in self._on_access:
+            new = change(access, cpl)
             if new != access:
                 self.played.add(name)
                 access = new
@@ -285,8 +287,8 @@ class Active:
         for name in self._of_paging:
             if name not in self.played and QUIRKS[name].seen(walk):
                 self.played.add(name)
-        for name, quirk in self._quirks:
-            new = quirk.walk(paging, walk)
+        for name, change in self._on_walk:
+            new = change(paging, walk)
             if new is not walk:
                 self.played.add(name)
                 walk = new
