@@ -13,7 +13,7 @@ from typing import Final
 
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import CUT, TABLE, Update
-from harness.model.entries import FRAME, NX, PS, A, Format, G, Level, P
+from harness.model.entries import FRAME, PS, A, Format, G, Level, P
 from harness.model.events import EXCEPTION
 from harness.model.registers import CR4, EFER
 from harness.model.vmcb import Vmcb
@@ -120,7 +120,7 @@ def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
         fmt = paging.nested if dimension == "nested" else paging.guest
         if name == "pdpte" and entry & P and entry & PS and address not in known and fmt is not None:
             level = next(level for level in fmt.levels if level.name == name)
-            if not entry & level.reserved_table & (NX | FRAME):
+            if not entry & level.reserved_table & ~0xFFF:
                 updates.append((address, A, TABLE if dimension == "guest" else CUT))
     return walk._replace(updates=[*walk.updates, *updates]) if updates else walk
 
