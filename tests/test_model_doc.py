@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness import model_doc
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.model.rules import RULES, Rule
 
 

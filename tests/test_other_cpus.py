@@ -15,7 +15,7 @@ from harness.lockstep.driver import Result
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.tally import Tally
 from harness.lockstep.twin import Twin
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.scenario import files
 from harness.scenario.program import Compiler

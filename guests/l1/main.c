@@ -655,6 +655,9 @@ static void interpret(void)
 		case TW_OP_REWIND:
 			rewind(op->a);
 			break;
+		case TW_OP_INVLPGA:
+			__asm__ volatile("invlpga" : : "a"(op->a), "c"(op->arg) : "memory");
+			break;
 		case TW_OP_HOST_MODE:
 			set_host_mode(op->arg);
 			break;
@@ -712,6 +715,7 @@ static uint64_t features(void)
 	cpuid(0x8000000a, &a, &b, &c, &d);
 	have |= d >> 1 & 1 ? TW_FEATURE_LBRV : 0;
 	have |= d >> 3 & 1 ? TW_FEATURE_NRIPS : 0;
+	have |= d >> 6 & 1 ? TW_FEATURE_FLUSHBYASID : 0;
 	have |= d >> 13 & 1 ? TW_FEATURE_AVIC : 0;
 	have |= d >> 17 & 1 ? TW_FEATURE_GMET : 0;
 	have |= d >> 18 & 1 ? TW_FEATURE_X2AVIC : 0;

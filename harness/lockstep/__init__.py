@@ -4,6 +4,9 @@
     state     what the model keeps between VMRUNs
     delivery  how L2 leaves, and how the delivery of an event reaches memory
     l2        L2 between VMRUN and #VMEXIT
+    registers, instructions   what its probes do that are no accesses to memory
+    stale     which of the permitted walks a machine took, where its TLB leaves a choice
+    quirks    known ways in which a machine's MMU differs from the manual's
     twin      the program run on the model: a prediction for each VMRUN
     rehearse  a program on the model alone, before a machine sees it
     compare   the checks C1 to C3: a record against the twin's prediction

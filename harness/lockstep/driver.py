@@ -73,6 +73,10 @@ class Result:
     contexts: int = 0
     """Entries of the processor into L1 or L2 whose MMU context was checked."""
     trace_events: int = 0
+    stale_permitted: int = 0
+    """Probes for which the manual permits more than one outcome, since a TLB may hold an old translation."""
+    stale_seen: int = 0
+    """Those of them in which the machine took an old one."""
 
 
 class Lockstep:
@@ -202,6 +206,9 @@ class Lockstep:
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
             found = self._exit(context, prediction, record)
+            if found and prediction.stale:
+                prediction = twin.predict_again(prediction, vmcb, step, seen=record)
+                found = self._exit(context, prediction, record)
             if self._coverage is not None:
                 self._coverage.add(prediction, twin.host.dr7)
             if found:
@@ -214,6 +221,8 @@ class Lockstep:
                         if self._coverage is not None:
                             self._coverage.add_again(manual, prediction, twin.host.dr7)
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
+                    else:
+                        prediction, found = self._blame_tlb(context, prediction, found, record, vmcb, step)
                 self._add(result, (
                     one if one.walk is None else one.seen_as(*views[id(one.walk)]) for one in found))
                 twin.adopt(prediction, record.diffs)
@@ -222,6 +231,8 @@ class Lockstep:
                 twin.adopt(prediction, record.diffs)
             if found or prediction.free:
                 self._adopt_vmcb(record)
+            result.stale_permitted += len(prediction.ambiguous)
+            result.stale_seen += len(prediction.taken)
             self._compare_live(program, context, result, "after #VMEXIT")
             next_probe, code = record.next_probe, record.exitcode
             channel.release()
@@ -329,7 +340,7 @@ class Lockstep:
             nonlocal prediction, active
             active = Active(names)
             try:
-                prediction = self._twin.predict_again(prediction, vmcb, step, active)
+                prediction = self._twin.predict_again(prediction, vmcb, step, active, record)
             except UsageError:  # a course that cannot be followed is not the one that the machine took
                 return False
             return all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata))
@@ -351,6 +362,18 @@ class Lockstep:
         if not current:
             agrees(needed)
         return prediction, "+".join(quirks[name] for name in needed)
+
+    def _blame_tlb(
+        self, context: Context, prediction: Prediction, found: list[Divergence], record: Record, vmcb: bytes, step: Step
+    ) -> tuple[Prediction, list[Divergence]]:
+        """`found`, and whose fault it is if a machine would do just that which breaks one rule of the TLB."""
+        for rule in self._twin.tlb.rules():
+            prediction = self._twin.predict_again(prediction, vmcb, step, seen=record, ignores=frozenset([rule]))
+            if all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata)):
+                return prediction, [one if one.erratum else one._replace(rule=rule) for one in found]
+        if self._twin.tlb.rules():
+            prediction = self._twin.predict_again(prediction, vmcb, step, seen=record)
+        return prediction, found
 
     def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
         if record.diffs_found > MAX_DIFFS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
-from harness.lockstep import stub
+from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
@@ -60,7 +60,7 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         _check(l2, kind, size, address, value)
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
-    return l2.register(kind, address, value)
+    return registers.probe(l2, kind, address, value)
 
 
 def _undefined(l2: L2, kind: str) -> bool:
@@ -118,11 +118,11 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         case "rdtsc" | "rdtscp":
             return vmcb["tsc_offset"] >> 56  # the counter itself has not come that far
         case "clts":
-            l2.write_register("cr0", regs.cr0 & ~CR0.TS)
+            registers.write(l2, "cr0", regs.cr0 & ~CR0.TS)
         case "smsw":
             return regs.cr0 & _SMSW
         case "lmsw":
-            l2.write_register("cr0", regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE))
+            registers.write(l2, "cr0", regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE))
         case "in" | "out":
             if regs.cpl > regs.rflags >> 12 & 3:
                 raise UsageError("ports at a CPL above IOPL are not modelled")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 from harness.errors import UsageError
-from harness.lockstep import instructions, stub
+from harness.lockstep import instructions, stale, stub
 from harness.lockstep.delivery import Leave, deliver
-from harness.lockstep.prediction import WHOLE, Prediction
-from harness.lockstep.quirks import JUMP_NON_CANONICAL, PKE_NOT_FLUSHED, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
 from harness.lockstep.state import Entered, State
 from harness.model import dirty, events, vmrun
-from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
-from harness.model.consistency import cr4_mbz, efer_mbz
-from harness.model.entries import P
+from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
+from harness.model.dirty import Update
 from harness.model.events import Event
 from harness.model.intercepts import asks
-from harness.model.registers import CR4, RFLAGS
-from harness.model.vmcb import MISC1_VINTR, NP_ENABLE, SEGMENT_P, ExitCode, VIntr
-from harness.model.walk import GUEST, Walk, translate
+from harness.model.registers import CR4, EFER, RFLAGS
+from harness.model.tlb import Flushed, Ran, Wrote
+from harness.model.vmcb import MISC1_VINTR, ExitCode, VIntr
+from harness.model.walk import Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
 
@@ -30,8 +33,6 @@ _LAR_SEES = 0x00F0_FF00
 """What LAR returns of a descriptor's upper half (volume 3, LAR)."""
 _MASK64 = (1 << 64) - 1
 _MAX_ENTERED = 1000
-_FLUSHING = CR4.PGE | CR4.PAE | CR4.PSE
-"""Bits of CR4 whose change flushes all translations, global ones too (section 5.5.3)."""
 
 
 def joined(walks: list[Walk]) -> Walk:
@@ -62,8 +63,25 @@ class L2:
         self.begun = False
         """Whether it has executed an instruction."""
         self.undefined: dict[str, int] = {}
-        self.fresh: set[int] | None = None
-        """After L2 wrote a table: the pages (gVA >> 12) whose translation it has flushed since."""
+        self.writes: int | None = None
+        """What the probe at hand will write, where that does not depend on what it reads there."""
+        self.reads_first = False
+        """Whether it is at the first half of a read-modify-write that is made of two accesses."""
+        self.asid = state.vmcb["asid"]
+        self.ran(by_vmrun=True)
+
+    def ran(self, by_vmrun: bool = False) -> None:
+        """L2 runs on, with the registers as they are."""
+        regs = self.regs
+        pcid = regs.cr3 & 0xFFF if regs.cr4 & CR4.PCIDE else 0
+        self.state.tlb.add(Ran(self.asid, self.paging, bool(regs.cr4 & CR4.PGE), pcid, by_vmrun))
+
+    def flush(self, by: str, gva: int | None = None, keeps_global: bool = False) -> None:
+        """L2 flushes translations: that of `gva`, or all of its address space or, with neither, all."""
+        regs = self.regs
+        own = regs.cr4 & CR4.PCIDE and (gva is not None or keeps_global)
+        narrow = bool(gva is not None and regs.efer & EFER.TCE)
+        self.state.tlb.add(Flushed(by, self.asid, gva, keeps_global, False, narrow, regs.cr3 & 0xFFF if own else None))
 
     def interrupt(self) -> None:
         """Take the virtual interrupt that is pending at VMRUN, if it is taken (section 15.21.4)."""
@@ -154,11 +172,16 @@ class L2:
             access = _POP[cpl] if reads else _PUSH[cpl]
         else:
             access = _READ[cpl] if reads else _WRITE[cpl]
+        self.writes = value if kind in ("write", "push") else None
+        old = 0
         if kind == "rmw" and self.state.quirks.has(RMW_READS_FIRST):
-            self._reach(_READ[cpl], address, size, index)
+            self.reads_first = True
+            old = self._read(self._reach(_READ[cpl], address, size, index))
+            self.reads_first, self.writes = False, old + value
         parts = self._reach(access, address, size, index)
         self.regs.rsp = begun
-        old = sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
+        if self.writes is None:
+            old = self._read(parts)
         if not reads:
             new = old + value if kind == "rmw" else value
             for spa, at, width in parts:
@@ -168,6 +191,9 @@ class L2:
             return value
         # 32-bit results are zero-extended
         return old if size >= 4 else value & ~((1 << 8 * size) - 1) & _MASK64 | old
+
+    def _read(self, parts: list[tuple[int, int, int]]) -> int:
+        return sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
 
     def _reach(self, access: Access, address: int, size: int, index: int) -> list[tuple[int, int, int]]:
         """Translate an access of `size` bytes: for each page that it touches the sPA, where in the operand
@@ -180,8 +206,7 @@ class L2:
         reached: list[tuple[int, int, int]] = []
         walks: list[Walk] = []
         for gva, at, width in parts:
-            self._must_be_fresh(gva)
-            walk = self.walk(gva, access)
+            walk = self._cached(gva, access, index, partial(self._fits, index, at, width, access.write))
             walks.append(walk)
             self.out.walks[index] = joined(walks)
             if not isinstance(walk.outcome, Reached):
@@ -200,7 +225,8 @@ class L2:
         offset = selector & 0xFFF8
         if not offset or offset + 7 > vmcb["gdtr.limit"]:
             return 0
-        walk = self.access(vmcb["gdtr.base"] + offset & _MASK64, _IMPLICIT_READ)
+        walk = self._cached(vmcb["gdtr.base"] + offset & _MASK64, _IMPLICIT_READ, index, lambda spa: True)
+        self._note(walk)
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
             self.fault(walk)
@@ -218,13 +244,13 @@ class L2:
                 at = (spa & ~7) + 8 * number
                 before = words[at >> 3]
                 self.state.changed(self.out, at, before)
+                if self.state.image.in_arena(at):
+                    self.state.tlb.add(Wrote(at, before))
                 words[at >> 3] = before & ~part | new << shift >> 64 * number & _MASK64
-        if self.state.image.in_arena(spa):
-            self.fresh = set()
 
     def _fetch(self, address: int, index: int) -> int:
-        self._must_be_fresh(address)
-        walk = self.access(address, _FETCH[self.regs.cpl])
+        walk = self._cached(address, _FETCH[self.regs.cpl], index, lambda spa: self._seen_result(index) == spa >> 3)
+        self._note(walk)
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
             if not isinstance(walk.outcome, GeneralProtection) or self.state.quirks.has(JUMP_NON_CANONICAL):
@@ -242,135 +268,31 @@ class L2:
             raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data")
         return spa
 
-    def _must_be_fresh(self, address: int) -> None:
-        """Where L2 has changed a table, a translation may be old or new until it is flushed."""
-        page = address >> 12
-        if self.fresh is not None and page not in self.fresh and page not in self.state.tables:
-            raise UsageError(f"L2 wrote a table before this access of {address:#x}: flush first, by invlpg of that "
-                             "page or wrcr3; more than one outcome is permitted until then")
+    def _cached(self, gva: int, access: Access, index: int, fits: Callable[[int], bool]) -> Walk:
+        """Translate for probe `index`, as `walk`; a TLB may make more than one outcome permitted, of which that is
+        taken which `fits` what the machine is seen to have done."""
+        walk = self.walk(gva, access)
+        if not (self.state.tlb.changed or self.state.caches.ignores):
+            return walk
+        seen = self.state.seen
+        done = seen is not None and (index < seen.next_probe or (self.reads_first and seen.fault_code & ErrorCode.W))
+        taken, optional = stale.choose(self.state, self.out, gva, access, walk, index, fits if done else None)
+        self._permit(optional)
+        return taken
 
-    def _invlpg(self, address: int) -> None:
-        """The page at `address` is fresh, all of it if it is a large one (section 5.5.3)."""
-        fmt = self.paging.guest
-        if self.fresh is None or fmt is None:
-            return
-        walk = translate(self.paging, self.state.memory.words, address, _READ[0])
-        read = [step for step in walk.steps if step.dimension == GUEST]
-        shift = next((level.shift for level in fmt.levels if read and level.name == read[-1].level
-                      and read[-1].entry & P and read[-1].entry & level.leaf), 12)
-        first = address >> shift << shift - 12
-        self.fresh.update(range(first, first + (1 << shift - 12)))
+    def _seen_result(self, index: int) -> int:
+        assert self.state.seen is not None
+        return self.state.seen.result(index)
 
-    def register(self, kind: str, address: int, value: int) -> int:
-        """Reads and writes of L2's own registers."""
-        regs, vmcb = self.regs, self.state.vmcb
-        if kind in ("rdpkru", "wrpkru"):
-            return self._pkru(kind, value)
-        if kind in stub.DESCRIPTOR_READS:
-            return vmcb[stub.DESCRIPTOR_READS[kind]] & self.mask
-        if kind in stub.LOADED_LIMITS:
-            name, limit = stub.LOADED_LIMITS[kind]
-            vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = value, limit
-            return value
-        if kind in stub.SEGMENT_LOADS:
-            return self._load_segment(stub.SEGMENT_LOADS[kind], value)
-        what = kind[2:]
-        if what == "cr8":
-            return self._cr8(kind, value)
-        if what == "seg" and not self.state.mode.long:
-            return vmcb["cs.selector"] << 16 | vmcb["es.selector"]
-        if what == "seg":
-            return sum(vmcb[f"{s}.selector"] << 16 * n for n, s in enumerate(("es", "cs", "ss", "ds")))
-        if what == "flags":
-            if kind == "wrflags":
-                regs.rflags = value | RFLAGS.ONE
-                self.paging = self.state.paging(regs)
-                if vmrun.virtual_interrupt(vmcb, value) is not None:
-                    raise UsageError("a virtual interrupt that L2 lets in itself is not modelled")
-                return value
-            return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
-        if kind == "invlpg":
-            self._invlpg(address)
-            return value
-        if what == "msr" and address not in stub.MSR_FIELDS:
-            raise UsageError(f"L1 must intercept MSR {address:#x}: it is not modelled")
-        if what != "msr" and not hasattr(regs, what):
-            raise UsageError(f"L1 must intercept {kind.upper()}: what it does inside of L2 is not modelled")
-        name = stub.MSR_FIELDS[address] if what == "msr" else what
-        own = hasattr(regs, name)
-        if kind.startswith("rd"):
-            return (int(getattr(regs, name)) if own else vmcb[name]) & self.mask
-        if own:
-            self.write_register(name, value)
-        else:
-            vmcb[name] = value
-        return value
-
-    def write_register(self, name: str, value: int) -> None:
-        """L2 writes a register that decides over translation."""
-        regs, vmcb = self.regs, self.state.vmcb
-        lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(name)
-        if lacking is not None and lacking(value, self.state.cpu):
-            raise UsageError(f"L2 cannot write {value:#x} to {name.upper()}: this CPU has no such feature")
-        keys_on = name == "cr4" and value ^ regs.cr4 == value & CR4.PKE
-        if name == "cr4" and (value ^ regs.cr4) & _FLUSHING:
-            self.fresh = None
-        setattr(regs, name, value)
-        if name == "cr3":
-            self.fresh = None
-        if name == "g_pat" and not vmcb["np_control"] & NP_ENABLE:
-            self.state.host.pat = value  # 15.25.4: without nested paging L1 and L2 have one PAT
-        before, self.paging = self.paging, self.state.paging(regs)
-        self.caching = vmrun.caching(regs, vmcb, self.state.host)
-        if keys_on and self.state.quirks.has(PKE_NOT_FLUSHED):
-            self.paging = self.paging._replace(pkru=before.pkru)
-        self.enter_again()
-
-    def _cr8(self, kind: str, value: int) -> int:
-        """CR8 is V_TPR with V_INTR_MASKING, and without it L1's own, which writes go to beside V_TPR
-        (section 15.21.2)."""
-        vmcb = self.state.vmcb
-        own = not vmcb["v_intr"] & VIntr.MASKING
-        if own and self.state.host_mode.narrow:
-            raise UsageError("without V_INTR_MASKING CR8 is L1's, which an L1 in a 32-bit mode cannot see")
-        if kind == "wrcr8":
-            vmcb["v_intr"] = vmcb["v_intr"] & ~VIntr.TPR | value & 0xF
-            if own:
-                self.host["cr8"] = value & 0xF
-            return value
-        return self.host.get("cr8", 0) if own else vmcb["v_intr"] & 0xF
-
-    def _load_segment(self, name: str, selector: int) -> int:
-        """MOV to ES or DS: a null selector, or one of a data segment in L2's GDT (section 4.8.1)."""
-        vmcb = self.state.vmcb
-        vmcb[f"{name}.selector"] = selector
-        if not selector & ~3:
-            # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
-            vmcb[f"{name}.attrib"] = 0
-            self.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
-            return selector
-        walk = self.access(vmcb["gdtr.base"] + (selector & ~7), _IMPLICIT_READ)
-        if not isinstance(walk.outcome, Reached):
-            raise UsageError(f"L2 cannot reach the descriptor of {selector:#x}: {walk.outcome}")
-        entry = self.state.memory.words[walk.outcome.spa >> 3]
-        if name != "es" or self.regs.cpl or entry >> 40 & 0xF9 != 0x91 or selector > vmcb["gdtr.limit"]:
-            raise UsageError(f"{name} = {selector:#x}: L2 can load ES with an accessed data segment, at CPL 0")
-        limit = entry & 0xFFFF | entry >> 32 & 0xF_0000
-        vmcb[f"{name}.attrib"] = entry >> 40 & 0xFF | entry >> 44 & 0xF00
-        vmcb[f"{name}.limit"] = limit << 12 | 0xFFF if entry >> 55 & 1 else limit
-        vmcb[f"{name}.base"] = entry >> 16 & 0xFF_FFFF | entry >> 32 & 0xFF00_0000
-        return selector
-
-    def _pkru(self, kind: str, value: int) -> int:
-        """RDPKRU and WRPKRU (section 5.6.7): PKRU is one for L1 and L2."""
-        if not self.regs.cr4 & CR4.PKE:
-            self.exception(Event.exception(events.UD))
-        host = self.state.host
-        if kind == "wrpkru":
-            host.pkru = value & 0xFFFF_FFFF
-            self.paging = self.state.paging(self.regs)
-            return value
-        return host.pkru
+    def _fits(self, index: int, at: int, width: int, write: bool, spa: int) -> bool:
+        """Whether the machine may have done its access at `spa`, by what it returned or what it wrote."""
+        if write and self.writes is not None:
+            return stale.written(self.state, spa, self.writes >> 8 * at, width)
+        assert self.state.seen is not None
+        if index >= self.state.seen.next_probe:
+            return True  # the second half faulted, and nothing was returned
+        part = self._seen_result(index) >> 8 * at & (1 << 8 * width) - 1
+        return part == self.state.memory.read(spa, width)
 
     # --- memory and faults ------------------------------------------------------------------------
 
@@ -401,7 +323,12 @@ class L2:
         required, permitted = dirty.resolve(walk.updates, faulted, state.liberties, other_faulted)
         for address, old in dirty.write_back(state.memory.words, required).items():
             state.changed(out, address, old)
-        for address, bits, _ in permitted:
+        self._permit(permitted)
+
+    def _permit(self, updates: Iterable[Update]) -> None:
+        """Bits that may be set or not."""
+        state, out = self.state, self.out
+        for address, bits, _ in updates:
             quadword = address & ~7  # two entries of 32-bit paging are one
             state.changed(out, quadword, state.memory.words[quadword >> 3])
             out.permitted[quadword] = out.permitted.get(quadword, 0) | bits << (address & 4) * 8

@@ -24,7 +24,9 @@ class Prediction:
     `permitted` the bits, by the sPA of their quadword, that may be set or not. `accesses` are all walks of L2
     in their order, also those that no probe names; `paging` is the translation that L2 left under, `event`
     what was last delivered to it, also if that was cut short.
-    `under` has, by probe, the translation and the memory types in force.
+    `under` has, by probe, the translation and the memory types in force. `stale` has, by probe, the walks that a TLB
+    may make instead, on this machine; `ambiguous` are the probes for which the manual permits more than one outcome,
+    on this machine or another. `taken` are those probes whose walk in `walks` is one of `stale`.
     """
 
     first_probe: int
@@ -45,3 +47,6 @@ class Prediction:
     paging: Paging | None = None
     event: Event | None = None
     under: dict[int, tuple[Paging, Caching]] = field(default_factory=dict)
+    stale: dict[int, list[Walk]] = field(default_factory=dict)
+    ambiguous: set[int] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)

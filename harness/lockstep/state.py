@@ -10,9 +10,10 @@ from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
 from harness.model import vmrun
 from harness.model.access import Access
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.model.memory import Memory, Words
 from harness.model.registers import RFLAGS, Cpu
+from harness.model.tlb import INVLPGA, Flushed, Tlb, Wrote
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging, Walk
@@ -23,6 +24,7 @@ from harness.scenario.world import World
 from harness.wire.image import PAGE, Image, tag, tags
 from harness.wire.layout import HOST_REGISTERS
 from harness.wire.program import Step
+from harness.wire.records import Record
 
 _HOST_NAMES = {number: name for name, number in HOST_REGISTERS.items()}
 _MAX_PAGINGS = 1000
@@ -66,15 +68,17 @@ class State:
         """L1's registers in 4-level paging; at VMRUN they are those of `host_at_vmrun`."""
         self.host_mode = HOST_MODES[DEFAULT_MODE]
         self.vmcb = Vmcb(self.memory, image.vmcbs.start)
+        self.tlb = Tlb()
+        self.caches = liberties.caches
         self.mode: Mode = MODES[DEFAULT_MODE]
         self.stub = image.stubs[self.mode.stub]
         self.watched: frozenset[int] = frozenset()
-        self.tables: frozenset[int] = frozenset()
-        """Pages (gVA >> 12) through which L2 reaches its tables; nothing under test maps them."""
         self.entered: dict[tuple[object, ...], Entered] = {}
         """L2's accesses of its own pages, by translation, place and CPL: see `harness.lockstep.l2`."""
         self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
+        self.seen: Record | None = None
+        """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
         self._world: World | None = None
         self._touched: dict[int, None] = {}
         self._paging: dict[tuple[object, ...], tuple[Paging, tuple[str, ...]]] = {}
@@ -95,7 +99,7 @@ class State:
                 words[address >> 3] = value
             self._world = world
             self.watched = frozenset(world.watch)
-            self.tables = frozenset(gva >> 12 for gva in world.entry_gva.values())
+        self.tlb.forget()
         self.mode = world.mode
         self.stub = self.image.stubs[world.mode.stub]
         start = world.vmcb_address
@@ -108,7 +112,11 @@ class State:
         """Do one op that is not a RUN."""
         if step.code == "WRITE":
             self.touch(step.a & ~7)
+            if self.image.in_arena(step.a):
+                self.tlb.add(Wrote(step.a & ~7, self.memory.words[step.a >> 3]))
             self.memory.write(step.a, step.b, step.arg)
+        elif step.code == "INVLPGA":
+            self.tlb.add(Flushed(INVLPGA, step.arg, step.a, narrow=True))
         elif step.code == "HOST":
             setattr(self.host, _HOST_NAMES[step.arg], step.b)
 

@@ -27,6 +27,8 @@ class Tally:
     table_bytes: int = 0
     contexts: int = 0
     trace_events: int = 0
+    stale_permitted: int = 0
+    stale_seen: int = 0
     divergences_new: int = 0
     skipped: int = 0
     """Cases that cannot be run on this CPU."""
@@ -45,6 +47,8 @@ class Tally:
         self.table_bytes += result.table_bytes
         self.contexts += result.contexts
         self.trace_events += result.trace_events
+        self.stale_permitted += result.stale_permitted
+        self.stale_seen += result.stale_seen
         new = [one for one in result.divergences if strict or one.erratum is None]
         self.divergences_new += len(new)
         if new or result.lost or result.senseless:

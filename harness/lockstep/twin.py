@@ -23,10 +23,12 @@ from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.tlb import Left
 from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
+from harness.wire.records import Record
 
 _RESUMED = Group("cpl", "rflags", "rip", "rsp", *(f"{s}.{p}" for s in ("es", "cs", "ss", "ds")
                                                   for p in ("selector", "attrib", "limit", "base")))
@@ -69,6 +71,7 @@ class Twin(State):
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
         memory is as it was."""
         out = Prediction(first_probe=first, next_probe=first)
+        self._before = self.tlb.mark()
         vmcb = self.vmcb
         if not self.host_at_vmrun().cr0 & CR0.PG and self.quirks.has(VMRUN_WANTS_PAGING):
             return self._raise(out)
@@ -81,6 +84,7 @@ class Twin(State):
             return self._refuse_halfway(out, step)
         injected = Event.from_eventinj(vmcb["eventinj"])
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
+        self.tlb.vmrun(self._tlb_control(), vmcb["asid"])
         l2 = L2(self, out, step)
         if self._no_root():
             self._leave(out, l2, Leave(ExitCode.SHUTDOWN, rule="nested.reserved"))
@@ -103,7 +107,13 @@ class Twin(State):
             raise
         return out
 
+    def _tlb_control(self) -> int:
+        """TLB_CONTROL as this CPU obeys it: without flush by ASID, 3 and 7 are reserved (table 15-9)."""
+        control = self.vmcb["tlb_control"]
+        return control if control == 1 or "flushbyasid" in self.cpu.features else 0
+
     def _undo(self, out: Prediction) -> None:
+        self.tlb.rewind(self._before)
         words = self.memory.words
         for address, old in out.old.items():
             words[address >> 3] = old
@@ -177,6 +187,7 @@ class Twin(State):
         out.exitcode, out.rule, out.paging = code, leave.rule, l2.paging
         if leave.walk is not None:
             out.walks[out.next_probe] = leave.walk
+        self.tlb.add(Left())
         vmrun.save(vmcb, l2.regs)
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = code, leave.info1, leave.info2
         vmcb["exitintinfo"] = leave.event.exitintinfo if leave.event is not None else 0
@@ -211,15 +222,19 @@ class Twin(State):
         host = self.host_at_vmrun()
         return {"rax": self.vmcb.address, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat}
 
-    def predict_again(self, out: Prediction, before: bytes, step: Step, quirks: Active) -> Prediction:
-        """The VMRUN of `out` once more, on a machine with `quirks`; `before` is the VMCB page then."""
+    def predict_again(
+        self, out: Prediction, before: bytes, step: Step, quirks: Active = _NONE, seen: Record | None = None,
+        ignores: frozenset[str] = frozenset(),
+    ) -> Prediction:
+        """The VMRUN of `out` once more; `before` is the VMCB page then, `seen` what came of it where more than one
+        course is permitted. The machine may have `quirks`, and break those rules of the TLB that it `ignores`."""
         self._undo(out)
         self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
-        self.quirks = quirks
+        self.seen, self.quirks, self.caches = seen, quirks, self.caches._replace(ignores=ignores)
         try:
             return self.predict(step, out.first_probe)
         finally:
-            self.quirks = _NONE
+            self.seen, self.quirks, self.caches = None, _NONE, self.liberties.caches
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:
         """Go on from what the machine did: where a prediction failed, one divergence is enough."""

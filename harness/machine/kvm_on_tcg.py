@@ -15,7 +15,7 @@ from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, initramfs, kernel, l0, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.trace import Trace, Unobservable
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.wire.image import PAGE, Image
 
 LIBERTIES: Final = Liberties()

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests
 from harness.machine.trace import Trace
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.wire.channel import Channel
 from harness.wire.image import Image, tags

@@ -10,13 +10,13 @@ from typing import Final
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
-from harness.model.dirty import Liberties, Takes
+from harness.model.liberties import Caches, Liberties, Takes
 from harness.wire.image import Image
 
-LIBERTIES: Final = Liberties(*(Takes.ALWAYS,) * 4)
-"""QEMU sets accessed bits as it goes down, the guest's leaf bits before it walks the page's own gPA, and
-those of an access's first page before it walks the second: the manual permits it all (mmu_translate in
-target/i386/tcg, 7.2 to 11)."""
+LIBERTIES: Final = Liberties.each(Takes.ALWAYS, Caches(pieces=False, over_vmrun=False))
+"""QEMU holds whole translations only, and none over VMRUN or #VMEXIT, which load CR3. It sets accessed bits as it goes
+down, the guest's leaf bits before it walks the page's own gPA, and those of an access's first page before it walks the
+second: the manual permits it all (mmu_translate() and cpu_x86_update_cr3() in target/i386, 7.2 to 11)."""
 
 _BOOT_TIMEOUT: Final = 8.0
 

@@ -8,9 +8,9 @@ name here, so that a machine's profile can say what that machine does with it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
+from harness.model.liberties import Liberties, Takes
 from harness.model.memory import Words
 
 NESTED_TABLE: Final = "nested"
@@ -24,31 +24,6 @@ PAGE: Final = "page"
 
 Update = tuple[int, int, str]
 """sPA of an entry, the bits to set, and what the entry was used for: one of the four above."""
-
-
-class Takes(Enum):
-    """What a machine does with a liberty."""
-
-    ALWAYS = "always"
-    SOMETIMES = "sometimes"
-    NEVER = "never"
-
-
-class Liberties(NamedTuple):
-    """What a machine makes of the room that the manual leaves where a walk faults; the default is the
-    widest. There is none for nested walks that ended well: those of the guest's tables set their bits
-    before the guest's entries are looked at (section 15.25.6, steps 1 and 2).
-
-    `nested_cut`: bits of the entries that a nested walk used before it faulted itself.
-    `guest_cut`: bits of the guest's table entries, where the walk faults further down in either dimension.
-    `page_not_reached`: bits of the guest's leaf entry when the nested walk of the page itself faults.
-    `other_page`: all bits of one page's walk, where an access touches two and the other one faults.
-    """
-
-    nested_cut: Takes = Takes.SOMETIMES
-    guest_cut: Takes = Takes.SOMETIMES
-    page_not_reached: Takes = Takes.SOMETIMES
-    other_page: Takes = Takes.SOMETIMES
 
 
 def resolve(

@@ -206,6 +206,34 @@ _COMPUTED: Final = (  # shown beside a walk, compared with nothing: see harness.
          "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD.", _NOT_COMPARED),
 )
 
+_BY_PROBES: Final = (("", "no case of a walk: counted by probes (docs/litmus.md)"),)
+
+_TLB: Final = (
+    Rule("tlb.control", "15.16.1",
+         "VMRUN with TLB_CONTROL=1 flushes all translations, with 3 those of its ASID, with 7 those of it that are not "
+         "global: none of them may be used from then on.", _BY_PROBES),
+    Rule("tlb.vmrun", "",
+         "This machine is known to keep no translation over VMRUN and #VMEXIT, though the manual would permit it.",
+         _BY_PROBES),
+    Rule("tlb.asid", "15.16",
+         "A guest uses only translations that were loaded under its own ASID, global ones included.", _BY_PROBES),
+    Rule("tlb.upgrade", "5.5.3",
+         "A fault is confirmed by the tables as they are: what was made present, or given a right, needs no flush.",
+         _BY_PROBES),
+    Rule("tlb.invlpg", "5.5.3",
+         "INVLPG flushes the page of its operand, whatever its size, global or not, and the upper-level entries that "
+         "lead to it.", _BY_PROBES),
+    Rule("tlb.invlpga", "15.16.2",
+         "INVLPGA flushes as INVLPG does, in the ASID that it names.", _BY_PROBES),
+    Rule("tlb.cr3", "5.5.2, 5.5.3",
+         "MOV to CR3 flushes all translations of the ASID that are not global; with PCIDs those of the new one, or "
+         "none if bit 63 is set.", _BY_PROBES),
+    Rule("tlb.cr4", "5.5.3",
+         "MOV to CR4 that changes PGE, PAE or PSE, sets PKE or clears PCIDE flushes all translations of the ASID.",
+         _BY_PROBES),
+    Rule("tlb.cr0", "5.5.3", "MOV to CR0 that changes PG flushes all translations of the ASID.", _BY_PROBES),
+)
+
 _OF_KVM: Final = (("", "KVM's, not the manual's: counted by entries"),)
 
 _CONTEXT: Final = (
@@ -233,7 +261,7 @@ _LOCKSTEP: Final = (
          "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
 )
 
-_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_CONTEXT, *_LOCKSTEP)
+_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_TLB, *_CONTEXT, *_LOCKSTEP)
 
 RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in _ALL}
 """Every rule by its id."""

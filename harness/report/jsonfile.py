@@ -2,7 +2,10 @@
 
     machine      the machine's identity by name; null if it never came up
     totals       scenarios, sweeps, sweep_cases, vmruns, probes, table_bytes_compared, divergences_new,
-                 divergences_known, seconds, contexts_checked, trace_events (both 0 where no KVM is under L1)
+                 divergences_known, seconds, contexts_checked, trace_events (both 0 where no KVM is under L1),
+                 stale_permitted (probes for which the manual permits a translation that was changed since),
+                 stale_seen (those in which the machine used it)
+    stale        stale_permitted and stale_seen by family: by sweep, or by scenario file
     sweeps       each: name, total (its cases), before (those of a record), done (in this run), skipped (cannot be run
                  on this CPU), pairs and triples
                  (covered), pairs_total, triples_total, vmruns, probes, table_bytes_compared, divergences_new,
@@ -62,6 +65,7 @@ def document(summary: Summary) -> dict[str, Any]:
     return {
         "machine": dict(summary.machine) if summary.machine is not None else None,
         "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
+        "stale": {name: {"permitted": permitted, "seen": seen} for name, (permitted, seen) in summary.stale.items()},
         "sweeps": [_sweep(tally) for tally in summary.sweeps],
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
         "skipped": dict(summary.skipped),
@@ -98,6 +102,8 @@ def entry(result: Result) -> dict[str, Any]:
         "table_bytes_compared": result.table_bytes,
         "contexts_checked": result.contexts,
         "trace_events": result.trace_events,
+        "stale_permitted": result.stale_permitted,
+        "stale_seen": result.stale_seen,
         "divergences": [_divergence(one) for one in result.divergences],
         "lost": _lost(result) if result.lost is not None else None,
         "skipped": result.skipped or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
@@ -32,6 +32,10 @@ class Totals:
     contexts_checked: int = 0
     """Entries of the processor into L1 or L2 whose MMU context was checked: on machines with KVM."""
     trace_events: int = 0
+    stale_permitted: int = 0
+    """Probes for which the manual permits an outcome by a translation that was changed since."""
+    stale_seen: int = 0
+    """Those in which the machine had that outcome."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Summary:
     """What was checked, in order (harness.model.coverage)."""
     sweeps: tuple[Tally, ...] = ()
     """How far each sweep came; `results` has only those of its cases of which there is more to say."""
+    stale: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By family (a sweep, a scenario file): probes for which an old translation is permitted, and those in which
+    the machine used one."""
 
     @property
     def lost(self) -> tuple[Result, ...]:
@@ -105,6 +112,8 @@ def summarize(
             seconds=seconds,
             contexts_checked=sum(one.contexts for one in counted),
             trace_events=sum(one.trace_events for one in counted),
+            stale_permitted=sum(one.stale_permitted for one in counted),
+            stale_seen=sum(one.stale_seen for one in counted),
         ),
         known=_known(everything, sweeps, {erratum.id: erratum for erratum in errata}),
         skipped={result.scenario: result.skipped for result in results if result.skipped},
@@ -112,7 +121,18 @@ def summarize(
         strict=strict,
         cells=tuple(sorted(cells)),
         sweeps=tuple(sweeps),
+        stale=_stale(counted),
     )
+
+
+def _stale(counted: Iterable[Result | Tally]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for one in counted:
+        if one.stale_permitted:
+            family = one.name if isinstance(one, Tally) else one.scenario.partition("[")[0]
+            permitted, seen = found.get(family, (0, 0))
+            found[family] = permitted + one.stale_permitted, seen + one.stale_seen
+    return dict(sorted(found.items()))
 
 
 def is_new(divergence: Divergence, strict: bool = False) -> bool:

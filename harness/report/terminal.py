@@ -165,6 +165,7 @@ def table(summary: Summary, width: int) -> list[Line]:
     lines = wrap(describe_machine(summary.machine), width, "machine  ")
     lines += [line(""), *_totals(summary)]
     lines += _sweeps(summary)
+    lines += _stale(summary)
     lines += _skipped(summary, width)
     lines += _kinds(summary, width)
     if summary.known:
@@ -219,6 +220,20 @@ def _sweeps(summary: Summary) -> list[Line]:
     if any(tally.before for tally in summary.sweeps):
         before = ", ".join(f"{tally.before:,} of {tally.name}" for tally in summary.sweeps if tally.before)
         lines.append(line(f"  Pairs and triples include those of earlier runs, by the record: {before}", DIM))
+    return lines
+
+
+def _stale(summary: Summary) -> list[Line]:
+    """In how many probes the machine could use a translation that was changed since, and in how many it did."""
+    if not summary.stale:
+        return []
+    rows = [("Old translations", "permitted", "seen"), *(
+        (name, f"{permitted:,}", f"{seen:,}") for name, (permitted, seen) in summary.stale.items())]
+    first, second, third = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [line("")]
+    for number, (name, permitted, seen) in enumerate(rows):
+        text = f"{'  ' if number else ''}{name:{first + (0 if number else 2)}}  {permitted:>{second}}  {seen:>{third}}"
+        lines.append(line(text, PLAIN if number else HEAD))
     return lines
 
 

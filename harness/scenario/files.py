@@ -34,6 +34,7 @@ from harness.scenario.ops import (
     Change,
     EntryOp,
     HostOp,
+    InvlpgaOp,
     Op,
     RunOp,
     Scenario,
@@ -52,8 +53,9 @@ REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
 KINDS: Final[dict[str, dict[str, Any]]] = {
     "entry": {"entry": str, "frame": str} | _CHANGE,
-    "vmcb": {"vmcb": str, "page": str} | _CHANGE,
+    "vmcb": {"vmcb": str, "page": str, "frame": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
+    "invlpga": {"invlpga": str, "asid": (int, str)},
     "run": {"run": list, "cpl": (int, str), "expect": list},
 }
 _AXES: Final = re.compile(r"^\s*\[\s*axis\s*[.\]]", re.MULTILINE)
@@ -231,17 +233,22 @@ class File:
         self.check(table, KINDS[kind], index)
         if kind == "run":
             return self.run(index, table)
+        if kind == "invlpga":
+            asid = self.number(index, table, "asid")
+            if asid is None or not 0 <= asid < 1 << 32:
+                raise self.error(index, "asid", "INVLPGA needs an ASID of 32 bits, as in `asid = 5`")
+            return InvlpgaOp(table["invlpga"], asid)
         bits = (self.strings(index, table, key) for key in ("set", "clear"))
         change = Change(self.number(index, table), *bits)
         if change == Change() and not {"frame", "page"} & table.keys():
-            raise self.error(index, kind, "nothing is changed: give value, set, clear or, for an entry, frame, or, for "
-                                          "a VMCB field, page")
+            raise self.error(index, kind, "nothing is changed: give value, set, clear or frame or, for a VMCB field, "
+                                          "page")
         if change.value is not None and not 0 <= change.value < 1 << 64:
             raise self.error(index, "value", f"{change.value:#x} does not fit in 64 bits")
         if kind == "entry":
             return EntryOp(table["entry"], change, table.get("frame"))
         if kind == "vmcb":
-            return VmcbOp(table["vmcb"], change, table.get("page"))
+            return VmcbOp(table["vmcb"], change, table.get("page"), table.get("frame"))
         return HostOp(table["host"], change)
 
     def number(self, index: int, table: Mapping[str, Any], key: str = "value") -> int | None:

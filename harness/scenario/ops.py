@@ -45,11 +45,13 @@ class EntryOp:
 
 @dataclass(frozen=True, slots=True)
 class VmcbOp:
-    """L1 writes a VMCB field; `page` names a page whose gVA it takes."""
+    """L1 writes a VMCB field; `page` names a page whose gVA it takes, `frame` one whose address goes into bits 51:12:
+    the sPA in nCR3, else the gPA."""
 
     field: str
     change: Change
     page: str | None = None
+    frame: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,8 @@ class Probe:
     size: int = 0
     """Bytes; 0 is the widest that L2's mode has."""
     value: int | str | None = None
-    """A number, or `&ENTRY[+BIT][-BIT]`: what L1 last wrote to an entry, with bits set and cleared; an
-    ENTRY of `vmcb.FIELD` is a field of the VMCB."""
+    """A number, or `&ENTRY[@PAGE][+BIT][-BIT]`: what L1 last wrote to an entry, with the frame of another page, and
+    with bits set and cleared; an ENTRY of `vmcb.FIELD` is a field of the VMCB."""
 
     def __str__(self) -> str:
         size = str(self.size) if self.size else ""
@@ -94,7 +96,15 @@ class RunOp:
     expect: tuple[str, ...] = ()
 
 
-Op = EntryOp | VmcbOp | HostOp | RunOp
+@dataclass(frozen=True, slots=True)
+class InvlpgaOp:
+    """L1 executes INVLPGA: of a page, for an ASID (section 15.16.2)."""
+
+    page: str
+    asid: int
+
+
+Op = EntryOp | VmcbOp | HostOp | InvlpgaOp | RunOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +136,7 @@ STORES: Final = frozenset({"write", "rmw", "push", "out"})
 _PROBE: Final = re.compile(
     r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
     r"(?:\s+(?P<target>[a-z]\w*(?:\.\w+)*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
-    r"(?:\s*=\s*(?P<value>\w+|&[\w.+-]+))?"
+    r"(?:\s*=\s*(?P<value>\w+|&[\w.@+-]+))?"
 )
 
 

@@ -35,6 +35,9 @@ NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >=
 }
 """Probes that L2 cannot make in real mode."""
 
+FLUSH_ALL: Final = 1
+"""TLB_CONTROL (table 15-9)."""
+
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
 _USUAL_BITS: Final = 40
 _USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle"])
@@ -168,6 +171,9 @@ class _Body:
                 self._vmcb(index, op)
             case ops.HostOp():
                 self._host(index, op)
+            case ops.InvlpgaOp():
+                gva = _lookup(self.world.gva, op.page, "page")
+                self.steps.append(Step("INVLPGA", op.asid, gva, origin=index))
             case ops.RunOp():
                 self._run(index, op)
 
@@ -224,6 +230,8 @@ class _Body:
         _lookup(FIELDS, op.field, "VMCB field")
         old = self.vmcb.get(op.field, 0) if op.page is None else _lookup(self.world.gva, op.page, "page")
         new = _change(op.change, old, VMCB_BITS.get(op.field, BITS))
+        if op.frame is not None:
+            new = new & ~FRAME | _lookup(self.world.spa if op.field == "ncr3" else self.world.gpa, op.frame, "page")
         self.vmcb[op.field] = new
         self.steps.append(_vmcb_write(self.world, op.field, new, index))
 
@@ -239,6 +247,8 @@ class _Body:
     def _run(self, index: int, op: ops.RunOp) -> None:
         if len(op.probes) > MAX_PROBES:
             raise ValueError(f"a run may have {MAX_PROBES} probes, this has {len(op.probes)}")
+        if not any(step.code == "RUN" for step in self.steps) and self.vmcb["tlb_control"] != FLUSH_ALL:
+            raise ValueError("the first VMRUN must flush all (TLB_CONTROL=1): others ran under the same ASIDs")
         user = op.cpl == 3
         if op.cpl != self.cpl:
             self.cpl = op.cpl
@@ -282,8 +292,9 @@ class _Body:
         return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
 
     def _entry_value(self, text: str) -> int:
-        """`&ENTRY[+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`: see `ops.Probe.value`."""
+        """`&ENTRY[@PAGE][+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`: see `ops.Probe.value`."""
         name, *changes = re.split(r"(?=[+-])", text[1:])
+        name, _, page = name.partition("@")
         bits = BITS
         if name.startswith("vmcb."):
             name = name.removeprefix("vmcb.")
@@ -291,6 +302,8 @@ class _Body:
             bits = VMCB_BITS.get(name, BITS)
         else:
             value = self._entry_now(name)
+        if page:
+            value = value & ~FRAME | _lookup(self.world.gpa, page, "page") & FRAME
         for change in changes:
             bit = _lookup(bits, change[1:], "bit")
             value = value | bit if change[0] == "+" else value & ~bit

@@ -30,9 +30,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ _TOP: Final = {
     "title": str, "manual": str, "shows": str, "guest": str, "nested": str, "guest_page": str, "nested_page": str,
     "axis": dict, "op": list, "unless": list, "only": list,
 }
-_CHANGES: Final[dict[str, Any]] = {"set": list, "clear": list, "value": (int, str), "frame": str}
+_CHANGES: Final[dict[str, Any]] = {"set": list, "clear": list, "value": (int, str), "frame": str, "asid": (int, str)}
 """What a value of an axis may give to an op."""
 _WORLD_DEFAULTS: Final = {
     "guest": DEFAULT_MODE, "nested": DEFAULT_MODE, "guest_page": DEFAULT_PAGE_SIZE, "nested_page": DEFAULT_PAGE_SIZE,
@@ -59,6 +60,7 @@ _WORLD_NAMES: Final = {
     "nested_page": (*dict.fromkeys(size for mode in HOST_MODES.values() for size in mode.pages), NO_NESTED_PAGING),
 }
 _NAME: Final = re.compile(r"[^\s,\[\]{}]+")
+_MANY: Final = 2000
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
 
 
@@ -203,7 +205,7 @@ class _Reader:
                       and a not in applies)
         return Slot(
             axes,
-            {choice: self.op(index, table, axes, choice, applies) for choice in self.choices(axes)},
+            _Ops(lambda choice: self.op(index, table, axes, choice, applies), self.some(axes)),
             self.file.line(index, ""),
             () if says_something else applies,
             naming,
@@ -272,9 +274,29 @@ class _Reader:
     def choices(self, axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
         return product(*(range(len(self.axes[axis].values)) for axis in axes))
 
+    def some(self, axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """All choices, or, where they are many, those in which all values but one are the first."""
+        if prod(len(self.axes[axis].values) for axis in axes) <= _MANY:
+            yield from self.choices(axes)
+            return
+        for place, axis in enumerate(axes):
+            for number in range(len(self.axes[axis].values)):
+                yield tuple(number if n == place else 0 for n in range(len(axes)))
+
     def filled(self, value: Any, axes: Sequence[int], choice: Sequence[int]) -> Any:
         texts = {self.axes[a].name: self.axes[a].values[n].text for a, n in zip(axes, choice, strict=True)}
         return substitute(value, texts)
+
+
+class _Ops(dict[tuple[int, ...], Op | None]):
+    """What becomes of an op for each choice of its axes: at first for `some`, so that mistakes are told at once."""
+
+    def __init__(self, make: Callable[[tuple[int, ...]], Op | None], some: Iterable[tuple[int, ...]]) -> None:
+        super().__init__((choice, make(choice)) for choice in some)
+        self._make = make
+
+    def __missing__(self, choice: tuple[int, ...]) -> Op | None:
+        return self.setdefault(choice, self._make(choice))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from harness.model.entries import FRAME, PS, PSE36_SHIFT, RW, US, A, D, Format, P
@@ -87,3 +87,18 @@ class Tables:
                 self.arena.write(at, entry, self.width)
             table = entry & FRAME
         raise ValueError(f"{self.fmt.name} has no pages of {1 << shift} bytes")
+
+    def alternative(self, page: int, own: int, targets: Mapping[int, int], below: Mapping[int, int]) -> None:
+        """Make the page at sPA `page`, which entries call `own`, a table that can stand in at any level: as the lowest
+        it maps 4K pages, the addresses in `targets` and `below` to what they are there; else it leads to itself, at the
+        two lowest levels for `below` too. As the root it has all else that the root has."""
+        for level in reversed(self.fmt.levels):
+            for address, target in ({**targets, **below} if level.shift < 30 else targets).items():
+                at = page + ((address >> level.shift & self.fmt.index_mask) << self.fmt.entry_shift)
+                entry = (target if level.shift == 12 else own) | (P if level.granted else RIGHTS)
+                if not self.arena.read(at, self.width) and not entry >> 8 * self.width:
+                    self.arena.write(at, entry, self.width)
+        root = self.to_spa(self.root)
+        for offset in range(0, self.fmt.index_mask + 1 << self.fmt.entry_shift, self.width):
+            if not self.arena.read(page + offset, self.width):
+                self.arena.write(page + offset, self.arena.read(root + offset, self.width), self.width)

@@ -13,6 +13,9 @@ with A and D set from the start.
     nested      a b c d                                               root entry 0
     nested      L2's tables (pml4, pdpt, pd, pt), all that is L2's    root entry 1
 
+Each dimension has one table more, that nothing points to at first: `alt`, and `nested-alt`. Put in the place of any
+table above a to d, the root included, it maps a to b, b to c and so on; `nested-alt` also gPAs of L2's tables to `alt`.
+
 With gPAs of less than 40 bits (a CPU that has no more, a mode that makes no more) root entry 0 of the
 nested dimension has it all.
 """
@@ -145,6 +148,8 @@ def build(
     targets = {"code": stub.page, "mailbox": image.mailbox} | dict.fromkeys(SYSTEM, system)
     for number, (name, target) in enumerate(targets.items()):
         place(name, own + (8 + number << 12), target, RIGHTS | KEPT)
+    if fmt:
+        place("alt", own + (8 + len(targets) << 12), arena.page(), RIGHTS | KEPT, named=False)
 
     gva: dict[str, int] = {}
     aliases: dict[str, int] = {}
@@ -181,6 +186,14 @@ def build(
             gva[page] = gpa[page]
         if nested:
             nested.map(gpa[page], spa[page], nested_shift, f"nested.{page}")
+    others = dict(zip(PAGES, PAGES[1:] + PAGES[:1], strict=True))
+    if tables:
+        tables.alternative(spa["alt"], gpa["alt"], {gva[page]: gpa[other] for page, other in others.items()}, {})
+    if nested:
+        spa["nested-alt"] = arena.page()
+        mapped = {gpa[page]: spa[other] for page, other in others.items()}
+        nested.alternative(spa["nested-alt"], spa["nested-alt"], mapped,
+                           {gpa[name]: spa["alt"] for name in names})
 
     maps = {"msrpm": system - 2 * PAGE, "iopm": system - 5 * PAGE}
     vmcb = vmcb_fields(maps, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)

@@ -17,6 +17,7 @@ from harness.scenario.ops import (
     Change,
     EntryOp,
     HostOp,
+    InvlpgaOp,
     Op,
     RunOp,
     Scenario,
@@ -76,11 +77,16 @@ def _op(op: Op) -> Iterator[str]:
             yield from _change(change)
             if frame is not None:
                 yield f"frame = {_string(frame)}"
-        case VmcbOp(field, change, page):
+        case VmcbOp(field, change, page, frame):
             yield f"vmcb = {_string(field)}"
             yield from _change(change)
             if page is not None:
                 yield f"page = {_string(page)}"
+            if frame is not None:
+                yield f"frame = {_string(frame)}"
+        case InvlpgaOp(page, asid):
+            yield f"invlpga = {_string(page)}"
+            yield f"asid = {asid}"
         case HostOp(register, change):
             yield f"host = {_string(register)}"
             yield from _change(change)

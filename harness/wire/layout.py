@@ -218,6 +218,7 @@ OPS = {
     "HOST_MODE": 8,  # arg: L1's paging at VMRUN (HOST_MODES)
     "MARK": 9,    # a: VMCB; what REWIND goes back to
     "REWIND": 10,  # a: VMCB; all that was written, and all watched pages, are as at the mark
+    "INVLPGA": 11,  # arg: ASID, a: gVA
 }
 
 VMLOADED = {
@@ -251,5 +252,6 @@ PROBES = {
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
             "fsgsbase", "xsave", "cet", "ffxsr", "tce", "sss",
-            "lmsle", "mcommit", "intwb", "uai", "aibrs", "vnmi", "avic", "x2avic", "x2avic_ext")
+            "lmsle", "mcommit", "intwb", "uai", "aibrs", "vnmi", "avic", "x2avic", "x2avic_ext",
+            "flushbyasid")
 """CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""

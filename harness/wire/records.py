@@ -14,6 +14,7 @@ _CONTROL, _SAVE, _RESULTS, _DIFFS = _AT["control"], _AT["save"], _AT["results"],
 _RESULT: Final = struct.Struct("<Q")
 _PAIR: Final = struct.Struct("<QQ")
 _EXITCODE: Final = 0x70
+_EXITINFO1: Final = 0x78
 
 KIND_NAMES: Final = {number: name for name, number in RECORDS.items()}
 
@@ -41,6 +42,11 @@ class Record:
     @property
     def exitcode(self) -> int:
         return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITCODE)[0])
+
+    @property
+    def fault_code(self) -> int:
+        """EXITINFO1."""
+        return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITINFO1)[0])
 
     @property
     def before(self) -> dict[str, int]:

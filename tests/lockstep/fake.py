@@ -16,7 +16,7 @@ from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
-from harness.model.dirty import Liberties
+from harness.model.liberties import Liberties
 from harness.model.registers import CR0, Cpu
 from harness.model.vmcb import ExitCode, Vmcb
 from harness.model.vmrun import Host
@@ -131,9 +131,10 @@ class FakeMachine:
                     for page, content in self._marked.items():
                         self.memory[page : page + PAGE] = content
                     self._mirror = {page: self._marked[page] for page in self._mirror}
+                    self.twin.tlb.forget()
                 case "HOST_MODE":
                     self.twin.host_mode = _HOST_MODES[arg]
-                case "WRITE" | "HOST":
+                case "WRITE" | "HOST" | "INVLPGA":
                     self.twin.apply(Step(name, arg, a, b, c))
                     page = a & ~(PAGE - 1)
                     if page in self._mirror:
@@ -161,7 +162,7 @@ class FakeMachine:
         self.memory[vmcb : vmcb + size] = bytes(size)
         self._mirror.clear()
         self.twin.watched = frozenset()
-        self.twin.tables = Everything()
+        self.twin.tlb.forget()
         self.twin.host = Host(0, 0, 0, 0, 0)
 
     def _run(self, step: Step, number: int) -> Iterator[None]:

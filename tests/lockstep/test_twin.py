@@ -9,7 +9,7 @@ from harness.lockstep.prediction import Prediction
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached
-from harness.model.dirty import Liberties, Takes
+from harness.model.liberties import Liberties, Takes
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.scenario.initial import HOST_EFER
@@ -117,7 +117,7 @@ class TestPredictions:
         entry = program.world.entries["guest.a.pte"]
         seen = {}
         for takes in Takes:
-            twin = Twin(image, cpu, Liberties(*[takes] * 4))
+            twin = Twin(image, cpu, Liberties.each(takes))
             (out,) = predictions(twin, program)
             seen[takes] = (twin.memory.words[entry >> 3] & 0x60, out.permitted.get(entry, 0))
         assert seen == {Takes.ALWAYS: (0x60, 0), Takes.SOMETIMES: (0, 0x60), Takes.NEVER: (0, 0)}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from harness.model.access import Access, ErrorCode, Reached
-from harness.model.dirty import Liberties, Takes, resolve, write_back
+from harness.model.dirty import resolve, write_back
 from harness.model.entries import FRAME, LEVEL_NAMES, NX, PS, RW, US, A, D, P, long_mode
+from harness.model.liberties import Liberties, Takes
 from harness.model.memory import Memory
 from harness.model.walk import Paging, Walk, translate
 
@@ -137,6 +138,6 @@ class Space:
     def walk_and_write(self, gva: int, access: Access = READ, takes: Takes = Takes.ALWAYS) -> Walk:
         """Walk, and write back what a machine would that takes every liberty so."""
         walk = self.walk(gva, access)
-        required, _ = resolve(walk.updates, not isinstance(walk.outcome, Reached), Liberties(*[takes] * 4))
+        required, _ = resolve(walk.updates, not isinstance(walk.outcome, Reached), Liberties.each(takes))
         write_back(self.memory.words, required)
         return walk

@@ -7,7 +7,8 @@ from typing import ClassVar
 import pytest
 
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
-from harness.model.dirty import CUT, NESTED_TABLE, PAGE, TABLE, Liberties, Takes, resolve, write_back
+from harness.model.dirty import CUT, NESTED_TABLE, PAGE, TABLE, resolve, write_back
+from harness.model.liberties import Liberties, Takes
 from harness.model.memory import Memory
 from tests.model.tables import (
     ALL_ACCESSES,
@@ -177,7 +178,7 @@ class TestResolve:
     updates: ClassVar = [(0x10, A, TABLE), (0x20, A | D, PAGE), (0x30, A, CUT), (0x38, A | D, NESTED_TABLE)]
 
     def test_success_has_no_liberty(self) -> None:
-        assert resolve(self.updates, False, Liberties(*[Takes.NEVER] * 4)) == (self.updates, [])
+        assert resolve(self.updates, False, Liberties.each(Takes.NEVER)) == (self.updates, [])
 
     @pytest.mark.parametrize("cut", Takes)
     @pytest.mark.parametrize("table", Takes)

@@ -20,7 +20,8 @@ from itertools import pairwise
 import pytest
 
 from harness.model.access import NestedPageFault
-from harness.model.dirty import Liberties, Takes, resolve
+from harness.model.dirty import resolve
+from harness.model.liberties import Liberties, Takes
 from tests.model.golden import Case
 
 GVA = 0x7F12_3456_7ABC

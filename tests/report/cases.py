@@ -11,8 +11,9 @@ from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
 from harness.model.access import Access, Reached
-from harness.model.dirty import Liberties, Takes, resolve, write_back
+from harness.model.dirty import resolve, write_back
 from harness.model.entries import A, D, legacy, pae
+from harness.model.liberties import Liberties, Takes
 from harness.model.walk import Walk, translate
 from harness.report.findings import Finding, findings
 from harness.report.styled import plain
@@ -56,7 +57,7 @@ class Case:
         """As the twin does: a walk, and its bits written back."""
         walk = self.space.walk(GVA | offset, access)
         faulted = not isinstance(walk.outcome, Reached)
-        required, _ = resolve(walk.updates, faulted, Liberties(*[Takes.ALWAYS] * 4))
+        required, _ = resolve(walk.updates, faulted, Liberties.each(Takes.ALWAYS))
         write_back(self.space.memory.words, required)
         return walk
 

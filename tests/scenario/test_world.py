@@ -10,8 +10,8 @@ from harness.lockstep.twin import Twin
 from harness.model import vmrun
 from harness.model.access import Access, Reached
 from harness.model.consistency import violations
-from harness.model.dirty import Liberties
 from harness.model.entries import FRAME, NX, PS, RW, US, A, D, P
+from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import FIELDS, NP_ENABLE, Vmcb
 from harness.model.walk import FINAL, GUEST, Walk, translate

@@ -1,0 +1,427 @@
+"""The TLB: in which ways an access may be translated other than by the tables as they are (sections 5.5 and 15.16).
+
+This simulates no TLB. It keeps a log of what happened since all was last flushed, and reads from it which
+translations a processor may still have:
+
+    moment       a point in the log at which a guest ran: what the tables held then may have been loaded
+    translation  gVA to sPA, whole: loaded at one moment, and gone with the next flush that covers it
+    piece        an entry of an upper level of the guest's tables, or a nested translation: may have been loaded
+                 earlier than the translation that was made with it, and be used once more after that is gone
+
+A processor loads what it likes of "any linear address for which valid entries exist" (5.5.3), so it does not matter
+what the guest accessed. What it cannot have is what no table held while that guest ran, what is not present, what
+has A=0 (5.4.2), for a write what has D=0, and what would fault: a fault is confirmed by a walk of the tables as they
+are (5.5.3). So `Tlb.stale` only ever yields walks that reach their page; the walk by the tables as they are
+(`harness.model.walk`) is always permitted beside them. At first reading leave this module out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+from harness.model.access import Access, Reached
+from harness.model.entries import FRAME, PSE36_SHIFT, A, D, Format, G, P
+from harness.model.liberties import WIDEST, Caches
+from harness.model.memory import Words
+from harness.model.walk import Paging, Walk, translate
+
+
+class Ran(NamedTuple):
+    """A guest runs from here on: by VMRUN, or after a register that decides over its paging was written.
+    `pcid` is 0 while CR4.PCIDE is; `pge` is CR4.PGE."""
+
+    asid: int
+    paging: Paging
+    pge: bool = False
+    pcid: int = 0
+    by_vmrun: bool = True
+
+
+class Left(NamedTuple):
+    """#VMEXIT: L1 runs."""
+
+
+class Wrote(NamedTuple):
+    """Software wrote the quadword at `address` (sPA), which held `old`."""
+
+    address: int
+    old: int
+
+
+class Flushed(NamedTuple):
+    """What was flushed of one ASID, and by which rule: of one PCID or, with None, of all; the page at `gva`, or all.
+
+    `keeps_global` spares global translations. `nested` says that nested translations went too: what a guest does
+    flushes its own, and only TLB_CONTROL is said to serve for L1's changes (15.16.1). `narrow` spares
+    upper-level entries that do not lead to `gva` (EFER.TCE, 5.5.3).
+    """
+
+    by: str
+    asid: int
+    gva: int | None = None
+    keeps_global: bool = False
+    nested: bool = False
+    narrow: bool = False
+    pcid: int | None = None
+
+
+Event = Ran | Left | Wrote | Flushed
+Moment = tuple[int, Ran]
+"""A place in the log, and as what a guest runs behind it."""
+Mark = tuple[list[Event], int, bool, int]
+
+CONTROL: Final = "tlb.control"
+VMRUN: Final = "tlb.vmrun"
+ASID: Final = "tlb.asid"
+UPGRADE: Final = "tlb.upgrade"
+INVLPG: Final = "tlb.invlpg"
+INVLPGA: Final = "tlb.invlpga"
+CR3: Final = "tlb.cr3"
+CR4: Final = "tlb.cr4"
+CR0: Final = "tlb.cr0"
+"""Rules by which a translation is gone, or not there (harness.model.rules)."""
+
+
+class _Read(NamedTuple):
+    """An entry that a walk read, or that a TLB held: the whole quadword, and whether it is as in memory now."""
+
+    address: int
+    quadword: int
+    current: bool
+
+
+class Tlb:
+    """What one processor's TLB may hold, by `log`: what happened since all was last flushed. `past` is what happened
+    before."""
+
+    def __init__(self) -> None:
+        self.log: list[Event] = []
+        self.past: list[Event] = []
+        self.changed = False
+        """Whether anything in the log may make a translation come out otherwise than by the tables as they are."""
+
+    def forget(self) -> None:
+        """Begin anew: nothing ran that matters."""
+        self.log, self.past, self.changed = [], [], False
+
+    def mark(self) -> Mark:
+        """What `rewind` goes back to."""
+        return self.log, len(self.log), self.changed, len(self.past)
+
+    def rewind(self, mark: Mark) -> None:
+        self.log, length, self.changed, past = mark
+        del self.log[length:], self.past[past:]
+
+    def vmrun(self, control: int, asid: int) -> None:
+        """VMRUN with TLB_CONTROL (table 15-9); a reserved encoding is taken for 0."""
+        if control == 1:
+            self.past += self.log
+            self.log, self.changed = [], False
+        elif control in (3, 7) and self.log:
+            self.log.append(Flushed(CONTROL, asid, keeps_global=control == 7, nested=True))
+
+    def add(self, event: Event) -> None:
+        """Note an event; nothing is of interest before a guest ran."""
+        if self.log:
+            self.log.append(event)
+            self.changed |= type(event) is Wrote or (type(event) is Ran and _differs(event, self.log[0]))
+        elif type(event) is Ran:
+            self.log.append(event)
+        elif self.past:
+            self.past.append(event)
+
+    def stale(self, words: Words, gva: int, access: Access, fresh: Walk, caches: Caches = WIDEST) -> list[Walk]:
+        """The walks by which `access` to `gva` may reach a page, beside `fresh`, the one by the tables as they are in
+        `words`, on a machine with such `caches`. Their `updates` are the bits to set in entries that were not
+        cached. Each that comes to something else, outcome or bits, is there once."""
+        if not (self.changed or caches.ignores):
+            return []
+        log = self._as_seen_by(caches)
+        writes: dict[int, list[tuple[int, int]]] = {}
+        for place, event in enumerate(log):
+            if type(event) is Wrote:
+                writes.setdefault(event.address, []).append((place, event.old))
+        if not any(step[3] & ~7 in writes for step in fresh.trail) and not any(
+            type(event) is Ran and _differs(event, log[0]) for event in log
+        ):
+            return []  # ways part at an entry that was written, or at the root
+        running = list(_running(log))
+        found = {_effect(words, fresh): fresh}
+        for load in _loads(log, running, caches):
+            for walk in _Search(log, writes, running, load, words, caches).walks(gva, access):
+                found.setdefault(_effect(words, walk), walk)
+            if UPGRADE in caches.ignores:
+                walk = translate(running[-1][1].paging, _Snapshot(log, load, words), gva, access)
+                found.setdefault(_effect(words, walk), walk)
+        return list(found.values())[1:]
+
+    def rules(self) -> list[str]:
+        """The rules that may be broken where a machine uses what it should not have any more."""
+        events = [*self.past, *self.log]
+        if not self.changed and not any(type(event) is Wrote for event in events):
+            return []
+        rules = [event.by for event in events if type(event) is Flushed]
+        rules += [CONTROL] if self.past else []
+        rules += [ASID] if len({event.asid for event in events if type(event) is Ran}) > 1 else []
+        return [*dict.fromkeys(rules), VMRUN, UPGRADE]
+
+    def _as_seen_by(self, caches: Caches) -> list[Event]:
+        """The log of a machine that breaks rules."""
+        ignores = caches.ignores
+        if not ignores:
+            return self.log
+        log = [*(self.past if CONTROL in ignores else ()), *self.log]
+        if ASID in ignores:
+            log = [event._replace(asid=0) if isinstance(event, Ran | Flushed) else event for event in log]
+        return [event for event in log if type(event) is not Flushed or event.by not in ignores]
+
+
+def _differs(one: Event, other: Event) -> bool:
+    """Whether a guest is translated for otherwise, as far as that outlives the moment: what L2 itself does to its
+    controls (CR0.WP and the like) holds at once for all that is cached."""
+    assert type(one) is Ran and type(other) is Ran
+    if one.paging is other.paging or one.paging == other.paging:
+        return one[0::3] != other[0::3]  # ASID, PCID
+    return one.by_vmrun or one.asid != other.asid or one.paging[:2] + one.paging[7:9] != (
+        other.paging[:2] + other.paging[7:9])
+
+
+def _effect(words: Words, walk: Walk) -> object:
+    """What a walk comes to: its outcome, and the bits that it sets and that were not set."""
+    return walk.outcome, frozenset(
+        (at, bits & ~(words[at >> 3] >> (at & 4) * 8)) for at, bits, _ in walk.updates
+    ) - {(at, 0) for at, _, _ in walk.updates}
+
+
+def _running(log: list[Event]) -> Iterator[Moment]:
+    """All moments."""
+    ran: Ran | None = None
+    for place, event in enumerate(log):
+        if type(event) is Ran:
+            ran = event
+        elif type(event) is Left:
+            ran = None
+        if ran is not None:
+            yield place, ran
+
+
+def _loads(log: list[Event], running: list[Moment], caches: Caches) -> list[int]:
+    """The moments at which a translation may have been loaded that the guest that runs now can use."""
+    asid, oldest = running[-1][1].asid, 0
+    over_vmrun = caches.over_vmrun or not caches.ignores.isdisjoint((VMRUN, CONTROL))
+    for place, event in enumerate(log):
+        if type(event) is Flushed:
+            if event.asid == asid and event.gva is None and not event.keeps_global and event.pcid is None:
+                oldest = place
+        elif type(event) is Ran and event.by_vmrun and not over_vmrun:
+            oldest = place
+    return [place for place, ran in running if ran.asid == asid and place >= oldest]
+
+
+class _Search:
+    """The translations that may have been loaded at the moment `load`."""
+
+    def __init__(
+        self, log: list[Event], writes: Mapping[int, list[tuple[int, int]]], running: list[Moment], load: int,
+        words: Words, caches: Caches,
+    ) -> None:
+        self._log, self._writes, self._load, self._words, self._caches = log, writes, load, words, caches
+        self._now, self._current = running[-1]
+        asid = self._current.asid
+        self._ran = ran = next(ran for place, ran in running if place == load)
+        own = [(place, one) for place, one in running if place <= load and one.asid == asid]
+        if not caches.pieces:
+            own = own[-1:]
+        self._nested_moments = [(p, one) for p, one in own if one.paging.nested == ran.paging.nested]
+        self._moments = [(p, one) for p, one in self._nested_moments
+                         if one.paging.guest == ran.paging.guest and one.pcid == ran.pcid]
+        covering = [(p, e) for p, e in enumerate(log[: load + 1]) if type(e) is Flushed and self._covers(e)]
+        self._narrow = [(p, e.gva) for p, e in covering if e.gva is not None and e.narrow]
+        self._upper_floor = max((p for p, e in covering if e.gva is None or not e.narrow), default=0)
+        """Since when upper-level entries of the guest may be held, but for those that lead to a page in `_narrow`."""
+        self._nested_floor = max((p for p, e in covering if e.nested), default=0)
+        """Since when nested translations may be held."""
+
+    def walks(self, gva: int, access: Access) -> Iterator[Walk]:
+        """All of them that `access` to `gva` can use now."""
+        fmt = self._ran.paging.guest
+        if fmt is None:
+            if not self._flushed(gva, 12, False):
+                yield from self._verdicts(gva, gva, access, ())
+            return
+        for reads, gpa, leaf, shift in self._guest(fmt, gva, access.write):
+            if not self._flushed(gva, shift, self._ran.pge and bool(leaf & G)):
+                yield from self._verdicts(gva, gpa, access, reads)
+
+    def _verdicts(self, gva: int, gpa: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
+        """What comes of the access with these entries: under the controls (CR0.WP and the like) of now and, where L1
+        has changed them without a flush, also those that the translation was loaded under (15.16, Software Rule)."""
+        ran, current = self._ran.paging, self._current.paging
+        controls = [current._replace(guest=ran.guest, nested=ran.nested, gcr3=ran.gcr3, ncr3=ran.ncr3)]
+        if ran != controls[0] and any(type(e) is Ran and e.by_vmrun for e in self._log[self._load + 1 :]):
+            controls.append(ran)
+        for below, _, _ in self._nested(gpa, access.write):
+            whole = (*reads, *below)
+            for paging in controls:
+                walk = translate(paging, _Replay(whole), gva, access)
+                if isinstance(walk.outcome, Reached):
+                    yield _as_read(walk, whole)
+
+    # --- the guest's tables -----------------------------------------------------------------------
+
+    def _guest(self, fmt: Format, gva: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int, int, int]]:
+        """Ways through the guest's tables: the entries read, the gPA, the leaf, and its page's size as a shift."""
+        floor, roots = self._floor(gva, fmt.levels[0].shift), set()
+        for place, ran in self._moments:
+            if place >= floor and ran.paging.gcr3 not in roots:
+                roots.add(ran.paging.gcr3)
+                yield from self._guest_level(fmt, 0, ran.paging.gcr3 & fmt.root_mask, place, gva, write, ())
+
+    def _guest_level(
+        self, fmt: Format, number: int, table: int, since: int, gva: int, write: bool, reads: tuple[_Read, ...]
+    ) -> Iterator[tuple[tuple[_Read, ...], int, int, int]]:
+        """The ways on from `table`, which may be known since the moment `since`: an entry is never read before the one
+        that leads to it."""
+        level = fmt.levels[number]
+        gpa = table + ((gva >> level.shift & fmt.index_mask) << fmt.entry_shift)
+        for below, address, loaded in self._nested(gpa, True):
+            floor = max(since, loaded, self._floor(gva, level.shift))
+            for read, entry, moment, until in self._versions(address, fmt, floor, self._moments):
+                so_far = (*reads, *below, read)
+                if entry & P and entry & level.leaf:
+                    known = self._known(read, entry, A | D if write else A, moment)
+                    if known is not None and until > self._load and not entry & level.reserved_leaf:
+                        yield so_far, _frame(entry, level.shift) | gva & (1 << level.shift) - 1, entry, level.shift
+                elif entry & P and not entry & level.reserved_table:
+                    known = self._known(read, entry, level.accessed, moment)
+                    if known is not None:
+                        yield from self._guest_level(fmt, number + 1, entry & FRAME, known, gva, write, so_far)
+
+    # --- L1's nested table ------------------------------------------------------------------------
+
+    def _nested(self, gpa: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int, int]]:
+        """Ways through L1's nested table: the entries read, the sPA, and the moment since which that may be known."""
+        fmt = self._ran.paging.nested
+        if fmt is None:
+            yield (), gpa, 0
+            return
+        floor, roots = self._nested_floor, set()
+        for place, ran in self._nested_moments:
+            if place >= floor and ran.paging.ncr3 not in roots:
+                roots.add(ran.paging.ncr3)
+                root = ran.paging.ncr3 & fmt.root_mask
+                yield from self._nested_level(fmt, 0, root, place, gpa & (1 << fmt.address_bits) - 1, write, ())
+
+    def _nested_level(
+        self, fmt: Format, number: int, table: int, since: int, gpa: int, write: bool, reads: tuple[_Read, ...]
+    ) -> Iterator[tuple[tuple[_Read, ...], int, int]]:
+        level = fmt.levels[number]
+        address = table + ((gpa >> level.shift & fmt.index_mask) << fmt.entry_shift)
+        floor = max(since, self._nested_floor)
+        for read, entry, moment, _ in self._versions(address, fmt, floor, self._nested_moments):
+            so_far = (*reads, read)
+            if entry & P and entry & level.leaf:
+                known = self._known(read, entry, A | D if write else A, moment)
+                if known is not None and not entry & level.reserved_leaf:
+                    yield so_far, _frame(entry, level.shift) | gpa & (1 << level.shift) - 1, known
+            elif entry & P and not entry & level.reserved_table:
+                known = self._known(read, entry, level.accessed, moment)
+                if known is not None:
+                    yield from self._nested_level(fmt, number + 1, entry & FRAME, known, gpa, write, so_far)
+
+    # --- entries, and what was flushed ------------------------------------------------------------
+
+    def _versions(
+        self, address: int, fmt: Format, floor: int, moments: list[Moment]
+    ) -> Iterator[tuple[_Read, int, int, int]]:
+        """What the entry at `address` held at one of `moments` from `floor` on: as read, its value, the first such
+        moment, and the place in the log from which it held something else."""
+        quadword = address & ~7
+        try:
+            now = self._words[quadword >> 3]
+        except IndexError:  # an entry that leads out of L1's memory, and so to nothing that a scenario has use for
+            return
+        since = 0
+        for until, old in (*self._writes.get(quadword, ()), (len(self._log), None)):
+            held = next((place for place, _ in moments if max(since, floor) <= place < until), None)
+            if held is not None:
+                value = now if old is None else old
+                entry = value if fmt.entry_shift == 3 else value >> (address & 4) * 8 & 0xFFFF_FFFF
+                yield _Read(address, value, old is None), entry, held, until
+            since = until
+
+    def _known(self, read: _Read, entry: int, needed: int, moment: int) -> int | None:
+        """Since when the entry may be held, that was there at `moment`: one without the bits `needed` (A, and D for a
+        write) is not, and can only be read right now, by the walk of this access itself."""
+        if entry & needed == needed:
+            return moment
+        return self._now if read.current and self._load == self._now else None
+
+    def _floor(self, gva: int, shift: int) -> int:
+        """Since when the guest's entries at a level may be held that lead to `gva`."""
+        if not self._narrow:
+            return self._upper_floor
+        return max(self._upper_floor, *(p for p, page in self._narrow if page >> shift == gva >> shift), 0)
+
+    def _covers(self, event: Flushed, is_global: bool = False) -> bool:
+        return event.asid == self._current.asid and (event.pcid in (None, self._ran.pcid) or is_global)
+
+    def _flushed(self, gva: int, shift: int, is_global: bool) -> bool:
+        """Whether the translation, of a guest's page of 1 << `shift` bytes, is gone since it was loaded, or is of
+        another address space than the current one."""
+        if self._ran.pcid != self._current.pcid and not is_global:
+            return True
+        return any(
+            type(event) is Flushed and self._covers(event, is_global) and not (event.keeps_global and is_global)
+            and (event.gva is None or event.gva >> shift == gva >> shift)
+            for event in self._log[self._load + 1 :]
+        )
+
+
+class _Replay:
+    """Memory that yields these entries in this order, whatever the address."""
+
+    def __init__(self, reads: tuple[_Read, ...]) -> None:
+        self._rest = iter(reads)
+
+    def __getitem__(self, index: int) -> int:
+        return next(self._rest).quadword
+
+    def __setitem__(self, index: int, value: int) -> None:
+        raise TypeError("a replay is not written to")
+
+
+class _Snapshot:
+    """Memory as it was at a moment."""
+
+    def __init__(self, log: list[Event], moment: int, words: Words) -> None:
+        self._words = words
+        self._old: dict[int, int] = {}
+        for event in log[moment + 1 :]:
+            if type(event) is Wrote:
+                self._old.setdefault(event.address >> 3, event.old)
+
+    def __getitem__(self, index: int) -> int:
+        return self._old[index] if index in self._old else self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        raise TypeError("what was is not written to")
+
+
+def _as_read(walk: Walk, reads: tuple[_Read, ...]) -> Walk:
+    """`walk`, a replay, with the addresses of the entries as they were, and the updates of those in memory."""
+    trail, updates, todo = [], [], list(walk.updates)
+    for (dimension, name, purpose, address, entry), read in zip(walk.trail, reads, strict=True):
+        trail.append((dimension, name, purpose, read.address, entry))
+        if todo and todo[0][0] == address:
+            _, bits, use = todo.pop(0)
+            if read.current:
+                updates.append((read.address, bits, use))
+    return walk._replace(trail=trail, updates=updates)
+
+
+def _frame(entry: int, shift: int) -> int:
+    """Where the page of 1 << `shift` bytes lies that the leaf `entry` maps."""
+    frame = entry & FRAME & ~((1 << shift) - 1)
+    return frame | (entry >> 13 & 0xFF) << 32 if shift == PSE36_SHIFT else frame
