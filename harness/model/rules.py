@@ -206,7 +206,7 @@ _COMPUTED: Final = (  # shown beside a walk, compared with nothing: see harness.
          "CR0.CD of L2, or with nested paging of L1, makes cacheable memory CD.", _NOT_COMPARED),
 )
 
-_BY_PROBES: Final = (("", "no case of a walk: counted by probes (docs/litmus.md)"),)
+_BY_PROBES: Final = (("", "counted by probes (litmus.md)"),)
 
 _TLB: Final = (
     Rule("tlb.control", "15.16.1",

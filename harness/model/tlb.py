@@ -209,7 +209,7 @@ def _running(log: list[Event]) -> Iterator[Moment]:
 def _loads(log: list[Event], running: list[Moment], caches: Caches) -> list[int]:
     """The moments at which a translation may have been loaded that the guest that runs now can use."""
     asid, oldest = running[-1][1].asid, 0
-    over_vmrun = caches.over_vmrun or not caches.ignores.isdisjoint((VMRUN, CONTROL))
+    over_vmrun = _over_vmrun(caches)
     for place, event in enumerate(log):
         if type(event) is Flushed:
             if event.asid == asid and event.gva is None and not event.keeps_global and event.pcid is None:
@@ -217,6 +217,10 @@ def _loads(log: list[Event], running: list[Moment], caches: Caches) -> list[int]
         elif type(event) is Ran and event.by_vmrun and not over_vmrun:
             oldest = place
     return [place for place, ran in running if ran.asid == asid and place >= oldest]
+
+
+def _over_vmrun(caches: Caches) -> bool:
+    return caches.over_vmrun or not caches.ignores.isdisjoint((VMRUN, CONTROL))
 
 
 class _Search:
@@ -230,7 +234,9 @@ class _Search:
         self._now, self._current = running[-1]
         asid = self._current.asid
         self._ran = ran = next(ran for place, ran in running if place == load)
-        own = [(place, one) for place, one in running if place <= load and one.asid == asid]
+        since = 0 if _over_vmrun(caches) else max(
+            place for place, event in enumerate(log[: load + 1]) if type(event) is Ran and event.by_vmrun)
+        own = [(place, one) for place, one in running if since <= place <= load and one.asid == asid]
         if not caches.pieces:
             own = own[-1:]
         self._nested_moments = [(p, one) for p, one in own if one.paging.nested == ran.paging.nested]

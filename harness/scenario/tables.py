@@ -100,5 +100,6 @@ class Tables:
                     self.arena.write(at, entry, self.width)
         root = self.to_spa(self.root)
         for offset in range(0, self.fmt.index_mask + 1 << self.fmt.entry_shift, self.width):
-            if not self.arena.read(page + offset, self.width):
-                self.arena.write(page + offset, self.arena.read(root + offset, self.width), self.width)
+            entry = self.arena.read(root + offset, self.width)
+            if entry and not self.arena.read(page + offset, self.width):
+                self.arena.write(page + offset, entry, self.width)

@@ -23,10 +23,10 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "sweeps", "divergences", "skipped", "lost", "cells"]
+    assert list(one) == ["machine", "totals", "stale", "sweeps", "divergences", "skipped", "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
                                    "divergences_new", "divergences_known", "seconds", "contexts_checked",
-                                   "trace_events"]
+                                   "trace_events", "stale_permitted", "stale_seen"]
     names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]
     assert [list(d) for d in one["divergences"]] == [names] * 5
 
@@ -35,7 +35,19 @@ def test_totals() -> None:
     assert document()["totals"] == {
         "scenarios": 2, "sweeps": 0, "sweep_cases": 0, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192,
         "divergences_new": 2, "divergences_known": 3, "seconds": 2.5, "contexts_checked": 0, "trace_events": 0,
+        "stale_permitted": 0, "stale_seen": 0,
     }
+
+
+def test_stale() -> None:
+    """By family: those of a sweep's cases, and those of the scenarios of one file."""
+    one, other = result(), result()
+    one.scenario, other.scenario = "flush/x[1]", "flush/x[2]"
+    one.stale_permitted, other.stale_permitted, other.stale_seen = 3, 2, 1
+    tally = Tally("sweeps/litmus-x", total=9, stale_permitted=20, stale_seen=10)
+    found = document(results=[one, other], sweeps=[tally])
+    assert found["stale"] == {"flush/x": {"permitted": 5, "seen": 1}, "sweeps/litmus-x": {"permitted": 20, "seen": 10}}
+    assert (found["totals"]["stale_permitted"], found["totals"]["stale_seen"]) == (25, 11)
 
 
 def test_contexts() -> None:

@@ -86,7 +86,7 @@ GOOD = run("read a")
         (text(GOOD, "value = 3"), 9, "this has value"),
         (text(GOOD, ""), 9, "this has nothing"),
         (text(GOOD, 'entry = "guest.a.pte"\ncolour = 3'), 11, "unknown key 'colour'"),
-        (text(GOOD, 'vmcb = "asid"\nframe = "a"'), 11, "unknown key 'frame'"),
+        (text(GOOD, 'host = "cr4"\nframe = "a"'), 11, "unknown key 'frame'"),
         (text(GOOD, 'entry = "guest.a.pte"'), 10, "nothing is changed"),
         (text(GOOD, 'entry = 3\nset = ["p"]'), 10, "'entry' must be a string"),
         (text(GOOD, 'entry = "guest.a.pte"\nset = "p"'), 11, "'set' must be a list"),
