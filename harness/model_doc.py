@@ -103,7 +103,8 @@ all.
   set, not a tolerance: `Liberties` names each kind of room (`nested_cut`, `guest_cut`, `page_not_reached`,
   `other_page`), and a machine's profile says whether it takes it always, sometimes or never. A bit that is set where it
   may not be, or missing where it must be, is a divergence.
-- Translations that were changed since: what a TLB may still hold is a set too (`caches` in the profile; [litmus.md](litmus.md)).
+- Translations that were changed since: what a TLB may still hold is a set too (`caches` in the profile;
+  [litmus.md](litmus.md)).
 - Fields of the VMCB that an exit does not define (`Prediction.free`), bit by bit: EXITINFO1 and 2 where no value is
   named for the exit, I/D of an #NPF where the manual says two things, U of one for a supervisor's data under guest
   mode execute trap (of which 15.25.6 says that features may override it, and 15.25.13 not whether this one does),
@@ -187,7 +188,7 @@ def _rule(rule: Rule, shown: list[str]) -> Iterator[str]:
                              break_on_hyphens=False)
     yield ""
     items = [f"needs {', '.join(rule.needs)}"] if rule.needs else []
-    items += [f"not at {words}: {reason}" if words else f"in no cell of the coverage: {reason}" for words, reason in rule.never]
+    items += [f"{f'not at {words}' if words else 'in no cell of coverage'}: {why}" for words, why in rule.never]
     if shown:
         items.append("shown by " + ", ".join(f"`{name.replace(' ', _JOINT)}`" for name in shown[:SHOWN]))
     elif rule.id not in NO_CELLS and rule.section:

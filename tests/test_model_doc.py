@@ -35,4 +35,4 @@ def test_what_is_said_of_a_rule() -> None:
     assert "- shown by `walk/a`, `walk/b`" in text and "walk/c" not in text
     assert "- not at PAE pdpte: PDPTEs of PAE mode have no R/W" in text
     assert "- needs smep" in text
-    assert "- in no cell of the coverage: computed, and compared with nothing" in text
+    assert "- in no cell of coverage: computed, and compared with nothing" in text
