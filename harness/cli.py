@@ -58,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--strict", action="store_true", help="count known errata as divergences")
     runner.add_argument("--fail-fast", action="store_true", help="stop at the first new divergence")
     mode = runner.add_mutually_exclusive_group()
-    mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=False,
-                      help="L1 waits for the checker at every record (the default)")
-    mode.add_argument("--pipelined", action="store_true", help="the checker follows behind L1: faster")
+    mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=None,
+                      help="L1 waits for the checker at every record (the default on tcg)")
+    mode.add_argument("--pipelined", action="store_true", default=None,
+                      help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
     how_many = runner.add_mutually_exclusive_group()
     how_many.add_argument("--budget", type=_count, default=BUDGET, metavar="N",
                           help=f"cases of sweeps to run, shared among them (default: {BUDGET}; 0 for none)")
@@ -104,10 +105,9 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", choices=["auto", *MACHINES], default="auto",
-                        help="where L1 runs: on QEMU's SVM, or on KVM above it "
-                             f"(default: auto, which is {AUTO}, but "
-                             "kvm-on-tcg where a kernel, its modules or parameters are given)")
+    parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
+                        help="where L1 runs: on QEMU's SVM (tcg), or on KVM above it (default: auto, which is "
+                             "kvm-on-tcg; but tcg where only something of QEMU is given, or no kernel can be had)")
     parser.add_argument("--qemu", metavar="PATH", help="the QEMU to test")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
     parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
@@ -131,12 +131,9 @@ def _count(text: str) -> int:
 
 def _targeted(options: argparse.Namespace) -> Target:
     host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
-    machine = options.machine
-    if machine == "auto":
-        machine = AUTO if host == kvm_on_tcg.DEFAULT else "kvm-on-tcg"
-    if machine != "kvm-on-tcg" and host != kvm_on_tcg.DEFAULT:
+    if options.machine == "tcg" and host != kvm_on_tcg.DEFAULT:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
-    return Target(machine, options.qemu, options.cpu, tuple(options.qemu_arg), host,
+    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host,
                   lambda text: print(f"twinwalk: {text}", file=sys.stderr, flush=True))
 
 
@@ -176,11 +173,11 @@ def _terms(expression: str, sweep: str) -> Iterator[str]:
             yield name
 
 
-def _plan(options: argparse.Namespace, sweeps: Sequence[Sweep]) -> Plan | None:
+def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) -> Plan | None:
     """How many cases of which sweeps are run."""
     if not sweeps:
         return None
-    target = " ".join([options.machine, options.qemu or "the QEMU in PATH", options.cpu, *options.qemu_arg])
+    target = " ".join([machine, options.qemu or "the QEMU in PATH", options.cpu, *options.qemu_arg])
     record = Record(options.record, target) if options.record else None
     return Plan(sweeps, None if options.exhaustive else options.budget, options.seed, record)
 
@@ -206,8 +203,9 @@ def _run(options: argparse.Namespace) -> int:
         jsonfile.check(options.json)
     if options.junit:
         junit.check(options.junit)
-    picked = _selected(options)
-    scenarios, plan = picked.scenarios, _plan(options, picked.sweeps)
+    picked, target = _selected(options), _targeted(options).chosen()
+    scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
+    pipelined = target.machine == "kvm-on-tcg" if options.pipelined is None else options.pipelined
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
     journal = Journal(options.json)
@@ -219,8 +217,7 @@ def _run(options: argparse.Namespace) -> int:
                     journal.result(result)
                 watch.result(result, outcome.cases.get(result.scenario))
 
-            run(_targeted(options), scenarios, errata, options.pipelined, options.fail_fast, options.strict,
-                take, outcome, plan)
+            run(target, scenarios, errata, pipelined, options.fail_fast, options.strict, take, outcome, plan)
     except (KeyboardInterrupt, TwinwalkError) as reason:
         if not outcome.results and not any(tally.done for tally in outcome.tallies):
             raise
@@ -266,7 +263,8 @@ def _coverage(options: argparse.Namespace) -> int:
     else:
         scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
         with terminal.Watch(scenarios, cases=plan.cases) as watch:
-            outcome = run(_targeted(options), scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan)
+            target = _targeted(options).chosen()
+            outcome = run(target, scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan)
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
     merged = coverage.merge(runs, errata)
@@ -283,14 +281,15 @@ def _doctor(options: argparse.Namespace) -> int:
     works = True
     for finding in examine(_targeted(options)):
         print(finding)
-        works = works and (finding.ok or finding.machine not in ("all", options.machine))
+        needed = "tcg" if options.machine == AUTO else options.machine
+        works = works and (finding.ok or finding.machine not in ("all", needed))
     return 0 if works else 3
 
 
 def _bench(options: argparse.Namespace) -> int:
     from harness.bench import bench
 
-    for figure in bench(_targeted(options), options.pairs, LIBRARY):
+    for figure in bench(_targeted(options).chosen(), options.pairs, LIBRARY):
         print(figure, flush=True)
     return 0
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from harness.errors import LaunchFailed
 from harness.machine import kvm_on_tcg, tcg
 from harness.machine.l1 import L1Machine
 
 MACHINES: Final = ("tcg", "kvm-on-tcg")
-AUTO: Final = "tcg"
-"""What `auto` is."""
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,28 @@ class Target:
     """What is to be tested: the machine, and the binaries and options it is made of. `say` is told what takes
     a while."""
 
-    machine: str = AUTO
+    machine: str = "tcg"
     qemu: str | None = None
     cpu: str = "max"
     qemu_args: tuple[str, ...] = ()
     l0: kvm_on_tcg.Options = kvm_on_tcg.DEFAULT
     say: Callable[[str], None] = lambda text: None
+
+    def chosen(self) -> Target:
+        """With `auto` made one of MACHINES: what is given of L0 means KVM, else what is given of QEMU means QEMU.
+        Where nothing is given, it is KVM, unless this host has no kernel for it; `say` is told why then."""
+        if self.machine != AUTO:
+            return self
+        if self.l0 != kvm_on_tcg.DEFAULT:
+            return replace(self, machine="kvm-on-tcg")
+        if (self.qemu, self.cpu, self.qemu_args) != (Target.qemu, Target.cpu, Target.qemu_args):
+            return replace(self, machine="tcg")
+        try:
+            kvm_on_tcg.prepare(say=self.say)
+        except LaunchFailed as reason:
+            self.say(f"no KVM is tested, only QEMU (--machine tcg): {reason}")
+            return replace(self, machine="tcg")
+        return replace(self, machine="kvm-on-tcg")
 
     def start(self) -> AbstractContextManager[L1Machine]:
         """Boot it; raises LaunchFailed, saying what to do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,13 +19,14 @@ from harness.cli import _parser, _targeted
 from harness.errors import UsageError
 from harness.scenario import files, sweepfiles
 from harness.scenario.ops import Scenario
-from harness.target import AUTO
 from tests.conftest import LIBRARY, ROOT
 from tests.quality.mutants import plant
 from tests.scenario.texts import run, text
 
 GOOD = text(run("read a; write b"))
 FAULTING = text('entry = "nested.a.pte"\nclear = ["us"]', run("read a; read b"))
+
+TCG = ("--machine", "tcg")
 
 guest = pytest.mark.guest
 
@@ -143,7 +145,7 @@ class TestWrongUse:
         """Exit code 2, with file, line and reason."""
         path = tmp_path / "bad.toml"
         path.write_text(source)
-        assert cli.main(["run", str(path)]) == 2
+        assert cli.main(["run", *TCG, str(path)]) == 2
         out = capsys.readouterr()
         assert out.err.startswith(f"twinwalk: {path}:{line}: ") and reason in out.err
         assert "Traceback" not in out.err
@@ -161,25 +163,25 @@ class TestWrongUse:
         """Said before the run, so that no result is lost."""
         (tmp_path / "folder").mkdir()
         path = tmp_path / place
-        assert cli.main(["run", str(good), option, str(path), "--qemu", "/no/such/qemu"]) == 2
+        assert cli.main(["run", *TCG, str(good), option, str(path), "--qemu", "/no/such/qemu"]) == 2
         assert str(path) in capsys.readouterr().err
 
 
 @guest
 class TestRun:
     def test_agreement(self, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["run", str(good)]) == 0
+        assert cli.main(["run", *TCG, str(good)]) == 0
         assert "Traceback" not in capsys.readouterr().err
 
     def test_pipelined(self, good: Path, faulting: Path) -> None:
-        assert cli.main(["run", "--pipelined", str(good), str(faulting)]) == 0
+        assert cli.main(["run", *TCG, "--pipelined", str(good), str(faulting)]) == 0
 
     def test_a_new_divergence(
         self, faulting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Exit code 1, and both sides are shown."""
         plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
-        assert cli.main(["run", str(faulting)]) == 1
+        assert cli.main(["run", *TCG, str(faulting)]) == 1
         out = capsys.readouterr().out
         assert "faulting" in out and "0x100000005" in out and "0x100000001" in out
 
@@ -188,12 +190,12 @@ class TestRun:
     ) -> None:
         plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.json"
-        assert cli.main(["run", "--fail-fast", "--json", str(report), str(faulting), str(good)]) == 1
+        assert cli.main(["run", *TCG, "--fail-fast", "--json", str(report), str(faulting), str(good)]) == 1
         assert json.loads(report.read_text())["totals"]["scenarios"] == 1
 
     def test_json(self, good: Path, faulting: Path, tmp_path: Path) -> None:
         report = tmp_path / "out.json"
-        assert cli.main(["run", "--json", str(report), str(good), str(faulting)]) == 0
+        assert cli.main(["run", *TCG, "--json", str(report), str(good), str(faulting)]) == 0
         data = json.loads(report.read_text())
         assert {"machine", "totals", "divergences"} <= data.keys()
         totals = data["totals"]
@@ -208,7 +210,7 @@ class TestRun:
         """The cells of two runs, taken together."""
         reports = [tmp_path / "one.json", tmp_path / "two.json"]
         for report, scenario in zip(reports, (good, faulting), strict=True):
-            assert cli.main(["run", "--json", str(report), str(scenario)]) == 0
+            assert cli.main(["run", *TCG, "--json", str(report), str(scenario)]) == 0
         merged = tmp_path / "coverage.json"
         assert cli.main(["coverage", "--json", str(merged), *map(str, reports)]) == 0
         data = json.loads(merged.read_text())
@@ -220,7 +222,7 @@ class TestRun:
     def test_json_of_a_divergence(self, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.json"
-        assert cli.main(["run", "--json", str(report), str(faulting)]) == 1
+        assert cli.main(["run", *TCG, "--json", str(report), str(faulting)]) == 1
         data = json.loads(report.read_text())
         (found,) = data["divergences"]
         assert (found["scenario"], found["op"], found["probe"], found["check"]) == ("faulting", 1, 0, "C1")
@@ -230,7 +232,7 @@ class TestRun:
     def test_junit(self, good: Path, faulting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plant(monkeypatch, "model.walk", "if access.user or not (access.fetch and paging.gmet):", "if False:")
         report = tmp_path / "out.xml"
-        assert cli.main(["run", "--junit", str(report), str(good), str(faulting)]) == 1
+        assert cli.main(["run", *TCG, "--junit", str(report), str(good), str(faulting)]) == 1
         cases = {case.get("name"): case for case in ET.parse(report).iter("testcase")}
         assert cases.keys() == {"good", "faulting"}
         assert cases["good"].find("failure") is None and cases["faulting"].find("failure") is not None
@@ -239,7 +241,7 @@ class TestRun:
         """Exit code 3, with what there is to know of it."""
         path = tmp_path / "lost.toml"
         path.write_text(text('host = "cr4"\nvalue = 0x600', run("read a")))
-        assert cli.main(["run", str(path)]) == 3
+        assert cli.main(["run", *TCG, str(path)]) == 3
         out = capsys.readouterr()
         assert "lost" in out.out + out.err and "triple fault" in out.out + out.err
 
@@ -247,12 +249,13 @@ class TestRun:
         """A known erratum of stock QEMU is 0; with --strict it is 1."""
         path = tmp_path / "known.toml"
         path.write_text(text('entry = "nested.a.pte"\nset = ["bit51"]', run("read a")))
-        assert cli.main(["run", str(path)]) == 0
-        assert cli.main(["run", "--strict", str(path)]) == 1
+        assert cli.main(["run", *TCG, str(path)]) == 0
+        assert cli.main(["run", *TCG, "--strict", str(path)]) == 1
 
     def test_as_a_command(self, good: Path) -> None:
         """No terminal: plain text, no escape sequences, nothing on stderr."""
-        done = subprocess.run([sys.executable, "-m", "harness.cli", "run", str(good)], capture_output=True, text=True,
+        done = subprocess.run([sys.executable, "-m", "harness.cli", "run", *TCG, str(good)],
+                              capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         assert "\x1b" not in done.stdout + done.stderr
@@ -261,16 +264,47 @@ class TestRun:
 @pytest.mark.parametrize(
     ("arguments", "machine"),
     [
-        ([], AUTO), (["--qemu", "/opt/qemu"], AUTO), (["--machine", "kvm-on-tcg"], "kvm-on-tcg"),
+        ([], "kvm-on-tcg"), (["--qemu", "/opt/qemu"], "tcg"), (["--cpu", "EPYC-Rome"], "tcg"),
+        (["--qemu-arg=-name", "--qemu-arg=x"], "tcg"), (["--machine", "kvm-on-tcg"], "kvm-on-tcg"),
+        (["--machine", "tcg"], "tcg"), (["--qemu", "/opt/qemu", "--kernel", "bzImage"], "kvm-on-tcg"),
         (["--kernel", "bzImage", "--modules", "lib"], "kvm-on-tcg"), (["--kvm-param", "npt=0"], "kvm-on-tcg"),
         (["--machine", "tcg", "--kernel", "bzImage"], None),
     ],
 )
-def test_which_machine(arguments: list[str], machine: str | None) -> None:
-    """What is given of L0 says which machine is meant."""
+def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given says which machine is meant."""
+    monkeypatch.setattr("harness.machine.kvm_on_tcg.prepare", lambda say: (Path("kernel"), Path("root")))
     options = _parser().parse_args(["run", *arguments])
     if machine is None:
         with pytest.raises(UsageError, match="are for --machine kvm-on-tcg"):
             _targeted(options)
     else:
-        assert _targeted(options).machine == machine
+        assert _targeted(options).chosen().machine == machine
+
+
+@pytest.mark.parametrize("missing", ["apt", "package", "busybox", "cache"])
+def test_without_a_kernel_it_is_tcg_and_the_reason_is_told(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host where nothing can be fetched, an unprivileged user, a folder that cannot be written."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("gcc", "qemu-system-x86_64", "as", "ld", "sh", "ldd", "bash"):
+        (tools / tool).symlink_to(shutil.which(tool) or "/missing")
+    scripts = {"apt-cache": "exit 0", "apt-get": "echo 'no mirror answers' >&2; exit 100"}
+    if missing == "busybox":
+        scripts["apt-cache"] = 'case "$*" in *busybox*) exit 0;; *) echo linux-image-6.1.0-1-cloud-amd64;; esac'
+    if missing != "apt":
+        for name, script in scripts.items():
+            (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if missing == "cache":
+        (cache / "twinwalk").write_text("a file where the folder should be")
+    assert _targeted(_parser().parse_args(["run"])).chosen().machine == "tcg"
+    told = capsys.readouterr().err
+    assert "no KVM is tested, only QEMU (--machine tcg)" in told
+    assert "--kernel" in told

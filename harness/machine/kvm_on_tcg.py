@@ -96,6 +96,13 @@ class KvmOnTcgMachine(L1Machine):
         return self.l0.lost(reason)
 
 
+def prepare(options: Options = DEFAULT, say: Callable[[str], None] = lambda text: None) -> tuple[Path, Path]:
+    """L0's kernel and its root, fetched and made if they are not there yet. Raises LaunchFailed, saying what to
+    do, and UsageError for options that make no sense."""
+    linux = kernel.find(options.kernel, options.modules, say)
+    return linux.image, initramfs.build(linux, guests.build_l1(), initramfs.l0_qemu(), options.parameters, say)
+
+
 @contextmanager
 def start(
     binary: str | None = None,
@@ -109,9 +116,8 @@ def start(
     version = qemu.version(path)
     elf = guests.build_l1()
     image = guests.load_image(elf)
-    linux = kernel.find(options.kernel, options.modules, say)
-    root = initramfs.build(linux, elf, initramfs.l0_qemu(), options.parameters, say)
-    with l0.start(path, cpu_model, linux.image, root, extra) as host:
+    linux, root = prepare(options, say)
+    with l0.start(path, cpu_model, linux, root, extra) as host:
         try:
             release, number = _version(host)
             layers = (Layer("kvm", number), Layer("qemu-tcg", version))
