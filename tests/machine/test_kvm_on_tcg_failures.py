@@ -110,7 +110,7 @@ def test_a_kernel_that_panics(linux: kernel.Kernel) -> None:
     name, start = unique(), time.monotonic()
     text = failure(name, ("-name", name, "-append", "console=ttyS0 panic=-1 quiet rdinit=/nowhere root=/dev/none"))
     assert time.monotonic() - start < 60  # the panic ends it, no time-out
-    assert "Kernel panic" in text and "try another kernel" in text
+    assert "Kernel panic" in text and "try another kernel" in text and "--cpu max,-cx16" in text.splitlines()[-1]
 
 
 @pytest.mark.guest
