@@ -9,6 +9,7 @@ from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
+    EMULATED_BELOW,
     ICEBP_UNDEFINED,
     INVD_AS_WBINVD,
     LMSW_BY_BITS,
@@ -17,10 +18,11 @@ from harness.lockstep.quirks import (
     XSETBV_NOT_INTERCEPTED,
 )
 from harness.model import events, intercepts
+from harness.model.access import ErrorCode
 from harness.model.events import Event
 from harness.model.intercepts import FIRST, INTERCEPTS
-from harness.model.registers import CR0, CR4, RFLAGS
-from harness.model.vmcb import ExitCode
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
+from harness.model.vmcb import NP_ENABLE, ExitCode
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -58,9 +60,46 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         _check(l2, _TAKEN_FOR[kind][1], size, address, value, kind)
     elif kind in INTERCEPTS and kind not in FIRST:
         _check(l2, kind, size, address, value)
+    if _is_emulated(l2, kind, value) and quirks.has(EMULATED_BELOW):
+        _end_of_emulation(l2)
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
     return registers.probe(l2, kind, address, value)
+
+
+def write_is_emulated(l2: L2, index: int) -> None:
+    """By a quirk: a hypervisor below L1 emulates L2's write to a page of which it keeps a shadow, perhaps since one of
+    an earlier program; which it does cannot be known, only seen."""
+    seen = l2.state.seen
+    if (seen is not None and seen.next_probe == index and seen.exitcode == ExitCode.EXCEPTION + events.PF
+            and _in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE and l2.state.quirks.has(EMULATED_BELOW)):
+        _end_of_emulation(l2)
+
+
+def _is_emulated(l2: L2, kind: str, value: int) -> bool:
+    """Whether a hypervisor below L1 has to emulate this instruction of an L2 in PAE mode, though L1 does not intercept
+    it, and finds PDPTEs with reserved bits on the way: of CR0 only writes that change more than TS and MP; without
+    nested paging, where it has PDPTEs from VMRUN on, only what makes it load them again."""
+    regs = l2.regs
+    if not _in_pae(l2):
+        return False
+    if not l2.state.vmcb["np_control"] & NP_ENABLE:
+        return kind == "wrcr4" and bool((regs.cr4 ^ value) & (CR4.PGE | CR4.PSE | CR4.PAE | CR4.SMEP))
+    return kind in ("rdcr4", "wrcr4") or (kind == "wrcr0" and bool((regs.cr0 ^ value) & ~(CR0.TS | CR0.MP)))
+
+
+def _in_pae(l2: L2) -> bool:
+    regs = l2.regs
+    return bool(regs.cr0 & CR0.PG and regs.cr4 & CR4.PAE and not regs.efer & EFER.LMA)
+
+
+def _end_of_emulation(l2: L2) -> None:
+    regs = l2.regs
+    if not l2.state.vmcb["np_control"] & NP_ENABLE:
+        l2.exception(Event.exception(events.GP))
+    code = ErrorCode.ID if regs.efer & EFER.NXE or regs.cr4 & CR4.SMEP else 0
+    l2.exception(Event.exception(events.PF, code | (ErrorCode.U if regs.cpl == 3 else 0)),
+                 regs.rip + l2.base & l2.mask)
 
 
 def _undefined(l2: L2, kind: str) -> bool:

@@ -183,6 +183,7 @@ class L2:
         if self.writes is None:
             old = self._read(parts)
         if not reads:
+            instructions.write_is_emulated(self, index)
             new = old + value if kind == "rmw" else value
             for spa, at, width in parts:
                 mask = (1 << 8 * width) - 1

@@ -40,6 +40,7 @@ DOUBLE_FAULT_NOT_INTERCEPTED: Final = "double-fault-not-intercepted"
 LMSW_BY_BITS: Final = "lmsw-by-bits"
 MAPS_TO_THE_BYTE: Final = "maps-to-the-byte"
 XSETBV_NOT_INTERCEPTED: Final = "xsetbv-not-intercepted"
+PAE_EMULATED: Final = "pae-emulated"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -179,6 +180,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     RDTSCP_AS_RDTSC: Quirk(),
     ICEBP_UNDEFINED: Quirk(),
     XSETBV_NOT_INTERCEPTED: Quirk(),
+    PAE_EMULATED: Quirk(seen=lambda walk: False),  # something only below a hypervisor
     MAPS_TO_THE_BYTE: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
@@ -217,6 +219,9 @@ def _of_guest(quirk: Quirk) -> Quirk:
 
 _BELOW: Final = " below a hypervisor"
 QUIRKS.update({name + _BELOW: _of_guest(quirk) for name, quirk in list(QUIRKS.items())})
+
+EMULATED_BELOW: Final = PAE_EMULATED + _BELOW
+"""The hypervisor emulates an instruction of L2 in PAE mode, and cannot fetch it."""
 
 
 def below(name: str) -> str:
