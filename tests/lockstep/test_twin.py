@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import EMULATED_BELOW, Active
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached
@@ -14,7 +18,7 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.scenario.initial import HOST_EFER
 from harness.scenario.program import Compiler, Program
-from harness.wire.image import Image, tag
+from harness.wire.image import PAGE, Image, tag
 from tests.scenario.texts import one, run
 
 
@@ -203,3 +207,21 @@ def test_u_of_a_supervisors_data_under_gmet(probe: str, cpl: int, free: int, ima
         f'entry = "nested.code.pte"\n{"clear" if not cpl else "set"} = ["us"]', run(probe, cpl)))
     (out,) = predictions(Twin(image, cpu, Liberties()), program)
     assert out.exitcode == 0x400 and out.free.get("exitinfo1", 0) == free
+
+
+def test_a_write_in_pae_mode_that_a_hypervisor_below_emulates(twin: Twin, compiler: Compiler) -> None:
+    """By the quirk it ends in #PF of L2's own code, if that is what was seen; which writes do cannot be predicted."""
+    program = compiler.compile(one(run("write a; write b+8"), head='guest = "PAE"\n'))
+    twin.reset(program.world)
+    for step in program.steps:
+        if step.code == "RUN":
+            break
+        twin.apply(step)
+    before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+    out = twin.predict(step, 0)
+    assert out.exitcode == ExitCode.VMMCALL
+    for code, next_probe, ends in ((0x4E, 1, True), (0x4E, 2, False), (ExitCode.NPF, 1, False)):
+        seen: Any = SimpleNamespace(exitcode=code, next_probe=next_probe)
+        out = twin.predict_again(out, before, step, Active([EMULATED_BELOW]), seen)
+        assert (out.exitcode, out.next_probe) == ((0x4E, 1) if ends else (ExitCode.VMMCALL, 2))
+        assert (twin.vmcb["exitinfo1"], twin.vmcb["exitinfo2"]) == (0x10, twin.vmcb["rip"]) or not ends

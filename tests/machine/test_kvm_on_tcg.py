@@ -75,6 +75,22 @@ def test_the_librarys_sample_agrees(kvm: kvm_on_tcg.KvmOnTcgMachine, errata: lis
         assert [d for d in result.divergences if d.erratum is None] == [], result.scenario
 
 
+@pytest.mark.parametrize(
+    ("nested", "probe", "known"),
+    [("4K", "rdcr4", True), ("4K", "wrcr4 = &vmcb.cr4+pge", True), ("4K", "wrcr0 = &vmcb.cr0-wp", True),
+     ("4K", "rdcr0", False), ("none", "wrcr4 = &vmcb.cr4-pge", True), ("none", "wrcr0 = &vmcb.cr0-wp", False)],
+)
+def test_what_kvm_emulates_of_l2_in_pae_mode(
+    nested: str, probe: str, known: bool, kvm: kvm_on_tcg.KvmOnTcgMachine, errata: list[Erratum]
+) -> None:
+    """A bit that QEMU sets in a PDPTE keeps KVM from it (erratum qemu-tcg-pae-pdpte-emulated)."""
+    scenario = one(run(f"read a; {probe}; write b+8"), head=f'guest = "PAE"\nnested_page = "{nested}"\n')
+    (result,) = check(kvm, [scenario], errata)
+    assert result.lost is None and [d for d in result.divergences if d.erratum is None] == []
+    blamed = any("qemu-tcg-pae-pdpte-emulated" in (d.erratum or "") for d in result.divergences)
+    assert blamed == known
+
+
 def test_l1_spares_exits_and_says_so(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
     """Behind the first VMRUN, behind one that ends otherwise than the last, and where L2 changes registers L1 reads
     its own; behind those that are like the last one, and L2 only reads, it does not."""
