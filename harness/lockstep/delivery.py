@@ -9,6 +9,7 @@ from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
     DOUBLE_FAULT_NOT_INTERCEPTED,
     IDT_ERROR_OF_SLOT,
+    IDT_ERROR_WITHOUT_EXT,
     INJECTED_TRAP_NO_DPL,
     IST_NULL_SS,
 )
@@ -97,6 +98,8 @@ def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, 
     """The delivery of `first` raises `second` (section 15.7.3): that is intercepted before the two are combined,
     what comes of them after."""
     if l2.intercepted(second.vector):
+        if second.free:
+            l2.undefined["exitinfo1"] = second.free
         raise Leave(ExitCode.EXCEPTION + second.vector, second.error or 0, info2, walk, rule, first)
     if second.vector == events.PF:
         l2.regs.cr2 = info2
@@ -113,4 +116,6 @@ def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, 
 def _habits(l2: L2, event: Event) -> Habits:
     has = l2.state.quirks.has
     trap = event.kind == events.EXCEPTION and event.software and l2.injected is event
-    return Habits(has(IST_NULL_SS), has(IDT_ERROR_OF_SLOT), trap and has(INJECTED_TRAP_NO_DPL))
+    external = event.kind in (events.INTERRUPT, events.NMI)
+    return Habits(has(IST_NULL_SS), has(IDT_ERROR_OF_SLOT), external and has(IDT_ERROR_WITHOUT_EXT),
+                  trap and has(INJECTED_TRAP_NO_DPL))

@@ -189,6 +189,7 @@ def _trap(l2: L2, kind: str) -> None:
     if l2.state.quirks.has(BREAKPOINT_AS_SOFTWARE):
         if intercepts.asks(l2.state.vmcb, "intn"):
             raise Leave(INTERCEPTS["intn"].exitcode, rule="exit.intercept")
-    elif l2.intercepted(vector):
+        l2.deliver(Event(vector, events.SOFTWARE), next_rip=_next_rip(l2, kind))
+    if l2.intercepted(vector):
         raise Leave(ExitCode.EXCEPTION + vector, rule="exit.exception", length=length(l2, kind))
     l2.deliver(Event(vector), next_rip=_next_rip(l2, kind))

@@ -35,6 +35,7 @@ RDTSCP_AS_RDTSC: Final = "rdtscp-as-rdtsc"
 ICEBP_UNDEFINED: Final = "icebp-undefined"
 IST_NULL_SS: Final = "ist-null-ss"
 IDT_ERROR_OF_SLOT: Final = "idt-error-of-slot"
+IDT_ERROR_WITHOUT_EXT: Final = "idt-error-without-ext"
 INJECTED_TRAP_NO_DPL: Final = "injected-trap-no-dpl"
 DOUBLE_FAULT_NOT_INTERCEPTED: Final = "double-fault-not-intercepted"
 LMSW_BY_BITS: Final = "lmsw-by-bits"
@@ -186,6 +187,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     IST_NULL_SS: Quirk(),
     IDT_ERROR_OF_SLOT: Quirk(),
+    IDT_ERROR_WITHOUT_EXT: Quirk(),
     INJECTED_TRAP_NO_DPL: Quirk(),
     INTERRUPT_AS_EXCEPTION: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),

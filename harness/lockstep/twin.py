@@ -207,6 +207,8 @@ class Twin(State):
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID
+        elif leave.event.free:
+            out.free.setdefault("exitintinfo", leave.event.free << 32)
         if not self.mode.long:
             out.free["rax"] = ~0xFFFF_FFFF  # legacy mode has no upper halves
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:

@@ -34,17 +34,19 @@ _HAS_ERROR: Final = 1 << 11
 _CLEARED: Final = RFLAGS.TF | RFLAGS.RF | 1 << 14 | 1 << 17  # NT and VM
 _EXT: Final = 1 << 0
 _IDT: Final = 1 << 1
-"""In an error code with a selector (8.4.1): an event that no instruction asked for; a gate of the IDT."""
+"""In an error code with a selector (8.4): a source external to the processor; a gate of the IDT."""
 _INTERRUPT_GATE: Final = 0xE
 _TRAP_GATE: Final = 0xF
 
 
 class Event(NamedTuple):
-    """An event: `vector`, `kind` as EVENTINJ and EXITINTINFO code it, and its error code if it has one."""
+    """An event: `vector`, `kind` as EVENTINJ and EXITINTINFO code it, and its error code if it has one, of which
+    the bits `free` are not defined."""
 
     vector: int
     kind: int = EXCEPTION
     error: int | None = None
+    free: int = 0
 
     @classmethod
     def from_eventinj(cls, value: int) -> Self | None:
@@ -67,9 +69,9 @@ class Event(NamedTuple):
         return self.kind == SOFTWARE or (self.kind == EXCEPTION and self.vector in (3, 4))
 
     @classmethod
-    def exception(cls, vector: int, error: int = 0) -> Self:
+    def exception(cls, vector: int, error: int = 0, free: int = 0) -> Self:
         """The exception of that vector, as the processor raises it."""
-        return cls(vector, EXCEPTION, error if vector in WITH_ERROR_CODE else None)
+        return cls(vector, EXCEPTION, error if vector in WITH_ERROR_CODE else None, free)
 
 
 _CONTRIBUTORY: Final = frozenset({0, 10, 11, 12, 13, 21})
@@ -94,7 +96,9 @@ class Habits(NamedTuple):
     null_ss: bool = False
     """A stack by IST makes SS null, also where the CPL stays."""
     error_of_slot: bool = False
-    """The selector of an error code for the IDT is twice the vector, and EXT is 0."""
+    """The selector of an error code for the IDT is twice the vector."""
+    no_ext: bool = False
+    """EXT of an error code for the IDT is 0, whatever was delivered."""
     injected_trap: bool = False
     """The event is an exception 3 or 4 that was injected: the gate's DPL is not looked at."""
 
@@ -122,18 +126,21 @@ def deliver(
     the next instruction, where it is not RIP. Returns the VMCB fields that
     the manual leaves undefined by it."""
     gate_at = vmcb["idtr.base"] + 16 * event.vector
-    error = event.vector << 3 | _IDT | (0 if event.software else _EXT)
-    if habits.error_of_slot:
-        error = event.vector << 4 | _IDT
+    error = event.vector << (4 if habits.error_of_slot else 3) | _IDT
+    undecided = 0
+    if event.kind in (INTERRUPT, NMI):
+        error |= 0 if habits.no_ext else _EXT
+    elif not event.software:
+        undecided = _EXT  # for a source external to the processor, which 8.4 does not say of the exception before
     if 16 * event.vector + 15 > vmcb["idtr.limit"]:
-        bus.raises(Event.exception(GP, error))
+        bus.raises(Event.exception(GP, error, undecided))
     low, high = bus.load(gate_at), bus.load(gate_at + 8)
     kind = low >> 40 & 0xF
     checked = event.software and not habits.injected_trap
     if kind not in (_INTERRUPT_GATE, _TRAP_GATE) or (checked and low >> 45 & 3 < regs.cpl):
-        bus.raises(Event.exception(GP, error))
+        bus.raises(Event.exception(GP, error, undecided))
     if not low >> 47 & 1:
-        bus.raises(Event.exception(NP, error))
+        bus.raises(Event.exception(NP, error, undecided))
     selector = low >> 16 & 0xFFFF
     descriptor = bus.load(vmcb["gdtr.base"] + (selector & ~7))
     new_cpl = descriptor >> 45 & 3
@@ -147,7 +154,7 @@ def deliver(
     stack &= ~0xF
     # 8.9.3: SS is pushed in 64-bit mode always; RF is set in the image of a fault (3.1.6). Whether it
     # is for an event that was injected is not said.
-    free = {2: RFLAGS.RF} | ({4: (1 << 64) - 1} if event.vector == DF else {})  # RIP behind #DF: 15.12.9
+    free = {2: RFLAGS.RF, 5: event.free} | ({4: (1 << 64) - 1} if event.vector == DF else {})  # RIP of #DF: 15.12.9
     flags = regs.rflags
     frame = [vmcb["ss.selector"], regs.rsp, flags, vmcb["cs.selector"], regs.rip if next_rip is None else next_rip]
     if event.error is not None:

@@ -225,3 +225,22 @@ def test_a_write_in_pae_mode_that_a_hypervisor_below_emulates(twin: Twin, compil
         out = twin.predict_again(out, before, step, Active([EMULATED_BELOW]), seen)
         assert (out.exitcode, out.next_probe) == ((0x4E, 1) if ends else (ExitCode.VMMCALL, 2))
         assert (twin.vmcb["exitinfo1"], twin.vmcb["exitinfo2"]) == (0x10, twin.vmcb["rip"]) or not ends
+
+
+@pytest.mark.parametrize(
+    ("event", "gp", "code", "field", "free"),
+    [
+        (0x80000310, "set", 0x4D, "exitinfo1", 1),  # #MF finds no gate, and L1 intercepts the #GP
+        (0x80000310, "clear", 0x400, "exitintinfo", 1 << 32),  # it does not, and L2 has no stack for it
+        (0x80000010, "set", 0x4D, "exitinfo1", 0),
+        (0x80000010, "clear", 0x400, "exitintinfo", 0),
+    ],
+)
+def test_ext_behind_an_exception(  # type: ignore[no-untyped-def]
+    predict, event: int, gp: str, code: int, field: str, free: int
+) -> None:
+    """8.4: EXT is for a source external to the processor: an interrupt is one, of an exception that is not said."""
+    (out, *_), _ = predict(
+        'vmcb = "idtr.limit"\nvalue = 0xdf', f'vmcb = "intercept_exceptions"\n{gp} = ["gp"]',
+        'entry = "nested.stack.pte"\nclear = ["p"]', f'vmcb = "eventinj"\nvalue = {event}', "read a")
+    assert out.exitcode == code and out.free.get(field, 0) == free

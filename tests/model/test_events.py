@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE, Event, combine, deliver
+from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE, Event, Habits, combine, deliver
 from harness.model.memory import Memory
 from harness.model.registers import CR0, EFER, RFLAGS
 from harness.model.vmcb import Vmcb
@@ -115,7 +115,7 @@ def test_without_an_error_code() -> None:
 
 @pytest.mark.parametrize(("kind", "kept"), [(0xE, 0), (0xF, RFLAGS.IF)])
 def test_flags(kind: int, kept: int) -> None:
-    """8.9.1: an interrupt gate clears IF, a trap gate does not; TF, NT, VM and RF are cleared."""
+    """8.9: an interrupt gate clears IF, a trap gate does not; TF, NT, VM and RF are cleared."""
     regs, vmcb, bus = world(6, kind=kind)
     deliver(Event.exception(6), regs, vmcb, bus)
     assert regs.rflags == 0x2 | RFLAGS.AC | RFLAGS.CF | kept
@@ -132,19 +132,43 @@ def test_to_more_privilege() -> None:
 
 
 def test_interrupt_stack() -> None:
-    """8.9.4: an IST entry, whatever the privilege."""
+    """2.6.3 and 8.9: an IST entry, whatever the privilege; SS stays if the CPL does."""
     regs, vmcb, bus = world(2, ist=3)
     deliver(Event(2, NMI), regs, vmcb, bus)
     assert bus.loads[-1] == TSS + 0x1C + 8 * 3 and bus.stores[0][0] == 0x30_0FF0 - 8
+    assert vmcb["ss.selector"] == 0x18
+
+
+def test_an_error_code_with_bits_that_are_not_defined() -> None:
+    regs, vmcb, bus = world(13)
+    deliver(Event.exception(13, 6 << 3 | 2, 1), regs, vmcb, bus)
+    assert bus.stores[5][1:] == (6 << 3 | 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("habits", "event", "raised"),
+    [
+        (Habits(error_of_slot=True), Event(32, INTERRUPT), Event.exception(13, 32 << 4 | 3)),
+        (Habits(no_ext=True), Event(32, INTERRUPT), Event.exception(13, 32 << 3 | 2)),
+        (Habits(error_of_slot=True, no_ext=True), Event(32, INTERRUPT), Event.exception(13, 32 << 4 | 2)),
+        (Habits(error_of_slot=True), Event(32, SOFTWARE), Event.exception(13, 32 << 4 | 2)),
+    ],
+)
+def test_habits_with_error_codes(habits: Habits, event: Event, raised: Event) -> None:
+    regs, vmcb, bus = world(event.vector)
+    with pytest.raises(Faulted) as fault:
+        deliver(event, regs, vmcb, bus, habits=habits)
+    assert fault.value.event == raised
 
 
 @pytest.mark.parametrize(
     ("event", "parts", "raised"),
     [
         (Event(32, INTERRUPT), {}, Event.exception(13, 32 << 3 | 3)),  # beyond the IDT's limit
-        (Event(6), {"kind": 0xC}, Event.exception(13, 6 << 3 | 3)),
-        (Event(6), {"present": False}, Event.exception(11, 6 << 3 | 3)),
-        (Event(6), {"kind": 0xC, "present": False}, Event.exception(13, 6 << 3 | 3)),
+        (Event(2, NMI), {"present": False}, Event.exception(11, 2 << 3 | 3)),
+        (Event(6), {"kind": 0xC}, Event.exception(13, 6 << 3 | 2, 1)),  # EXT behind an exception: either
+        (Event(6), {"present": False}, Event.exception(11, 6 << 3 | 2, 1)),
+        (Event(6), {"kind": 0xC, "present": False}, Event.exception(13, 6 << 3 | 2, 1)),
         (Event(32, SOFTWARE), {}, Event.exception(13, 32 << 3 | 2)),  # EXT is 0 for what an instruction raises
         (Event(28, SOFTWARE), {"cpl": 3}, Event.exception(13, 28 << 3 | 2)),  # the gate's DPL is 0
         (Event(3), {"cpl": 3}, Event.exception(13, 3 << 3 | 2)),
@@ -171,7 +195,7 @@ BENIGN, CONTRIBUTORY = (1, 2, 3, 5, 6, 7, 16, 17, 18, 19), (0, 10, 11, 12, 13, 2
 
 
 def test_double_faults() -> None:
-    """Table 8-4, whole: the first exception's class, the second's, and what comes of them."""
+    """8.2.9, all of its table: the first exception's class, the second's, and what comes of them."""
     def result(first: int, second: int, kind: int = EXCEPTION) -> int | None:
         event = combine(Event(first, kind), Event.exception(second))
         return None if event is None else event.vector
