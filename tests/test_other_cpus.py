@@ -47,6 +47,20 @@ def test_what_makes_no_sense_there(ops: tuple[str, ...], head: str, reason: str,
     rehearse(Twin(image, cpu, Liberties()), Compiler(image, cpu).compile(scenario))
 
 
+def test_no_nested_paging(image: Image, cpu: Cpu) -> None:
+    """As with `--kvm-param npt=0`: only what needs none can be run."""
+    less = cpu._replace(npt=False)
+    compiler, twin = Compiler(image, less), Twin(image, less, Liberties())
+    assert not compiler.usual
+    with pytest.raises(UsageError, match="this CPU has no nested paging"):
+        compiler.compile(one(run("read a")))
+    without = 'nested_page = "none"\n'
+    rehearse(twin, compiler.compile(one(run("read a"), head=without)))
+    turned_on = one('vmcb = "np_control"\nset = ["bit0"]', run("read a"), head=without)
+    with pytest.raises(UsageError, match="what NP_ENABLE does is not defined"):
+        rehearse(twin, compiler.compile(turned_on))
+
+
 def test_expectations_are_of_the_usual_cpu(image: Image) -> None:
     """They are the reader's; the model computes what this CPU must do."""
     scenario = one('vmcb = "cr4"\nset = ["smap"]', f'{run("read a")}\nexpect = ["#PF 0x1"]')

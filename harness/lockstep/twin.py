@@ -75,6 +75,8 @@ class Twin(State):
         vmcb = self.vmcb
         if not self.host_at_vmrun().cr0 & CR0.PG and self.quirks.has(VMRUN_WANTS_PAGING):
             return self._raise(out)
+        if vmcb["np_control"] & NP_ENABLE and not self.cpu.npt:
+            raise UsageError("what NP_ENABLE does is not defined on a CPU that has no nested paging")
         out.refused = self._refusal()
         if out.refused:
             self._refuse(out)

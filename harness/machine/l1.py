@@ -72,7 +72,8 @@ class L1Machine:
             self.identity, maxphyaddr=hello["maxphyaddr"], svm_revision=hello["svm_revision"], asids=hello["asids"],
             svm_features=hello["svm_features"], features=features,
         )
-        self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features))
+        self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features),
+                       npt=bool(hello["svm_features"] & 1))
         for region in (self.image.data, self.image.low_data):
             data = tags(region)
             for start in (region.start, region.start + self.image.mirror_offset):

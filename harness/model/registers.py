@@ -100,7 +100,8 @@ class Cpu(NamedTuple):
     """What CPUID says of the processor that runs L1, as far as translation depends on it.
 
     `maxphyaddr` is in bits (CPUID 8000_0008h EAX[7:0]); `asids` is NASID (CPUID 8000_000Ah EBX); `features`
-    are those of harness.wire.layout.FEATURES. L1 itself needs `long_mode`.
+    are those of harness.wire.layout.FEATURES; `npt` is nested paging (CPUID 8000_000Ah EDX[0]). L1 itself needs
+    `long_mode`.
     """
 
     maxphyaddr: int = 52
@@ -108,3 +109,4 @@ class Cpu(NamedTuple):
     asids: int = 16
     features: frozenset[str] = frozenset()
     long_mode: bool = True
+    npt: bool = True

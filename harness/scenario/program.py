@@ -101,7 +101,8 @@ class Compiler:
     @property
     def usual(self) -> bool:
         """Whether this is the CPU that expectations are written for: QEMU's `max`, as of 7.2."""
-        return (self.cpu.maxphyaddr, self.cpu.page1g, self.cpu.features) == (_USUAL_BITS, True, _USUAL)
+        return (self.cpu.maxphyaddr, self.cpu.page1g, self.cpu.features, self.cpu.npt) == (
+            _USUAL_BITS, True, _USUAL, True)
 
     def _world(self, scenario: ops.Scenario) -> tuple[World, bytes]:
         key = world_key(scenario)
@@ -109,6 +110,8 @@ class Compiler:
             levels = {MODES[scenario.guest].cr4, HOST_MODES[scenario.nested].cr4_set}
             if any(cr4_mbz(cr4 & CR4.LA57, self.cpu) for cr4 in levels):
                 raise UsageError(f"{where(scenario, 0)}: 5-level paging needs la57, which this CPU has not")
+            if scenario.nested_page != "none" and not self.cpu.npt:
+                raise UsageError(f"{where(scenario, 0)}: this CPU has no nested paging")
             world = build(self.image, self.cpu, *key)
             self._worlds[key] = world, encode(_prologue(world))
         return self._worlds[key]
