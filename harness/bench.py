@@ -29,7 +29,7 @@ from harness.wire.program import Step, encode
 
 _RUNS_PER_PROGRAM = 500
 _SPINS = 50_000
-_ROUNDS = 10
+_ROUNDS = 50
 """The spins come in so many rounds, so that a slow machine is not said to hang."""
 _WALKS = 100_000
 _CASES = 7_000

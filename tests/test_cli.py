@@ -308,3 +308,17 @@ def test_without_a_kernel_it_is_tcg_and_the_reason_is_told(
     told = capsys.readouterr().err
     assert "no KVM is tested, only QEMU (--machine tcg)" in told
     assert "--kernel" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pipelined"),
+    [(TCG, False), ((*TCG, "--pipelined"), True), (("--machine", "kvm-on-tcg"), True),
+     (("--machine", "kvm-on-tcg", "--lockstep"), False)],
+)
+def test_l1_waits_at_each_record_where_that_is_cheap(
+    arguments: tuple[str, ...], pipelined: bool, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(cli, "run", lambda target, scenarios, errata, pipelined, *rest: seen.append(pipelined))
+    cli.main(["run", *arguments, str(good)])
+    assert seen == [pipelined]

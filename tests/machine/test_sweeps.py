@@ -81,7 +81,7 @@ def test_a_run(errata: list[Erratum]) -> None:
 class TestCommand:
     def run(self, tmp_path: Path, *argv: str) -> dict[str, object]:
         report = tmp_path / "out.json"
-        assert cli.main(["run", "--pipelined", "--json", str(report), *argv]) == 0
+        assert cli.main(["run", "--machine", "tcg", "--pipelined", "--json", str(report), *argv]) == 0
         return dict(json.loads(report.read_text()))
 
     def test_budget(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ class TestCommand:
         assert self.run(tmp_path, str(tmp_path / "new"))["totals"]["scenarios"] == 1  # type: ignore[index]
 
     def test_exhaustive(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["run", "-k", "sweeps/joint", "--exhaustive"]) == 2
+        assert cli.main(["run", "--machine", "tcg", "-k", "sweeps/joint", "--exhaustive"]) == 2
         err = capsys.readouterr().err
         assert "sweeps/joint" in err and "--budget N" in err
         path = tmp_path / "small.toml"
@@ -129,6 +129,6 @@ class TestCommand:
         path.write_text('title = "t"\nmanual = "15.25"\nshows = "s"\n[axis]\nprobe = ["read", "write"]\n[axis.far]\n'
                         'no = {}\nyes = { value = 0x1007 }\n[[op]]\nentry = "nested.a.pte"\napply = ["far"]\n'
                         '[[op]]\nrun = ["{probe} a"]\n')
-        assert cli.main(["run", str(path)]) == 2
+        assert cli.main(["run", "--machine", "tcg", str(path)]) == 2
         out = capsys.readouterr()
         assert "cases of sweeps" in out.out and f"{path}:12: " in out.err and "in far[" in out.err
