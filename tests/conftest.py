@@ -46,7 +46,7 @@ def image(kernel: Path) -> Image:
 @pytest.fixture(scope="session")
 def cpu() -> Cpu:
     """What QEMU's `-cpu max` is to L1."""
-    features = "nx page1g smep smap pku la57 umip fsgsbase xsave lmsle"
+    features = "nx page1g smep smap pku la57 umip fsgsbase xsave lmsle second"
     return Cpu(40, True, 16, frozenset(features.split()))
 
 

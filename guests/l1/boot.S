@@ -144,6 +144,7 @@ l1_pd:		.skip 8 * 4096
 l1_pml5:	.skip 4096		/* these three: the same map in the formats of the other modes */
 l1_pae_pdpt:	.skip 4096
 l1_legacy_pd:	.skip 4096
+	.globl l1_idt
 l1_idt:		.skip 32 * 16
 		.balign 4096
 l1_stack:	.skip 16384

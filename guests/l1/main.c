@@ -3,7 +3,7 @@
  * each VMRUN and right after each #VMEXIT. It knows nothing of page tables, of the VMCB's layout
  * (but for the few offsets below) or of what should happen: that is all the checker's.
  */
-#include "wire.h"
+#include "second.h"
 
 enum {
 	VMCB_EXIT_CODE = 0x70,
@@ -19,6 +19,7 @@ enum {
 	VMCB_RSP = 0x5d8,
 	VMCB_G_PAT = 0x668,
 	DR7_NONE = 0x400,
+	EXIT_NMI = 0x61,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
 	CR0_PG = 1u << 31,
@@ -546,10 +547,11 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	uint8_t *save = (uint8_t *)op->a + VMCB_SAVE;
 	struct resume begun;
 	volatile uint64_t *exit_code = (volatile uint64_t *)(op->a + VMCB_EXIT_CODE);
-	int plain = 1;
+	int plain = 1, second = 0;
 
 	for (uint32_t i = 0; i < count; i++) {
 		tw_mailbox[i] = probes[i];
+		second = second || probes[i].kind == TW_PROBE_REMOTE || probes[i].kind == TW_PROBE_REMOTENMI;
 		plain = plain && probes[i].kind <= TW_PROBE_INVLPG;
 		knows_pkru = knows_pkru && probes[i].kind != TW_PROBE_WRPKRU;
 	}
@@ -560,6 +562,8 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 	begun.cpl = save[VMCB_CPL - VMCB_SAVE];
 	begun.rflags = *(uint64_t *)(save + VMCB_RFLAGS - VMCB_SAVE);
 	begun.rsp = *(uint64_t *)(save + VMCB_RSP - VMCB_SAVE);
+	if (second)
+		second_start(tw_mailbox);
 	for (;;) {
 		struct tw_record *record = next_record(TW_RECORD_ENTER, number);
 		uint32_t next;
@@ -579,6 +583,8 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		copy64(loaded, save, sizeof(loaded));
 		vmrun(op->a, plain);
 
+		if (*exit_code == EXIT_NMI)
+			take_nmi();
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
 		record->first_probe = first;
@@ -595,10 +601,10 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 
 		if ((uint32_t)*exit_code == (uint32_t)EXIT_INVALID) {
 			copy64(save, loaded, sizeof(loaded));	/* what is saved then is not defined */
-			return;
+			break;
 		}
 		if (*exit_code == EXIT_VMMCALL || next + 1 >= count)
-			return;
+			break;
 		first = next + 1;
 		copy64(save, begun.segments, sizeof(begun.segments));
 		save[VMCB_CPL - VMCB_SAVE] = begun.cpl;
@@ -606,6 +612,8 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		*(uint64_t *)(save + VMCB_RSP - VMCB_SAVE) = begun.rsp;
 		*(volatile uint64_t *)(op->a + VMCB_RIP) = op->b;
 	}
+	if (second)
+		second_stop();
 }
 
 /* A program's end, at which all that L1 did without is read. */
@@ -655,6 +663,9 @@ static void interpret(void)
 		case TW_OP_REWIND:
 			rewind(op->a);
 			break;
+		case TW_OP_REMOTE:
+			second_queue(op);
+			break;
 		case TW_OP_INVLPGA:
 			__asm__ volatile("invlpga" : : "a"(op->a), "c"(op->arg) : "memory");
 			break;
@@ -689,6 +700,7 @@ static uint64_t features(void)
 	cpuid(1, &a, &b, &c, &d);
 	have |= c >> 17 & 1 ? TW_FEATURE_PCID : 0;
 	have |= c >> 26 & 1 ? TW_FEATURE_XSAVE : 0;
+	have |= d >> 9 & 1 && (b >> 16 & 0xff) > 1 ? TW_FEATURE_SECOND : 0;
 	cpuid(7, &a, &b, &c, &d);
 	have |= b & 1 ? TW_FEATURE_FSGSBASE : 0;
 	have |= c >> 7 & 1 ? TW_FEATURE_CET : 0;

@@ -18,7 +18,7 @@ from harness.model.events import Event
 from harness.model.intercepts import asks
 from harness.model.registers import CR4, EFER, RFLAGS
 from harness.model.tlb import Flushed, Ran, Wrote
-from harness.model.vmcb import MISC1_VINTR, ExitCode, VIntr
+from harness.model.vmcb import MISC1_NMI, MISC1_VINTR, ExitCode, VIntr
 from harness.model.walk import Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
@@ -128,7 +128,11 @@ class L2:
     def enter_again(self) -> None:
         """After a change of translation L2's own pages must still be there for it."""
         for address, access in ((self.page + self.base, _FETCH), (self.step.c, _WRITE)):
-            walk = self.access(address, access[self.regs.cpl])
+            walk = self.walk(address, access[self.regs.cpl])
+            if self.state.tlb.changed:
+                walk, optional = stale.own(self.state, address, access[self.regs.cpl], walk)
+                self._permit(optional)
+            self._note(walk)
             if not isinstance(walk.outcome, Reached):
                 raise UsageError(f"this leaves L2 without its own pages: {walk.outcome}")
 
@@ -174,7 +178,8 @@ class L2:
             access = _READ[cpl] if reads else _WRITE[cpl]
         self.writes = value if kind in ("write", "push") else None
         old = 0
-        if kind == "rmw" and self.state.quirks.has(RMW_READS_FIRST):
+        alone = "second" not in self.state.cpu.features  # with two processors no machine does it in halves
+        if kind == "rmw" and alone and self.state.quirks.has(RMW_READS_FIRST):
             self.reads_first = True
             old = self._read(self._reach(_READ[cpl], address, size, index))
             self.reads_first, self.writes = False, old + value
@@ -235,6 +240,16 @@ class L2:
         conforming = descriptor >> 42 & 3 == 3
         seen = descriptor >> 44 & 1 and (conforming or descriptor >> 45 & 3 >= max(cpl, selector & 3))
         return descriptor >> 32 & _LAR_SEES if seen else 0
+
+    def second_processor(self, kind: str, value: int) -> int:
+        """L1's second processor does its writes, and may then end L2 by an NMI."""
+        if kind == "remotenmi" and not self.state.vmcb["intercept_misc1"] & MISC1_NMI:
+            raise UsageError("L1 must intercept NMI: what one does inside of L2 is not modelled")
+        for step in self.state.remote:
+            self._store(step.a, step.b, (1 << 8 * step.arg) - 1)
+        if kind == "remotenmi":
+            raise Leave(ExitCode.NMI, rule="exit.intercept")
+        return value
 
     def _store(self, spa: int, new: int, mask: int) -> None:
         """Write the bits of `mask` at `spa`, over one quadword or two."""

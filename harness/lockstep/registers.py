@@ -28,6 +28,8 @@ _IMPLICIT_READ: Final = Access(implicit=True)
 def probe(l2: L2, kind: str, address: int, value: int) -> int:
     """Reads and writes of L2's own registers."""
     regs, vmcb = l2.regs, l2.state.vmcb
+    if kind in ("remote", "remotenmi"):
+        return l2.second_processor(kind, value)
     if kind in ("rdpkru", "wrpkru"):
         return _pkru(l2, kind, value)
     if kind in stub.DESCRIPTOR_READS:

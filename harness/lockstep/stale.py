@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.state import State
-from harness.model.access import Access, Reached
+from harness.model import events
+from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import Update
 from harness.model.liberties import WIDEST
 from harness.model.tlb import UPGRADE
+from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
+from harness.wire.records import Record
 
 
 def choose(
@@ -18,8 +21,8 @@ def choose(
 ) -> tuple[Walk, list[Update]]:
     """The walk that probe `index` makes, which would be `fresh` by the tables as they are; and bits that it may set.
 
-    With a record to go by it is the first whose sPA `fits` what the probe returned or wrote; without one, or where
-    the probe faulted, it is `fresh`: faults are those of the tables as they are (section 5.5.3)."""
+    With a record to go by it is the first whose sPA `fits` what the probe returned or wrote, or, where the probe
+    faulted, the first that has that fault; without one it is `fresh`."""
     tlb, words = state.tlb, state.memory.words
     others = tlb.stale(words, gva, access, fresh)
     if any(_seen(walk) != _seen(fresh) for walk in others):
@@ -33,14 +36,40 @@ def choose(
     if fits is not None:
         taken = next((walk for walk in (fresh, *others)
                       if isinstance(walk.outcome, Reached) and fits(walk.outcome.spa)), fresh)
+    elif state.seen is not None and not isinstance(fresh.outcome, Reached):
+        faults = [walk for but in (0, ErrorCode.P) for walk in (fresh, *others) if _is_fault(walk, state.seen, but)]
+        taken = next(iter(faults), fresh)
     elif state.seen is not None and UPGRADE in state.caches.ignores:
         taken = next((walk for walk in others if not isinstance(walk.outcome, Reached)), fresh)
     if _seen(taken) != _seen(fresh):
         out.taken.add(index)
-    alike = [set(walk.updates) for walk in (fresh, *others) if _seen(walk) == _seen(taken)]
+    return _alike(taken, (fresh, *others))
+
+
+def own(state: State, gva: int, access: Access, fresh: Walk) -> tuple[Walk, list[Update]]:
+    """The same for an access that L2 makes on its own account, to its code or its mailbox: it reaches it if it may."""
+    walks = [fresh, *state.tlb.stale(state.memory.words, gva, access, fresh, state.caches)]
+    return _alike(next((walk for walk in walks if isinstance(walk.outcome, Reached)), fresh), walks)
+
+
+def _alike(taken: Walk, walks: Sequence[Walk]) -> tuple[Walk, list[Update]]:
+    """`taken` with the bits that all of `walks` set that come to the same; and those that only some of them do."""
+    alike = [set(walk.updates) for walk in walks if _seen(walk) == _seen(taken)]
     always = set.intersection(*alike)
     return (taken._replace(updates=[update for update in taken.updates if update in always]),
             sorted(set.union(*alike) - always))
+
+
+def _is_fault(walk: Walk, seen: Record, but: int) -> bool:
+    """Whether the walk ended in the exit that was seen, `but` for bits of the code that a machine may have wrong."""
+    match walk.outcome:
+        case NestedPageFault(code, address):
+            exitcode = ExitCode.NPF
+        case PageFault(code, address):
+            exitcode = ExitCode.EXCEPTION + events.PF
+        case _:
+            return False
+    return (exitcode, address) == (seen.exitcode, seen.fault_address) and not (code ^ seen.fault_code) & ~but
 
 
 def _seen(walk: Walk) -> object:

@@ -77,6 +77,9 @@ class State:
         """L2's accesses of its own pages, by translation, place and CPL: see `harness.lockstep.l2`."""
         self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
+        self.queued: list[Step] = []
+        self.remote: list[Step] = []
+        """Writes of L1's second processor: for the next RUN, and for the one that is on."""
         self.seen: Record | None = None
         """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
         self._world: World | None = None
@@ -100,6 +103,7 @@ class State:
             self._world = world
             self.watched = frozenset(world.watch)
         self.tlb.forget()
+        self.queued = []
         self.mode = world.mode
         self.stub = self.image.stubs[world.mode.stub]
         start = world.vmcb_address
@@ -115,6 +119,8 @@ class State:
             if self.image.in_arena(step.a):
                 self.tlb.add(Wrote(step.a & ~7, self.memory.words[step.a >> 3]))
             self.memory.write(step.a, step.b, step.arg)
+        elif step.code == "REMOTE":
+            self.queued.append(step)
         elif step.code == "INVLPGA":
             self.tlb.add(Flushed(INVLPGA, step.arg, step.a, narrow=True))
         elif step.code == "HOST":

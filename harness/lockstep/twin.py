@@ -58,6 +58,7 @@ class Twin(State):
 
     def begin(self, step: Step) -> dict[str, int]:
         """What to hand to `resume` later in this RUN op."""
+        self.remote, self.queued = self.queued, []
         return _RESUMED.read(self.vmcb) | {"rip": step.b}
 
     def resume(self, begun: dict[str, int]) -> None:

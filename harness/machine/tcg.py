@@ -13,10 +13,11 @@ from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.model.liberties import Caches, Liberties, Takes
 from harness.wire.image import Image
 
-LIBERTIES: Final = Liberties.each(Takes.ALWAYS, Caches(pieces=False, over_vmrun=False))
-"""QEMU holds whole translations only, and none over VMRUN or #VMEXIT, which load CR3. It sets accessed bits as it goes
-down, the guest's leaf bits before it walks the page's own gPA, and those of an access's first page before it walks the
-second: the manual permits it all (mmu_translate() and cpu_x86_update_cr3() in target/i386, 7.2 to 11)."""
+LIBERTIES: Final = Liberties.each(Takes.ALWAYS, Caches(upper=False, over_vmrun=False))
+"""QEMU holds whole translations and, in a TLB of their own, nested ones (MMU_NESTED_IDX); no upper-level entries, and
+nothing over VMRUN or #VMEXIT, which load CR3. It sets accessed bits as it goes down, the guest's leaf bits before it
+walks the page's own gPA, and those of an access's first page before it walks the second. The manual permits it all
+(mmu_translate() and cpu_x86_update_cr3() in target/i386, 7.2 to 11)."""
 
 _BOOT_TIMEOUT: Final = 8.0
 
@@ -72,7 +73,8 @@ def start(binary: str | None = None, cpu_model: str = "max", extra: Sequence[str
     qemu.version(path)
     kernel = guests.build_l1()
     image = guests.load_image(kernel)
-    args = ["-machine", f"pc,memory-backend=ram,max-ram-below-4g={image.low_end}", "-accel", "tcg", "-cpu", cpu_model,
+    args = ["-machine", f"pc,memory-backend=ram,max-ram-below-4g={image.low_end}", "-accel", "tcg", "-smp", "2",
+            "-cpu", cpu_model,
             "-kernel", str(kernel), *extra]
     with qemu.Qemu(path, args, image.ram_bytes) as process:
         machine = TcgMachine(process, image, cpu_model)

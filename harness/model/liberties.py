@@ -17,8 +17,10 @@ class Takes(Enum):
 class Caches(NamedTuple):
     """What a machine's TLB is like; the default is the widest that the manual permits."""
 
-    pieces: bool = True
-    """It keeps upper-level entries and nested translations by themselves."""
+    upper: bool = True
+    """It keeps upper-level entries of the guest's tables by themselves."""
+    nested: bool = True
+    """It keeps nested translations by themselves."""
     over_vmrun: bool = True
     """What it holds outlives VMRUN and #VMEXIT, where TLB_CONTROL does not flush it."""
     ignores: frozenset[str] = frozenset()

@@ -11,8 +11,9 @@ translations a processor may still have:
 A processor loads what it likes of "any linear address for which valid entries exist" (5.5.3), so it does not matter
 what the guest accessed. What it cannot have is what no table held while that guest ran, what is not present, what
 has A=0 (5.4.2), for a write what has D=0, and what would fault: a fault is confirmed by a walk of the tables as they
-are (5.5.3). So `Tlb.stale` only ever yields walks that reach their page; the walk by the tables as they are
-(`harness.model.walk`) is always permitted beside them. At first reading leave this module out.
+are (5.5.3). So where that reaches a page `Tlb.stale` only yields walks that reach one too; where it faults, the walk
+that found the fault may have come there by old pieces. The walk by the tables as they are (`harness.model.walk`) is
+always permitted beside them. At first reading leave this module out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from harness.model.access import Access, Reached
-from harness.model.entries import FRAME, PSE36_SHIFT, A, D, Format, G, P
+from harness.model.entries import FRAME, PSE36_SHIFT, A, D, Format, G, Level, P
 from harness.model.liberties import WIDEST, Caches
 from harness.model.memory import Words
 from harness.model.walk import Paging, Walk, translate
@@ -132,7 +133,7 @@ class Tlb:
             self.past.append(event)
 
     def stale(self, words: Words, gva: int, access: Access, fresh: Walk, caches: Caches = WIDEST) -> list[Walk]:
-        """The walks by which `access` to `gva` may reach a page, beside `fresh`, the one by the tables as they are in
+        """The walks that `access` to `gva` may make, beside `fresh`, the one by the tables as they are in
         `words`, on a machine with such `caches`. Their `updates` are the bits to set in entries that were not
         cached. Each that comes to something else, outcome or bits, is there once."""
         if not (self.changed or caches.ignores):
@@ -149,7 +150,8 @@ class Tlb:
         running = list(_running(log))
         found = {_effect(words, fresh): fresh}
         for load in _loads(log, running, caches):
-            for walk in _Search(log, writes, running, load, words, caches).walks(gva, access):
+            search = _Search(log, writes, running, load, words, caches, not isinstance(fresh.outcome, Reached))
+            for walk in search.walks(gva, access):
                 found.setdefault(_effect(words, walk), walk)
             if UPGRADE in caches.ignores:
                 walk = translate(running[-1][1].paging, _Snapshot(log, load, words), gva, access)
@@ -228,20 +230,21 @@ class _Search:
 
     def __init__(
         self, log: list[Event], writes: Mapping[int, list[tuple[int, int]]], running: list[Moment], load: int,
-        words: Words, caches: Caches,
+        words: Words, caches: Caches, faults: bool,
     ) -> None:
         self._log, self._writes, self._load, self._words, self._caches = log, writes, load, words, caches
         self._now, self._current = running[-1]
+        self._faults = faults and load == self._now
         asid = self._current.asid
         self._ran = ran = next(ran for place, ran in running if place == load)
         since = 0 if _over_vmrun(caches) else max(
             place for place, event in enumerate(log[: load + 1]) if type(event) is Ran and event.by_vmrun)
         own = [(place, one) for place, one in running if since <= place <= load and one.asid == asid]
-        if not caches.pieces:
-            own = own[-1:]
-        self._nested_moments = [(p, one) for p, one in own if one.paging.nested == ran.paging.nested]
-        self._moments = [(p, one) for p, one in self._nested_moments
-                         if one.paging.guest == ran.paging.guest and one.pcid == ran.pcid]
+        self._nested_moments = [(p, one) for p, one in (own if caches.nested else own[-1:])
+                                if one.paging.nested == ran.paging.nested]
+        self._moments = [(p, one) for p, one in (own if caches.upper else own[-1:])
+                         if (one.paging.guest, one.paging.nested, one.pcid) == (
+                             ran.paging.guest, ran.paging.nested, ran.pcid)]
         covering = [(p, e) for p, e in enumerate(log[: load + 1]) if type(e) is Flushed and self._covers(e)]
         self._narrow = [(p, e.gva) for p, e in covering if e.gva is not None and e.narrow]
         self._upper_floor = max((p for p, e in covering if e.gva is None or not e.narrow), default=0)
@@ -257,27 +260,32 @@ class _Search:
                 yield from self._verdicts(gva, gva, access, ())
             return
         for reads, gpa, leaf, shift in self._guest(fmt, gva, access.write):
-            if not self._flushed(gva, shift, self._ran.pge and bool(leaf & G)):
+            if gpa is None:
+                yield from self._replayed(gva, access, reads)
+            elif not self._flushed(gva, shift, self._ran.pge and bool(leaf & G)):
                 yield from self._verdicts(gva, gpa, access, reads)
 
     def _verdicts(self, gva: int, gpa: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
         """What comes of the access with these entries: under the controls (CR0.WP and the like) of now and, where L1
         has changed them without a flush, also those that the translation was loaded under (15.16, Software Rule)."""
+        for below, _, _ in self._nested(gpa, access.write):
+            yield from self._replayed(gva, access, (*reads, *below))
+
+    def _replayed(self, gva: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
         ran, current = self._ran.paging, self._current.paging
         controls = [current._replace(guest=ran.guest, nested=ran.nested, gcr3=ran.gcr3, ncr3=ran.ncr3)]
         if ran != controls[0] and any(type(e) is Ran and e.by_vmrun for e in self._log[self._load + 1 :]):
             controls.append(ran)
-        for below, _, _ in self._nested(gpa, access.write):
-            whole = (*reads, *below)
-            for paging in controls:
-                walk = translate(paging, _Replay(whole), gva, access)
-                if isinstance(walk.outcome, Reached):
-                    yield _as_read(walk, whole)
+        for paging in controls:
+            walk = translate(paging, _Replay(reads), gva, access)
+            if self._faults or isinstance(walk.outcome, Reached):
+                yield _as_read(walk, reads)
 
     # --- the guest's tables -----------------------------------------------------------------------
 
-    def _guest(self, fmt: Format, gva: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int, int, int]]:
-        """Ways through the guest's tables: the entries read, the gPA, the leaf, and its page's size as a shift."""
+    def _guest(self, fmt: Format, gva: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int | None, int, int]]:
+        """Ways through the guest's tables: the entries read, the gPA, the leaf, and its page's size as a shift; without
+        a gPA where the last entry read ends the walk in a fault."""
         floor, roots = self._floor(gva, fmt.levels[0].shift), set()
         for place, ran in self._moments:
             if place >= floor and ran.paging.gcr3 not in roots:
@@ -286,16 +294,21 @@ class _Search:
 
     def _guest_level(
         self, fmt: Format, number: int, table: int, since: int, gva: int, write: bool, reads: tuple[_Read, ...]
-    ) -> Iterator[tuple[tuple[_Read, ...], int, int, int]]:
+    ) -> Iterator[tuple[tuple[_Read, ...], int | None, int, int]]:
         """The ways on from `table`, which may be known since the moment `since`: an entry is never read before the one
         that leads to it."""
         level = fmt.levels[number]
         gpa = table + ((gva >> level.shift & fmt.index_mask) << fmt.entry_shift)
         for below, address, loaded in self._nested(gpa, True):
+            if address is None:
+                yield (*reads, *below), None, 0, 0
+                continue
             floor = max(since, loaded, self._floor(gva, level.shift))
             for read, entry, moment, until in self._versions(address, fmt, floor, self._moments):
                 so_far = (*reads, *below, read)
-                if entry & P and entry & level.leaf:
+                if self._ends(read, entry, level):
+                    yield so_far, None, 0, 0
+                elif entry & P and entry & level.leaf:
                     known = self._known(read, entry, A | D if write else A, moment)
                     if known is not None and until > self._load and not entry & level.reserved_leaf:
                         yield so_far, _frame(entry, level.shift) | gva & (1 << level.shift) - 1, entry, level.shift
@@ -306,8 +319,9 @@ class _Search:
 
     # --- L1's nested table ------------------------------------------------------------------------
 
-    def _nested(self, gpa: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int, int]]:
-        """Ways through L1's nested table: the entries read, the sPA, and the moment since which that may be known."""
+    def _nested(self, gpa: int, write: bool) -> Iterator[tuple[tuple[_Read, ...], int | None, int]]:
+        """Ways through L1's nested table: the entries read, the sPA, and the moment since which that may be known;
+        without an sPA where the last entry read ends the walk in a fault."""
         fmt = self._ran.paging.nested
         if fmt is None:
             yield (), gpa, 0
@@ -321,13 +335,15 @@ class _Search:
 
     def _nested_level(
         self, fmt: Format, number: int, table: int, since: int, gpa: int, write: bool, reads: tuple[_Read, ...]
-    ) -> Iterator[tuple[tuple[_Read, ...], int, int]]:
+    ) -> Iterator[tuple[tuple[_Read, ...], int | None, int]]:
         level = fmt.levels[number]
         address = table + ((gpa >> level.shift & fmt.index_mask) << fmt.entry_shift)
         floor = max(since, self._nested_floor)
         for read, entry, moment, _ in self._versions(address, fmt, floor, self._nested_moments):
             so_far = (*reads, read)
-            if entry & P and entry & level.leaf:
+            if self._ends(read, entry, level):
+                yield so_far, None, self._now
+            elif entry & P and entry & level.leaf:
                 known = self._known(read, entry, A | D if write else A, moment)
                 if known is not None and not entry & level.reserved_leaf:
                     yield so_far, _frame(entry, level.shift) | gpa & (1 << level.shift) - 1, known
@@ -356,6 +372,13 @@ class _Search:
                 entry = value if fmt.entry_shift == 3 else value >> (address & 4) * 8 & 0xFFFF_FFFF
                 yield _Read(address, value, old is None), entry, held, until
             since = until
+
+    def _ends(self, read: _Read, entry: int, level: Level) -> bool:
+        """Whether the entry, read right now, ends a walk in a fault that may be reported."""
+        if not (self._faults and read.current):
+            return False
+        leaf = entry & level.leaf
+        return not entry & P or bool(entry & (level.reserved_leaf if leaf else level.reserved_table))
 
     def _known(self, read: _Read, entry: int, needed: int, moment: int) -> int | None:
         """Since when the entry may be held, that was there at `moment`: one without the bits `needed` (A, and D for a
@@ -418,7 +441,7 @@ class _Snapshot:
 def _as_read(walk: Walk, reads: tuple[_Read, ...]) -> Walk:
     """`walk`, a replay, with the addresses of the entries as they were, and the updates of those in memory."""
     trail, updates, todo = [], [], list(walk.updates)
-    for (dimension, name, purpose, address, entry), read in zip(walk.trail, reads, strict=True):
+    for (dimension, name, purpose, address, entry), read in zip(walk.trail, reads, strict=False):
         trail.append((dimension, name, purpose, read.address, entry))
         if todo and todo[0][0] == address:
             _, bits, use = todo.pop(0)

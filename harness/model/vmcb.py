@@ -117,6 +117,7 @@ class ExitCode:
     """#VMEXIT codes (appendix C)."""
 
     EXCEPTION: Final = 0x40
+    NMI: Final = 0x61
     HLT: Final = 0x78
     SHUTDOWN: Final = 0x7F
     VMRUN: Final = 0x80

@@ -49,10 +49,11 @@ _TOP: Final = {
     "title": str, "manual": str, "shows": str, "each": dict, "guest": str, "nested": str, "guest_page": str,
     "nested_page": str, "table_page": str, "op": list,
 }
+SECOND: Final = "second"
 REQUIRED: Final = ("title", "manual", "shows", "op")
 _CHANGE: Final = {"value": (int, str), "set": list, "clear": list}
 KINDS: Final[dict[str, dict[str, Any]]] = {
-    "entry": {"entry": str, "frame": str} | _CHANGE,
+    "entry": {"entry": str, "frame": str, "by": str} | _CHANGE,
     "vmcb": {"vmcb": str, "page": str, "frame": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
     "invlpga": {"invlpga": str, "asid": (int, str)},
@@ -246,7 +247,9 @@ class File:
         if change.value is not None and not 0 <= change.value < 1 << 64:
             raise self.error(index, "value", f"{change.value:#x} does not fit in 64 bits")
         if kind == "entry":
-            return EntryOp(table["entry"], change, table.get("frame"))
+            if table.get("by", SECOND) != SECOND:
+                raise self.error(index, "by", f"'by' can be {SECOND!r}, L1's second processor, and nothing else")
+            return EntryOp(table["entry"], change, table.get("frame"), "by" in table)
         if kind == "vmcb":
             return VmcbOp(table["vmcb"], change, table.get("page"), table.get("frame"))
         return HostOp(table["host"], change)

@@ -41,6 +41,8 @@ class EntryOp:
     entry: str
     change: Change
     frame: str | None = None
+    second: bool = False
+    """L1's second processor writes it, when L2 asks for that in the next run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ class Scenario:
 PORTS: Final = frozenset({"in", "out"})
 SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
 MEMORY: Final = SIZED - PORTS | {"fetch", "invlpg", "push", "pop"}
+REQUESTS: Final = frozenset({"remote", "remotenmi"})
+"""Probes by which L2 asks L1's second processor to do its writes."""
 STORES: Final = frozenset({"write", "rmw", "push", "out"})
 """Probes that write a value of their own where none is given."""
 _PROBE: Final = re.compile(

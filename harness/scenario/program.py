@@ -40,7 +40,8 @@ FLUSH_ALL: Final = 1
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
 _USUAL_BITS: Final = 40
-_USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle"])
+_USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle",
+                              "second"])
 _USER_ATTRIB: Final = 0x60
 """DPL 3 in the attributes of a segment."""
 
@@ -199,8 +200,10 @@ class _Body:
             new = new & ~FRAME | _lookup(frames, op.frame, "page") & FRAME
         if new >> 8 * width:
             raise ValueError(f"{new:#x} does not fit in {op.entry}, which has {8 * width} bits")
+        if op.second and "second" not in self.cpu.features:
+            raise ValueError("L1 has one processor here")
         self.written[address] = new
-        self.steps.append(Step("WRITE", width, address, new, origin=index))
+        self.steps.append(Step("REMOTE" if op.second else "WRITE", width, address, new, origin=index))
 
     def _map(self, index: int, op: ops.EntryOp) -> None:
         """`msrpm.NUMBER` or `iopm.NUMBER`: the bits of an MSR or a port in L1's permission maps."""
@@ -262,6 +265,9 @@ class _Body:
                 self._write(index, f"{segment}.selector", self.vmcb[f"{segment}.selector"] & ~3 | op.cpl)
         entry = self.world.code[user] + self.image.stubs[self.world.mode.stub].labels["entry"]
         self._write(index, "rip", entry)
+        requests = [str(probe) for probe in op.probes if probe.kind in ops.REQUESTS]
+        if requests and ("second" not in self.cpu.features or len(requests) > 1):
+            raise ValueError("L1 has one processor here" if len(requests) == 1 else "one request a run is done")
         probes = tuple(self._probe(index, n, probe) for n, probe in enumerate(op.probes))
         self.steps.append(
             Step("RUN", len(probes), self.world.vmcb_address, entry, self.world.mailbox[user], probes, index)

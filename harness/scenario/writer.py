@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.scenario.files import SECOND
 from harness.scenario.ops import (
     DEFAULT_MODE,
     DEFAULT_PAGE_SIZE,
@@ -72,9 +73,11 @@ def write(scenarios: Sequence[Scenario], folder: Path) -> list[Path]:
 
 def _op(op: Op) -> Iterator[str]:
     match op:
-        case EntryOp(entry, change, frame):
+        case EntryOp(entry, change, frame, second):
             yield f"entry = {_string(entry)}"
             yield from _change(change)
+            if second:
+                yield f"by = {_string(SECOND)}"
             if frame is not None:
                 yield f"frame = {_string(frame)}"
         case VmcbOp(field, change, page, frame):

@@ -18,6 +18,7 @@ def c_header() -> str:
         "TW_MAX_PROBES": layout.MAX_PROBES,
         "TW_MAX_DIFFS": layout.MAX_DIFFS,
         "TW_MAILBOX_CODE": layout.MAILBOX_CODE,
+        "TW_MAILBOX_REQUEST": layout.MAILBOX_REQUEST,
         "TW_VMRUN_RAISED": layout.VMRUN_RAISED,
         "TW_CONTROL_BYTES": layout.CONTROL_BYTES,
         "TW_SAVE_BYTES": layout.SAVE_BYTES,
@@ -28,6 +29,7 @@ def c_header() -> str:
         ("TW_HOST_MODE_", layout.HOST_MODES),
         ("TW_RECORD_", layout.RECORDS),
         ("TW_PROBE_", layout.PROBES),
+        ("TW_REQUEST_", layout.REQUESTS),
     ):
         constants |= {prefix + name.upper(): value for name, value in table.items()}
     constants |= {f"TW_FEATURE_{name.upper()}": 1 << bit for bit, name in enumerate(layout.FEATURES)}

@@ -153,6 +153,11 @@ DIFF = _declare(
 MAILBOX_CODE = 4064
 """Offset in L2's mailbox page of the gVA at which L2's code page is mapped; probes come from 0 on."""
 
+MAILBOX_REQUEST = 4072
+"""Offset in it of what L2 asks of L1's second processor, one of REQUESTS."""
+
+REQUESTS = {"NONE": 0, "WRITE": 1, "NMI": 2, "DONE": 3, "STOP": 4}
+
 CONTROL_BYTES = 0x100
 """Of the VMCB's control area, from its start: all fields to the decode assists' end."""
 
@@ -218,6 +223,7 @@ OPS = {
     "HOST_MODE": 8,  # arg: L1's paging at VMRUN (HOST_MODES)
     "MARK": 9,    # a: VMCB; what REWIND goes back to
     "REWIND": 10,  # a: VMCB; all that was written, and all watched pages, are as at the mark
+    "REMOTE": 12,  # as WRITE, for L1's second processor to do when L2 asks for it in the next RUN
     "INVLPGA": 11,  # arg: ASID, a: gVA
 }
 
@@ -247,11 +253,12 @@ PROBES = {
     "cpuid": 64, "rdtsc": 65, "rdtscp": 66, "rdpmc": 67, "pause": 68, "hlt": 69, "invd": 70, "wbinvd": 71,
     "invlpga": 72, "skinit": 73, "monitor": 74, "mwait": 75, "xsetbv": 76, "iret": 77, "rsm": 78, "icebp": 79,
     "clts": 80, "smsw": 81, "lmsw": 82, "in": 83, "out": 84, "lldt": 85, "ltr": 86, "vmmcall": 87,
+    "remote": 53, "remotenmi": 54,  # L1's second processor does its writes; and then ends L2 by an NMI
     "intn": 88, "breakpoint": 89, "overflow": 90, "undefined": 91, "divide": 92,
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",
             "fsgsbase", "xsave", "cet", "ffxsr", "tce", "sss",
             "lmsle", "mcommit", "intwb", "uai", "aibrs", "vnmi", "avic", "x2avic", "x2avic_ext",
-            "flushbyasid")
-"""CPUID features that L1 reports in `tw_shared.features`, bit 0 first."""
+            "flushbyasid", "second")
+"""CPUID features that L1 reports in `tw_shared.features`, bit 0 first; `second` is a second processor."""

@@ -134,7 +134,7 @@ class FakeMachine:
                     self.twin.tlb.forget()
                 case "HOST_MODE":
                     self.twin.host_mode = _HOST_MODES[arg]
-                case "WRITE" | "HOST" | "INVLPGA":
+                case "WRITE" | "HOST" | "INVLPGA" | "REMOTE":
                     self.twin.apply(Step(name, arg, a, b, c))
                     page = a & ~(PAGE - 1)
                     if page in self._mirror:

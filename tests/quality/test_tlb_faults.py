@@ -194,7 +194,7 @@ def test_permitted_and_seen(
 
 @pytest.mark.parametrize("name", [name for name in PERMITTED if "run" in name])
 def test_the_profile_is_stricter(name: str, image: Image, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = Liberties.each(Takes.ALWAYS, Caches(pieces=False, over_vmrun=False))
+    profile = Liberties.each(Takes.ALWAYS, Caches(upper=False, over_vmrun=False))
     found = _run(image, cpu, PERMITTED[name], _Hoards(monkeypatch), profile)
     assert set(found) == {tlb.VMRUN}
 
