@@ -9,7 +9,7 @@ from harness.errors import UsageError
 from harness.lockstep import instructions, stale, stub
 from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import JUMP_NON_CANONICAL, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
+from harness.lockstep.quirks import EXCLUSIVE_LOSES_FLAGS, JUMP_NON_CANONICAL, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
 from harness.lockstep.state import Entered, State
 from harness.model import dirty, events, vmrun
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
@@ -17,7 +17,7 @@ from harness.model.dirty import Update
 from harness.model.events import Event
 from harness.model.intercepts import asks
 from harness.model.registers import CR4, EFER, RFLAGS
-from harness.model.tlb import Flushed, Ran, Wrote
+from harness.model.tlb_events import Flushed, Ran, Wrote
 from harness.model.vmcb import MISC1_NMI, MISC1_VINTR, ExitCode, VIntr
 from harness.model.walk import Walk, translate
 from harness.wire.image import tag
@@ -178,8 +178,11 @@ class L2:
             access = _READ[cpl] if reads else _WRITE[cpl]
         self.writes = value if kind in ("write", "push") else None
         old = 0
-        alone = "second" not in self.state.cpu.features  # with two processors no machine does it in halves
-        if kind == "rmw" and alone and self.state.quirks.has(RMW_READS_FIRST):
+        # with two processors QEMU's atomic operations are whole, but for those that are not aligned
+        second, quirks = "second" in self.state.cpu.features, self.state.quirks
+        if kind == "rmw" and second and address % size and quirks.has(EXCLUSIVE_LOSES_FLAGS):
+            self.regs.rflags &= ~RFLAGS.STATUS
+        if kind == "rmw" and not (second and address % size == 0) and quirks.has(RMW_READS_FIRST):
             self.reads_first = True
             old = self._read(self._reach(_READ[cpl], address, size, index))
             self.reads_first, self.writes = False, old + value

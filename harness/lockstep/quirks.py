@@ -21,6 +21,7 @@ from harness.model.vmrun import Host
 from harness.model.walk import Paging, Walk
 
 RMW_READS_FIRST: Final = "rmw-reads-first"
+EXCLUSIVE_LOSES_FLAGS: Final = "exclusive-loses-flags"
 JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
@@ -171,6 +172,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     PKE_NOT_FLUSHED: Quirk(),
     V_IRQ_AT_PRIORITY: Quirk(),
     RMW_READS_FIRST: Quirk(),
+    EXCLUSIVE_LOSES_FLAGS: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
     SOFTWARE_EVENT_LOST: Quirk(),
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),

@@ -8,7 +8,7 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import PKE_NOT_FLUSHED
-from harness.model import events, tlb, vmrun
+from harness.model import events, tlb_events, vmrun
 from harness.model.access import Access, Reached
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.events import Event
@@ -57,7 +57,7 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
             return value
         return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
     if kind == "invlpg":
-        l2.flush(tlb.INVLPG, address)
+        l2.flush(tlb_events.INVLPG, address)
         return value
     if what == "msr" and address not in stub.MSR_FIELDS:
         raise UsageError(f"L1 must intercept MSR {address:#x}: it is not modelled")
@@ -93,9 +93,9 @@ def write(l2: L2, name: str, value: int) -> None:
         l2.paging = l2.paging._replace(pkru=before.pkru)
     l2.ran()
     if name == "cr3" and not keeps:
-        l2.flush(tlb.CR3, keeps_global=True)
+        l2.flush(tlb_events.CR3, keeps_global=True)
     elif changed & (_FLUSHING.get(name, 0) | (_EDGES & (value ^ CR4.PCIDE) if name == "cr4" else 0)):
-        l2.flush(tlb.CR0 if name == "cr0" else tlb.CR4)
+        l2.flush(tlb_events.CR0 if name == "cr0" else tlb_events.CR4)
     l2.enter_again()
 
 

@@ -10,7 +10,7 @@ from harness.model import events
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import Update
 from harness.model.liberties import WIDEST
-from harness.model.tlb import UPGRADE
+from harness.model.tlb_events import UPGRADE
 from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
 from harness.wire.records import Record

@@ -13,7 +13,8 @@ from harness.model.access import Access
 from harness.model.liberties import Liberties
 from harness.model.memory import Memory, Words
 from harness.model.registers import RFLAGS, Cpu
-from harness.model.tlb import INVLPGA, Flushed, Tlb, Wrote
+from harness.model.tlb import Tlb
+from harness.model.tlb_events import INVLPGA, Flushed, Wrote
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging, Walk

@@ -23,7 +23,7 @@ from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
-from harness.model.tlb import Left
+from harness.model.tlb_events import Left
 from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED

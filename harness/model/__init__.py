@@ -13,6 +13,7 @@ AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
     consistency  which VMCBs VMRUN refuses
     memory_type  PAT, MTRRs and CR0.CD: computed, compared with nothing
     tlb        in which ways an access may be translated other than by the tables as they are
+    tlb_events  what happens that matters to it
     liberties  what the manual leaves to the machine
     rules      every rule by its id, with the manual's section
     coverage   the cases of rules that a walk is one of

@@ -15,6 +15,7 @@ _RESULT: Final = struct.Struct("<Q")
 _PAIR: Final = struct.Struct("<QQ")
 _EXITCODE: Final = 0x70
 _EXITINFO1: Final = 0x78
+_EXITINFO2: Final = 0x80
 
 KIND_NAMES: Final = {number: name for name, number in RECORDS.items()}
 
@@ -47,6 +48,11 @@ class Record:
     def fault_code(self) -> int:
         """EXITINFO1."""
         return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITINFO1)[0])
+
+    @property
+    def fault_address(self) -> int:
+        """EXITINFO2."""
+        return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITINFO2)[0])
 
     @property
     def before(self) -> dict[str, int]:

@@ -10,7 +10,8 @@ from harness.model.access import Access, Reached
 from harness.model.dirty import write_back
 from harness.model.entries import FRAME, G
 from harness.model.liberties import WIDEST, Caches
-from harness.model.tlb import CONTROL, CR3, CR4, INVLPG, INVLPGA, Flushed, Left, Ran, Tlb, Wrote
+from harness.model.tlb import Tlb
+from harness.model.tlb_events import CONTROL, CR3, CR4, INVLPG, INVLPGA, Flushed, Left, Ran, Wrote
 from harness.model.walk import Paging
 from tests.model.tables import GVA, LEVELS, NX, READ, RW, USER_READ, WRITE, A, D, P, Space
 

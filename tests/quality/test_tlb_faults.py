@@ -16,7 +16,7 @@ from harness.lockstep import stale
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.state import State
 from harness.lockstep.twin import Twin
-from harness.model import tlb
+from harness.model import tlb_events as rules
 from harness.model.access import Access, Reached
 from harness.model.dirty import Update
 from harness.model.liberties import WIDEST, Caches, Liberties, Takes
@@ -29,7 +29,7 @@ from harness.wire.image import Image
 from tests.conftest import LIBRARY
 from tests.lockstep.fake import FakeMachine, Plant, run_on_fake
 
-SWEEPS: Final = ("litmus-own", "litmus-exit")
+SWEEPS: Final = ("litmus-own", "litmus-exit", "litmus-second")
 OLDEST_FIRST, NEWEST_FIRST = 0, -1
 WITH_FLUSH_BY_ASID: Final = frozenset({"flushbyasid"})
 
@@ -104,25 +104,27 @@ run = ["{then}"]
 
 CONTROL: Final = '[[op]]\nvmcb = "tlb_control"\nvalue = {}\n'
 BROKEN: Final = {
-    "INVLPG does nothing": (tlb.INVLPG, _own("invlpg a")),
-    "INVLPG does nothing for a dirty page": (tlb.INVLPG, _own("invlpg a", "write a+8", before="write a")),
-    "INVLPG does nothing: a stale dirty bit": (tlb.INVLPG, _own("invlpg a", "write a+8", "&guest.a.pte+a", "write a")),
-    "INVLPG does nothing: a stale accessed bit": (tlb.INVLPG, _own("invlpg a", change="&guest.a.pte")),
-    "INVLPG does nothing for a right taken": (tlb.INVLPG, _own("invlpg a", "write a+8", "&guest.a.pte-rw", "write a")),
-    "MOV CR3 does nothing": (tlb.CR3, _own("wrcr3 = &vmcb.cr3")),
-    "CR4.PGE toggled does nothing": (tlb.CR4, _own("wrcr4 = &vmcb.cr4-pge")),
-    "a global entry survives CR4.PGE": (tlb.CR4, _own(
+    "INVLPG does nothing": (rules.INVLPG, _own("invlpg a")),
+    "INVLPG does nothing for a dirty page": (rules.INVLPG, _own("invlpg a", "write a+8", before="write a")),
+    "INVLPG does nothing: a stale dirty bit": (
+        rules.INVLPG, _own("invlpg a", "write a+8", "&guest.a.pte+a", "write a")),
+    "INVLPG does nothing: a stale accessed bit": (rules.INVLPG, _own("invlpg a", change="&guest.a.pte")),
+    "INVLPG does nothing for a right taken": (
+        rules.INVLPG, _own("invlpg a", "write a+8", "&guest.a.pte-rw", "write a")),
+    "MOV CR3 does nothing": (rules.CR3, _own("wrcr3 = &vmcb.cr3")),
+    "CR4.PGE toggled does nothing": (rules.CR4, _own("wrcr4 = &vmcb.cr4-pge")),
+    "a global entry survives CR4.PGE": (rules.CR4, _own(
         "wrcr4 = &vmcb.cr4-pge", head='[[op]]\nentry = "guest.a.pte"\nset = ["g"]')),
-    "a right given shows only behind a flush": (tlb.UPGRADE, _own(
+    "a right given shows only behind a flush": (rules.UPGRADE, _own(
         "rdflags", "write a+8", "&guest.a.pte+rw", head='[[op]]\nentry = "guest.a.pte"\nclear = ["rw"]')),
-    "a page made present shows only behind a flush": (tlb.UPGRADE, _own(
+    "a page made present shows only behind a flush": (rules.UPGRADE, _own(
         "rdflags", "read a+8", "&guest.a.pte+p", "rdcr0", head='[[op]]\nentry = "guest.a.pte"\nclear = ["p"]')),
-    "TLB_CONTROL=1 does nothing": (tlb.CONTROL, _exit(CONTROL.format(1))),
-    "TLB_CONTROL=1 does nothing for guest entries": (tlb.CONTROL, _exit(CONTROL.format(1), entry="guest.a.pte")),
-    "TLB_CONTROL=3 does nothing": (tlb.CONTROL, _exit(CONTROL.format(3))),
-    "TLB_CONTROL=7 does nothing": (tlb.CONTROL, _exit(CONTROL.format(7))),
-    "the ASID is ignored": (tlb.ASID, _exit('[[op]]\nvmcb = "asid"\nvalue = 6\n')),
-    "the ASID is ignored for a root": (tlb.ASID, HEAD + """
+    "TLB_CONTROL=1 does nothing": (rules.CONTROL, _exit(CONTROL.format(1))),
+    "TLB_CONTROL=1 does nothing for guest entries": (rules.CONTROL, _exit(CONTROL.format(1), entry="guest.a.pte")),
+    "TLB_CONTROL=3 does nothing": (rules.CONTROL, _exit(CONTROL.format(3))),
+    "TLB_CONTROL=7 does nothing": (rules.CONTROL, _exit(CONTROL.format(7))),
+    "the ASID is ignored": (rules.ASID, _exit('[[op]]\nvmcb = "asid"\nvalue = 6\n')),
+    "the ASID is ignored for a root": (rules.ASID, HEAD + """
 [[op]]
 run = ["read a"]
 [[op]]
@@ -137,7 +139,7 @@ value = 6
 [[op]]
 run = ["read a+8"]
 """),
-    "INVLPGA does nothing": (tlb.INVLPGA, _exit('[[op]]\ninvlpga = "a"\nasid = 5\n', entry="guest.a.pte")),
+    "INVLPGA does nothing": (rules.INVLPGA, _exit('[[op]]\ninvlpga = "a"\nasid = 5\n', entry="guest.a.pte")),
 }
 
 
@@ -196,7 +198,7 @@ def test_permitted_and_seen(
 def test_the_profile_is_stricter(name: str, image: Image, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = Liberties.each(Takes.ALWAYS, Caches(upper=False, over_vmrun=False))
     found = _run(image, cpu, PERMITTED[name], _Hoards(monkeypatch), profile)
-    assert set(found) == {tlb.VMRUN}
+    assert set(found) == {rules.VMRUN}
 
 
 @pytest.mark.parametrize("which", [OLDEST_FIRST, NEWEST_FIRST])
