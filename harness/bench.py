@@ -19,6 +19,7 @@ from harness.machine.l1 import L1Machine
 from harness.model import vmrun
 from harness.model.access import Access
 from harness.model.walk import translate
+from harness.pool import jobs_for
 from harness.run import run
 from harness.scenario import files, sweepfiles
 from harness.scenario.ops import RunOp, Scenario, parse_probe
@@ -73,7 +74,7 @@ def bench(target: Target, pairs: int, library: Path) -> Iterator[Figure]:
             rate = _checked(machine, twin, program, False, pairs, contexts)
             yield Figure("checked, pipelined, MMU contexts too", rate, "pairs/s",
                          f"1/{unchecked / rate:.1f} of unchecked")
-    yield _sweeps(target, library)
+    yield from _sweeps(target, library)
 
 
 def _first_verdict(target: Target) -> Figure:
@@ -125,15 +126,26 @@ def _checked(
     return done / (time.perf_counter() - start)
 
 
-def _sweeps(target: Target, library: Path) -> Figure:
-    """Cases of all sweeps, from their files to their verdicts, boot included."""
+def _sweeps(target: Target, library: Path) -> Iterator[Figure]:
+    """Cases of all sweeps, and of the litmus sweeps, from the plan to their verdicts, boots included: on one machine,
+    and on as many at once as `run` would take."""
     known = errata.load(library / files.ERRATA_FOLDER)
-    start = time.perf_counter()
-    plan = Plan(sweepfiles.load([library]), _CASES)
-    outcome = run(target, [], known, pipelined=True, sweeps=plan)
-    probes = sum(tally.probes for tally in outcome.tallies)
-    rate = probes / (time.perf_counter() - start)
-    return Figure("sweeps, pipelined", rate, "probes/s", f"{_CASES:,} cases, one boot")
+    every = sweepfiles.load([library])
+    for name, sweeps, cases in (
+        ("sweeps", every, _CASES), ("litmus", [sweep for sweep in every if "litmus" in sweep.name], _CASES // 2),
+    ):
+        alone = 0.0
+        for jobs in sorted({1, jobs_for(target, True, cases)}):
+            start = time.perf_counter()
+            plan = Plan(sweeps, cases)
+            outcome = run(target, [], known, pipelined=True, sweeps=plan, jobs=jobs)
+            seconds = time.perf_counter() - start
+            done = sum(tally.probes if name == "sweeps" else tally.done for tally in outcome.tallies)
+            rate = done / seconds
+            alone = alone or rate
+            note = "1 machine" if jobs == 1 else f"{jobs} machines at once, {rate / alone:.2f} times as fast"
+            yield Figure(f"{name}, pipelined", rate, "probes/s" if name == "sweeps" else "cases/s",
+                         f"{plan.cases:,} cases, {note}")
 
 
 def _memory() -> float:

@@ -13,6 +13,7 @@ from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
 from harness.machine import kvm_on_tcg
+from harness.pool import jobs_for
 from harness.report import jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
                       help="L1 waits for the checker at every record (the default on tcg)")
     mode.add_argument("--pipelined", action="store_true", default=None,
                       help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
+    runner.add_argument("--jobs", type=_positive, metavar="N",
+                        help="machines at once (default: by the cores and the work; 1 on kvm-on-tcg)")
     how_many = runner.add_mutually_exclusive_group()
     how_many.add_argument("--budget", type=_count, default=BUDGET, metavar="N",
                           help=f"cases of sweeps to run, shared among them (default: {BUDGET}; 0 for none)")
@@ -125,6 +128,12 @@ def _target(parser: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     number = int(text.replace("_", ""))
     if number < 0:
+        raise ValueError
+    return number
+
+
+def _positive(text: str) -> int:
+    if not (number := _count(text)):
         raise ValueError
     return number
 
@@ -206,6 +215,7 @@ def _run(options: argparse.Namespace) -> int:
     picked, target = _selected(options), _targeted(options).chosen()
     scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
     pipelined = target.machine == "kvm-on-tcg" if options.pipelined is None else options.pipelined
+    jobs = options.jobs or jobs_for(target, pipelined, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
     journal = Journal(options.json)
@@ -217,7 +227,8 @@ def _run(options: argparse.Namespace) -> int:
                     journal.result(result)
                 watch.result(result, outcome.cases.get(result.scenario))
 
-            run(target, scenarios, errata, pipelined, options.fail_fast, options.strict, take, outcome, plan)
+            run(target, scenarios, errata, pipelined, options.fail_fast, options.strict, take, outcome, plan,
+                jobs)
     except (KeyboardInterrupt, TwinwalkError) as reason:
         if not outcome.results and not any(tally.done for tally in outcome.tallies):
             raise
@@ -264,7 +275,8 @@ def _coverage(options: argparse.Namespace) -> int:
         scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
         with terminal.Watch(scenarios, cases=plan.cases) as watch:
             target = _targeted(options).chosen()
-            outcome = run(target, scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan)
+            jobs = jobs_for(target, True, len(scenarios) + plan.cases)
+            outcome = run(target, scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan, jobs=jobs)
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
     merged = coverage.merge(runs, errata)

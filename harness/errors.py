@@ -21,6 +21,10 @@ class LaunchFailed(TwinwalkError):
     """A machine could not be started: exit code 3."""
 
 
+class WorkerLost(TwinwalkError):
+    """A process of the run's own ended before its work was done: exit code 3."""
+
+
 @dataclass
 class MachineLost(TwinwalkError):
     """A machine died or hung while it was in use: exit code 3, never a pass, never a divergence."""
@@ -29,6 +33,10 @@ class MachineLost(TwinwalkError):
     argv: list[str] = field(default_factory=list)
     log: str = ""
     last_record: str = ""
+
+    def __reduce__(self) -> tuple[type[MachineLost], tuple[object, ...]]:
+        """For pickle, which would make an exception anew of what it was first given by position."""
+        return MachineLost, (self.reason, self.argv, self.log, self.last_record)
 
     def __str__(self) -> str:
         parts = [f"machine lost: {self.reason}"]

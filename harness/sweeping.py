@@ -27,7 +27,9 @@ BUDGET: Final = 8_000
 """Cases of all sweeps together, where nobody says otherwise."""
 MAX_EXHAUSTIVE: Final = 10_000_000
 """Cases: an hour's work. More is refused."""
-_CHUNK: Final = 20_000
+_CHUNK: Final = 8_000
+_BATCH: Final = 200
+"""Cases in one batch at most: several machines share the work by the batch."""
 _VERSION: Final = 1
 """Of the order of cases: one more whenever harness.scenario.cover makes another of the same sweep."""
 
@@ -176,15 +178,23 @@ class Plan:
         return [one.tally for one in self._sweeps.values()]
 
     def batches(self) -> Iterator[tuple[Scenario, ...]]:
-        """Scenarios that share a world, by the chunk."""
-        while left := sum(one.left for one in self._sweeps.values()):
-            chunk = [
-                scenario
-                for one in self._sweeps.values() if one.left
-                for scenario in one.take(-(-min(_CHUNK, left) * one.left // left))
-            ]
-            for _, batch in groupby(sorted(chunk, key=world_key), key=world_key):
-                yield tuple(batch)
+        """Scenarios that share a world, by the chunk. Each chunk is made little by little, while the one before is
+        handed out: with several machines, they would all wait for it."""
+        chunk = list(self._chunk())
+        while chunk:
+            following = self._chunk()
+            ahead: list[Scenario] = []
+            for _, cases in groupby(sorted(chunk, key=world_key), key=world_key):
+                while batch := tuple(islice(cases, _BATCH)):
+                    yield batch
+                    ahead += islice(following, len(batch))
+            chunk = [*ahead, *following]
+
+    def _chunk(self) -> Iterator[Scenario]:
+        left = sum(one.left for one in self._sweeps.values())
+        for one in self._sweeps.values():
+            if one.left:
+                yield from one.take(-(-min(_CHUNK, left) * one.left // left))
 
     def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
         """Count a result; whether there is more to say of it."""

@@ -17,7 +17,8 @@ from harness.lockstep.prediction import Prediction
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.tcg import LIBERTIES
 from harness.model.registers import Cpu
-from harness.run import MAX_LOST, Outcome, run
+from harness.run import Outcome, run
+from harness.session import MAX_LOST
 from harness.sweeping import Plan, Record
 from harness.target import Target
 from harness.wire.image import PAGE, Image
@@ -53,6 +54,9 @@ class Machine(FakeMachine):
                 super().work()
         except Death:  # what was posted before it is there to be checked
             self.dead = True
+
+    def rest(self) -> None:
+        pass
 
     def idle(self, waited: float) -> None:
         if self.dead:

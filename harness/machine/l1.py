@@ -55,7 +55,7 @@ class L1Machine:
     def __init__(self, image: Image, memory: memoryview, identity: Identity, liberties: Liberties) -> None:
         self.image = image
         self.memory = memory
-        self.channel = Channel(memory, image)
+        self.channel: Channel = Channel(memory, image)
         self.identity = identity
         self.liberties = liberties
         self.trace: Trace | None = None
@@ -86,6 +86,9 @@ class L1Machine:
             raise self.lost(panic)
         if waited > HANG_TIMEOUT:
             raise self.lost(f"no record for {HANG_TIMEOUT:.0f} s: L1 or L2 hangs")
+
+    def rest(self) -> None:
+        """L1 has nothing to do for a while, until something is posted."""
 
     def _see_whether_it_lives(self, waited: float) -> None:
         """Raises MachineLost if it does not."""

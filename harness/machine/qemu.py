@@ -105,7 +105,7 @@ class Qemu:
             try:
                 self._process = subprocess.Popen(
                     self.argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
-                    pass_fds=(*fds, *self._fds), start_new_session=True, preexec_fn=lambda: _die_with(parent),
+                    pass_fds=(*fds, *self._fds), start_new_session=True, preexec_fn=lambda: die_with(parent),
                 )
             except OSError as reason:
                 ours.close()
@@ -127,6 +127,18 @@ class Qemu:
             return self._monitor.cmd(name, **arguments)
         except _GONE as reason:
             raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
+
+    def stop(self) -> None:
+        """All of QEMU stands still, its monitor too."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Behind `stop`; harmless otherwise."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def exit_status(self, wait: float = 0.0) -> int | None:
         """QEMU's exit status, or None while it runs; it is given `wait` seconds to end."""
@@ -150,6 +162,7 @@ class Qemu:
 
     def close(self) -> None:
         """End QEMU. Safe to call twice."""
+        self.go_on()
         if self._monitor is not None:
             monitor, self._monitor = self._monitor, None
             with suppress(*_GONE):
@@ -176,8 +189,8 @@ class Qemu:
             self._process.wait()
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before exec: die when the parent does, even by SIGKILL."""
+def die_with(parent: int) -> None:
+    """In a child: die when the parent does, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -10,6 +10,7 @@ from typing import Final
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, pieces, qemu
 from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.machine.paced import PacedChannel
 from harness.model.liberties import Caches, Liberties, Takes
 from harness.wire.image import Image
 
@@ -30,6 +31,7 @@ class TcgMachine(L1Machine):
         identity = Identity("tcg", process.binary, version, cpu_model, (Layer("qemu-tcg", version),))
         memory = pieces.of_runs(process.memory_fd, image.ram_end, image.pieces)
         super().__init__(image, memory, identity, LIBERTIES)
+        self.channel = self._paced = PacedChannel(memory, image, process.stop, process.go_on)
         self._process = process
 
     def boot(self) -> None:
@@ -47,6 +49,9 @@ class TcgMachine(L1Machine):
                 )
             time.sleep(0.001)
         self.greet(hello)
+
+    def rest(self) -> None:
+        self._paced.rest()
 
     def _see_whether_it_lives(self, waited: float) -> None:
         status = self._process.exit_status()

@@ -98,7 +98,6 @@ class Watch:
                 transient=True, refresh_per_second=_REFRESH, redirect_stdout=False, redirect_stderr=False,
             )
             self._task = self._progress.add_task("checking", total=self._total, found="")
-            self._progress.start()
         else:
             cases = f" and {self._cases:,} cases of sweeps" if self._cases else ""
             self.screen.show([line(f"checking {len(self._scenarios)} scenarios{cases}")])
@@ -122,6 +121,7 @@ class Watch:
             reason = harmless(f"{result.scenario}: the machine was lost: {result.lost.reason}")
             self.screen.show(wrap(reason, self.screen.width, style=BAD))
         if self._progress is not None:
+            self._progress.start()  # not before there is a result: it begins a thread, and a run may still fork
             self._progress.update(self._task, completed=self._done, found=self._found())
         else:
             self._line()

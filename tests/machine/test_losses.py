@@ -219,6 +219,49 @@ def test_ctrl_c_in_a_sweep(tmp_path: Path) -> None:
     assert not before or f"{before:,} of sweeps/table" in again.stdout
 
 
+def _workers(parent: int) -> list[int]:
+    """Pids of the processes that a run with --jobs has made, QEMUs left out."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"-accel" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process, and no mere zombie that waits for init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("whom", ["group", "parent", "killed parent", "worker"])
+def test_no_orphan_of_many_jobs(whom: str, tmp_path: Path) -> None:
+    """However a run with several machines ends: no process is left of it, and what was checked is told."""
+    name, report = unique(), tmp_path / "out.json"
+    argv = [sys.executable, "-m", "harness.cli", "run", "-k", "sweeps/table", "--budget", "4000", "--pipelined",
+            "--jobs", "2", "--json", str(report), "--qemu-arg=-name", f"--qemu-arg={name}"]
+    child = subprocess.Popen(argv, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    assert child.stdout is not None
+    assert any("400 of 4000 scenarios" in line for line in child.stdout)
+    workers = _workers(child.pid)
+    assert len(workers) == 2 == len(named(name))
+    match whom:
+        case "group":
+            os.killpg(child.pid, signal.SIGINT)
+        case "parent":
+            os.kill(child.pid, signal.SIGINT)
+        case "killed parent":
+            os.kill(child.pid, signal.SIGKILL)
+        case _:
+            os.kill(workers[0], signal.SIGKILL)
+    out, err = child.communicate(timeout=20)
+    assert gone(name, 5) and not any(_lives(pid) for pid in workers)
+    assert child.returncode == {"killed parent": -signal.SIGKILL, "worker": 3}.get(whom, 130)
+    assert "Traceback" not in err and ("was killed by SIGKILL" in err) == (whom == "worker")
+    if whom != "killed parent":
+        assert "cases of sweeps" in out and 400 <= json.loads(report.read_text())["totals"]["sweep_cases"] < 4000
+
+
 def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
     """harness.run: a machine that is lost is booted anew, and the rest goes on."""
     from harness import run as runner
@@ -234,9 +277,10 @@ def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_that_is_lost_again_and_again() -> None:
     from harness import run as runner
+    from harness.session import MAX_LOST
 
     bad = [one('host = "cr4"\nvalue = 0x600', run("read a"), name=f"s{n}") for n in range(7)]
     outcome = runner.run(Target(), bad)
-    assert len(outcome.results) == runner.MAX_LOST and outcome.not_run == 7 - runner.MAX_LOST
+    assert len(outcome.results) == MAX_LOST and outcome.not_run == 7 - MAX_LOST
     assert outcome.exit_code() == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from itertools import groupby, islice
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_a_run(errata: list[Erratum]) -> None:
     assert outcome.exit_code() == 0 and outcome.results == [] and outcome.not_run == 0
     assert [tally.done for tally in outcome.tallies] == [20] * len(SWEEPS)
     assert all(tally.probes >= 19 and 0 < tally.pairs < tally.pairs_total for tally in outcome.tallies)
+
+
+def test_machines_at_once(errata: list[Erratum], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same JSON, and the same words, from one and from two."""
+    reports = []
+    for jobs in "1", "2":
+        path = tmp_path / jobs
+        assert cli.main(["run", "--machine", "tcg", "--pipelined", "-k", "sweeps/ or delivery/", "--budget", "600",
+                         "--strict", "--jobs", jobs, "--json", str(path)]) == 1
+        report = json.loads(path.read_text())
+        del report["totals"]["seconds"]
+        shown = [line for line in capsys.readouterr().out.splitlines() if not re.search(r"\d s$|^  seconds ", line)]
+        reports.append((report, shown))
+    assert reports[0] == reports[1] and len(reports[0][0]["divergences"]) > 1000
 
 
 class TestCommand:

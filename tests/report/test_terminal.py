@@ -180,8 +180,12 @@ class TestWatch:
 
     def test_the_bar_ends_with_an_exception(self, tty: Terminal) -> None:
         """Ctrl-C must not leave a terminal without a cursor."""
-        with pytest.raises(KeyboardInterrupt), Watch(self.scenarios(4), screen=Screen(tty)):
+        def interrupted(watch: Watch) -> None:
+            watch.result(result())
             raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), Watch(self.scenarios(4), screen=Screen(tty)) as watch:
+            interrupted(watch)
         assert tty.getvalue().rindex("\x1b[?25h") > tty.getvalue().rindex("\x1b[?25l")
 
 

@@ -1,0 +1,221 @@
+"""What runs on one machine: unit after unit of scenarios. The machine is booted for the first of them, and again
+whenever it was lost; that costs the scenario it was lost in, and the rest goes on.
+
+What comes of a unit depends on nothing else: not on the units before it, not on which machine it ran.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from harness.errors import LaunchFailed, MachineLost, UsageError
+from harness.lockstep.compare import Divergence
+from harness.lockstep.contexts import Contexts
+from harness.lockstep.coverage import Coverage
+from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.rehearse import rehearse
+from harness.lockstep.twin import Twin
+from harness.machine.l1 import Identity, L1Machine
+from harness.scenario.ops import Scenario
+from harness.scenario.program import Compiler, Program
+from harness.target import Target
+
+MAX_LOST: Final = 5
+"""Reboots before a run is given up."""
+
+
+class Unit(NamedTuple):
+    """Work that is done in one go. Each batch is one scenario or, with `cases`, cases of sweeps that share a world."""
+
+    batches: tuple[tuple[Scenario, ...], ...]
+    cases: bool
+
+
+class Done(NamedTuple):
+    """A result and whose it is: a scenario's or, with `case`, one of a case of a sweep."""
+
+    scenario: Scenario
+    result: Result
+    case: bool
+
+
+class _Running(NamedTuple):
+    """What belongs to a machine that is up."""
+
+    machine: L1Machine
+    lockstep: Lockstep
+    compiler: Compiler
+    twin: Twin
+
+
+class Session:
+    """A context manager: the machine is gone at the block's end. `identity` is None until it came up first."""
+
+    def __init__(self, target: Target, errata: Sequence[Erratum], pipelined: bool) -> None:
+        self._target, self._errata, self._pipelined = target, errata, pipelined
+        self._machine = ExitStack()
+        self._running: _Running | None = None
+        self.identity: Identity | None = None
+        self.coverage = Coverage()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._shut_down()
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Done]:
+        """Results as they come. Raises UsageError for a scenario that makes no sense, before it is run;
+        LaunchFailed if the machine cannot be started at all."""
+        for unit in units:
+            yield from self.work(unit)
+
+    def work(self, unit: Unit) -> Iterator[Done]:
+        """As `run`, of one unit. After MAX_LOST losses its rest is left."""
+        queue = _Queue(unit)
+        losses, sifted = 0, False
+        while losses < MAX_LOST and queue.more():
+            try:
+                _, lockstep, compiler, twin = self._running or self._boot()
+            except LaunchFailed as failed:
+                if self.identity is None:
+                    raise
+                losses += 1
+                scenario = queue.next()
+                lost = MachineLost(f"it could not be started again: {failed}")
+                yield Done(scenario, Result(scenario.name, lost=lost), unit.cases)
+                continue
+            if not sifted and not compiler.usual:
+                yield from queue.sift(compiler, twin)
+            sifted = True
+            for result in lockstep.run(queue.programs(compiler, twin)):
+                if result.lost is not None:
+                    losses += 1
+                    self._shut_down()
+                yield from queue.take(result)
+        if self._running is not None:
+            self._running.machine.rest()
+
+    def held(self) -> Iterator[Done]:
+        """None: results are told as they come."""
+        yield from ()
+
+    def _boot(self) -> _Running:
+        machine = self._machine.enter_context(self._target.start())
+        self.identity = machine.identity
+        known = of_layers(self._errata, machine.identity.layers)
+        twin = Twin(machine.image, machine.cpu, machine.liberties)
+        lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
+                            _contexts(machine))
+        self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin)
+        return self._running
+
+    def _shut_down(self) -> None:
+        self._running = None
+        self._machine.close()
+
+
+def _contexts(machine: L1Machine) -> Contexts | None:
+    return Contexts(machine.trace, machine.image.ram_end, machine.lost) if machine.trace is not None else None
+
+
+class _Queue:
+    """What of a unit is still to be run, by the batch. Results come in the order in which programs were handed
+    out."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._cases = unit.cases
+        self._todo = deque(unit.batches)
+        self._out: deque[tuple[Scenario, ...]] = deque()
+        """Handed out; of the first one `_results` are there."""
+        self._results: list[Result] = []
+        self._doubts: list[_Doubt] = []
+
+    def more(self) -> bool:
+        """Whether anything is left; what was handed out without a result is handed out again."""
+        self._todo.extendleft(reversed(self._out))
+        self._out.clear()
+        return bool(self._todo)
+
+    def programs(self, compiler: Compiler, twin: Twin) -> Iterator[Program]:
+        """A scenario is tried on the model just before the machine gets it. Lockstep asks for the next program
+        only between two, so both may use one twin."""
+        while self._todo:
+            batch = self._todo.popleft()
+            self._out.append(batch)
+            if self._cases:
+                yield from compiler.batch(batch)
+            else:
+                program = compiler.compile(batch[0])
+                rehearse(twin, program, expectations=compiler.usual)
+                yield program
+
+    def sift(self, compiler: Compiler, twin: Twin) -> Iterator[Done]:
+        """Take out what makes no sense on this CPU, which is another than that which expectations are written for."""
+        fitting = []
+        for batch in self._todo:
+            fits = []
+            for scenario in batch:
+                try:
+                    rehearse(twin, compiler.compile(scenario), expectations=False)
+                    fits.append(scenario)
+                except UsageError as reason:
+                    yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)
+            if fits:
+                fitting.append(tuple(fits))
+        self._todo = deque(fitting)
+
+    def next(self) -> Scenario:
+        """The scenario that is next, handed out without a program."""
+        first, *rest = self._todo.popleft()
+        if rest:
+            self._todo.appendleft(tuple(rest))
+        return first
+
+    def take(self, result: Result) -> Iterator[Done]:
+        """The next result; returns those that are final. What is found at the end of a batch may be any
+        one's doing: its scenarios are run again, each alone. Where a batch does not come to its end, since the machine
+        is lost, those before are run again with those behind."""
+        batch = self._out[0]
+        self._results.append(result)
+        if result.lost is None and len(self._results) < len(batch):
+            return
+        results, self._results = self._results, []
+        self._out.popleft()
+        at_end = [one for one in result.divergences if one.op < 0]
+        if result.lost is not None:
+            at = len(results) - 1
+            if rest := batch[:at] + batch[at + 1 :]:
+                self._out.appendleft(rest)
+            batch, results = (batch[at],), [result]
+        elif len(batch) > 1 and at_end:
+            self._todo.extend((scenario,) for scenario in batch)
+            self._doubts.append(_Doubt({scenario.name for scenario in batch}, at_end))
+            return
+        for doubt in self._doubts:
+            if result.scenario in doubt.names:
+                doubt.settle(result)
+        for scenario, one in zip(batch, results, strict=True):
+            yield Done(scenario, one, self._cases)
+
+
+@dataclass
+class _Doubt:
+    """A batch at whose end memory was wrong: its scenarios (`names` are those still to be run again), and
+    what was found. If none of them shows it alone, it is told with the last of them."""
+
+    names: set[str]
+    found: list[Divergence]
+
+    def settle(self, result: Result) -> None:
+        self.names.discard(result.scenario)
+        if any(one.op < 0 for one in result.divergences):
+            self.found = []
+        if not self.names:
+            result.divergences += self.found
