@@ -24,7 +24,7 @@ from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.tlb_events import Left
-from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group
+from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group, Vmcb
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
@@ -59,6 +59,8 @@ class Twin(State):
     def begin(self, step: Step) -> dict[str, int]:
         """What to hand to `resume` later in this RUN op."""
         self.remote, self.queued = self.queued, []
+        if step.a != self.vmcb.address:
+            self.vmcb = Vmcb(self.memory, step.a)
         return _RESUMED.read(self.vmcb) | {"rip": step.b}
 
     def resume(self, begun: dict[str, int]) -> None:

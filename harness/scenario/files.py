@@ -31,6 +31,7 @@ from harness.scenario.ops import (
     DEFAULT_MODE,
     DEFAULT_PAGE_SIZE,
     NO_NESTED_PAGING,
+    VMCBS,
     Change,
     EntryOp,
     HostOp,
@@ -38,6 +39,7 @@ from harness.scenario.ops import (
     Op,
     RunOp,
     Scenario,
+    UseOp,
     VmcbOp,
     parse_probe,
 )
@@ -56,6 +58,7 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
     "entry": {"entry": str, "frame": str, "by": str} | _CHANGE,
     "vmcb": {"vmcb": str, "page": str, "frame": str} | _CHANGE,
     "host": {"host": str} | _CHANGE,
+    "use": {"use": (int, str)},
     "invlpga": {"invlpga": str, "asid": (int, str)},
     "run": {"run": list, "cpl": (int, str), "expect": list},
 }
@@ -234,6 +237,11 @@ class File:
         self.check(table, KINDS[kind], index)
         if kind == "run":
             return self.run(index, table)
+        if kind == "use":
+            which = self.number(index, table, "use")
+            if which is None or not 1 <= which <= VMCBS:
+                raise self.error(index, "use", f"there are VMCBs 1 to {VMCBS}, not {which}")
+            return UseOp(which)
         if kind == "invlpga":
             asid = self.number(index, table, "asid")
             if asid is None or not 0 <= asid < 1 << 32:

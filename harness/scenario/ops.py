@@ -106,7 +106,16 @@ class InvlpgaOp:
     asid: int
 
 
-Op = EntryOp | VmcbOp | HostOp | InvlpgaOp | RunOp
+@dataclass(frozen=True, slots=True)
+class UseOp:
+    """L1 goes on with its VMCB of that number, 1 at first; one that was not used before is as the first one began."""
+
+    number: int
+
+
+Op = EntryOp | VmcbOp | HostOp | InvlpgaOp | UseOp | RunOp
+VMCBS: Final = 8
+"""VMCBs that a scenario may use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,11 +147,15 @@ def _prologue(world: World) -> list[Step]:
     return steps
 
 
-def _vmcb_write(world: World, name: str, value: int, origin: int) -> Step:
+def _vmcb_write(world: World, name: str, value: int, origin: int, number: int = 1) -> Step:
     offset, width = FIELDS[name]
     if value >> 8 * width:
         raise ValueError(f"{value:#x} does not fit in {name}, which has {8 * width} bits")
-    return Step("WRITE", width, world.vmcb_address + offset, value, origin=origin)
+    return Step("WRITE", width, _vmcb_at(world, number) + offset, value, origin=origin)
+
+
+def _vmcb_at(world: World, number: int) -> int:
+    return world.vmcb_address + (number - 1) * PAGE
 
 
 class _Body:
@@ -166,6 +170,9 @@ class _Body:
         self.host = dict(_HOST)
         self.steps: list[Step] = []
         self.cpl = 0
+        self.number = 1
+        self.others: dict[int, tuple[dict[str, int], int]] = {}
+        """VMCBs that are not in use, with the CPL that they are at."""
 
     def add(self, index: int, op: ops.Op) -> None:
         match op:
@@ -175,6 +182,8 @@ class _Body:
                 self._vmcb(index, op)
             case ops.HostOp():
                 self._host(index, op)
+            case ops.UseOp():
+                self._use(index, op.number)
             case ops.InvlpgaOp():
                 gva = _lookup(self.world.gva, op.page, "page")
                 self.steps.append(Step("INVLPGA", op.asid, gva, origin=index))
@@ -239,7 +248,18 @@ class _Body:
         if op.frame is not None:
             new = new & ~FRAME | _lookup(self.world.spa if op.field == "ncr3" else self.world.gpa, op.frame, "page")
         self.vmcb[op.field] = new
-        self.steps.append(_vmcb_write(self.world, op.field, new, index))
+        self.steps.append(_vmcb_write(self.world, op.field, new, index, self.number))
+
+    def _use(self, index: int, number: int) -> None:
+        self.others[self.number] = self.vmcb, self.cpl
+        self.number = number
+        if number in self.others:
+            self.vmcb, self.cpl = self.others[number]
+            return
+        self.vmcb, self.cpl = dict(self.world.vmcb), 0
+        for name, (_, width) in FIELDS.items():
+            if width <= 8:  # what is wider is no field that VMRUN reads
+                self.steps.append(_vmcb_write(self.world, name, self.vmcb.get(name, 0), index, number))
 
     def _host(self, index: int, op: ops.HostOp) -> None:
         number = _lookup(HOST_REGISTERS, op.register, "register of L1")
@@ -270,12 +290,12 @@ class _Body:
             raise ValueError("L1 has one processor here" if len(requests) == 1 else "one request a run is done")
         probes = tuple(self._probe(index, n, probe) for n, probe in enumerate(op.probes))
         self.steps.append(
-            Step("RUN", len(probes), self.world.vmcb_address, entry, self.world.mailbox[user], probes, index)
+            Step("RUN", len(probes), _vmcb_at(self.world, self.number), entry, self.world.mailbox[user], probes, index)
         )
 
     def _write(self, index: int, name: str, value: int) -> None:
         self.vmcb[name] = value
-        self.steps.append(_vmcb_write(self.world, name, value, index))
+        self.steps.append(_vmcb_write(self.world, name, value, index, self.number))
 
     def _probe(self, index: int, number: int, probe: ops.Probe) -> WireProbe:
         address = 0

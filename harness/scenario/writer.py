@@ -22,6 +22,7 @@ from harness.scenario.ops import (
     Op,
     RunOp,
     Scenario,
+    UseOp,
     VmcbOp,
 )
 
@@ -87,6 +88,8 @@ def _op(op: Op) -> Iterator[str]:
                 yield f"page = {_string(page)}"
             if frame is not None:
                 yield f"frame = {_string(frame)}"
+        case UseOp(number):
+            yield f"use = {number}"
         case InvlpgaOp(page, asid):
             yield f"invlpga = {_string(page)}"
             yield f"asid = {asid}"

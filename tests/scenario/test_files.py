@@ -81,7 +81,7 @@ GOOD = run("read a")
         (text(GOOD, head="each = { a = 3 }\n"), 4, "'each.a' must be a list"),
         (text(GOOD, head="each = { a = [] }\n"), 4, "'each.a' must be a list"),
         (text(GOOD, head="each = { a = [[1]] }\n"), 4, "'each.a' must be a list"),
-        (text(GOOD, 'jump = "a"'), 9, "an op has exactly one of entry, vmcb, host, invlpga, run"),
+        (text(GOOD, 'jump = "a"'), 9, "an op has exactly one of entry, vmcb, host, use, invlpga, run"),
         (text(GOOD, 'entry = "guest.a.pte"\nvmcb = "asid"\nvalue = 1'), 9, "this has entry and vmcb"),
         (text(GOOD, "value = 3"), 9, "this has value"),
         (text(GOOD, ""), 9, "this has nothing"),
