@@ -185,6 +185,7 @@ def _work(session: Session, pipe: Connection, parent: int) -> None:
     told: set[Cell] = set()
     with session:
         while True:
+            session.rest()
             unit: Unit = pipe.recv()
             results: deque[tuple[Result, set[Cell]]] = deque()
             error: TwinwalkError | None = None

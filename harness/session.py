@@ -99,6 +99,9 @@ class Session:
                     losses += 1
                     self._shut_down()
                 yield from queue.take(result)
+
+    def rest(self) -> None:
+        """The next unit takes a while to come."""
         if self._running is not None:
             self._running.machine.rest()
 
