@@ -128,14 +128,14 @@ def _checked(
 
 def _sweeps(target: Target, library: Path) -> Iterator[Figure]:
     """Cases of all sweeps, and of the litmus sweeps, from the plan to their verdicts, boots included: on one machine,
-    and on as many at once as `run` would take."""
+    and on as many at once as `run` would take, two at least."""
     known = errata.load(library / files.ERRATA_FOLDER)
     every = sweepfiles.load([library])
     for name, sweeps, cases in (
         ("sweeps", every, _CASES), ("litmus", [sweep for sweep in every if "litmus" in sweep.name], _CASES // 2),
     ):
         alone = 0.0
-        for jobs in sorted({1, jobs_for(target, True, cases)}):
+        for jobs in sorted({1, max(2, jobs_for(target, cases))}):
             start = time.perf_counter()
             plan = Plan(sweeps, cases)
             outcome = run(target, [], known, pipelined=True, sweeps=plan, jobs=jobs)

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--pipelined", action="store_true", default=None,
                       help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
     runner.add_argument("--jobs", type=_positive, metavar="N",
-                        help="machines at once (default: by the cores and the work; 1 on kvm-on-tcg)")
+                        help="machines at once (default: one for two cores on tcg, 1 on kvm-on-tcg)")
     how_many = runner.add_mutually_exclusive_group()
     how_many.add_argument("--budget", type=_count, default=BUDGET, metavar="N",
                           help=f"cases of sweeps to run, shared among them (default: {BUDGET}; 0 for none)")
@@ -215,7 +215,7 @@ def _run(options: argparse.Namespace) -> int:
     picked, target = _selected(options), _targeted(options).chosen()
     scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
     pipelined = target.machine == "kvm-on-tcg" if options.pipelined is None else options.pipelined
-    jobs = options.jobs or jobs_for(target, pipelined, len(scenarios) + (plan.cases if plan else 0))
+    jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
     journal = Journal(options.json)
@@ -275,7 +275,7 @@ def _coverage(options: argparse.Namespace) -> int:
         scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
         with terminal.Watch(scenarios, cases=plan.cases) as watch:
             target = _targeted(options).chosen()
-            jobs = jobs_for(target, True, len(scenarios) + plan.cases)
+            jobs = jobs_for(target, len(scenarios) + plan.cases)
             outcome = run(target, scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan, jobs=jobs)
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]

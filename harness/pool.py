@@ -39,13 +39,12 @@ _FORK: Final = multiprocessing.get_context("fork")
 """Workers begin with all that was read and planned; they are there before a report begins threads."""
 
 
-def jobs_for(target: Target, pipelined: bool, work: int) -> int:
-    """How many machines at once are best for that many scenarios. In strict lockstep each takes two cores: L1 does
-    not sleep while it waits. Where a host is played as well, QEMU has enough to do with one."""
+def jobs_for(target: Target, work: int) -> int:
+    """How many machines at once are best for that many scenarios. Each takes two cores: L1 does not sleep while it
+    waits. Where a host is played as well, QEMU has enough to do with one."""
     if target.machine != "tcg":
         return 1
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores if pipelined else cores // 2, work // _SHARE))
+    return max(1, min(len(os.sched_getaffinity(0)) // 2, work // _SHARE))
 
 
 class _Answer(NamedTuple):
