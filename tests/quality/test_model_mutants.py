@@ -121,19 +121,20 @@ MUTANTS: Final[dict[str, Mutant]] = {
         (one('vmcb = "cr4"\nset = ["pke"]', 'host = "pkru"\nvalue = 0xFFFFFFFF', ALL, head='guest = "PAE"\n'),), "C1",
         "outcome"),
     "RDPKRU without CR4.PKE": Mutant(
-        "lockstep.l2", "if not self.regs.cr4 & CR4.PKE:", "if False:", ("keys/no-pke-no-rdpkru",), "C1", "outcome"),
+        "lockstep.registers", "if not l2.regs.cr4 & CR4.PKE:", "if False:", ("keys/no-pke-no-rdpkru",), "C1",
+        "outcome"),
     "SMAP: RFLAGS.AC lifts it from implicit references": Mutant(
         "model.walk", "(implicit or not paging.ac)", "(not paging.ac)", ("controls/smap-implicit",), "C1", "outcome"),
     "descriptors are read at the CPL": Mutant(
-        "lockstep.l2", "_IMPLICIT_READ)", "_READ[cpl])", ("walk/descriptor",), "C1", "outcome"),
+        "lockstep.l2", "_IMPLICIT_READ, index", "_READ[cpl], index", ("walk/descriptor",), "C1", "outcome"),
     "PUSH only reads": Mutant(
         "lockstep.l2", "access = _POP[cpl] if reads else _PUSH[cpl]", "access = _POP[cpl]", ("walk/stack",), "C1",
         "outcome"),
     "RSP at a fault of PUSH is decremented": Mutant(
         "lockstep.l2", 'address + (size if kind == "push" else 0)', "address + (0)", ("walk/stack",), "C3", "rsp"),
     "a crossing access reports its own address for its second page": Mutant(
-        "lockstep.l2", "self.walk(gva, access)\n            walks", "self.walk(gva & ~0xFFF | address & 0xFFF if at "
-        "else gva, access)\n            walks", ("split/guest-denied",), "C1", "exitinfo2"),
+        "lockstep.l2", "self._cached(gva, access, index, partial", "self._cached(gva & ~0xFFF | address & 0xFFF if at "
+        "else gva, access, index, partial", ("split/guest-denied",), "C1", "exitinfo2"),
     "a crossing access sets nothing for its second page": Mutant(
         "lockstep.l2", "        for walk in walks:\n            self._note(walk)", "        self._note(walks[0])",
         ("split/first-access",), "C2", "entry"),
@@ -298,10 +299,10 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.vmrun", "control & VIntr.IRQ and rflags & RFLAGS.IF and", "control & VIntr.IRQ and",
         ("state/v-irq-pending",), "C1", "outcome"),
     "CR8 is V_TPR always": Mutant(
-        "lockstep.l2", 'own = not vmcb["v_intr"] & VIntr.MASKING', "own = False", ("state/cr8-not-masked",), "C3",
-        "rdcr8"),
+        "lockstep.registers", 'own = not vmcb["v_intr"] & VIntr.MASKING', "own = False", ("state/cr8-not-masked",),
+        "C3", "rdcr8"),
     "CR8 of L1 is not L2's to write": Mutant(
-        "lockstep.l2", 'self.host["cr8"] = value & 0xF', "pass", ("state/cr8-not-masked",), "C3", "l1.cr8"),
+        "lockstep.registers", 'l2.host["cr8"] = value & 0xF', "pass", ("state/cr8-not-masked",), "C3", "l1.cr8"),
     # intercepts
     "one exit for VMLOAD and VMSAVE": Mutant(
         "lockstep.instructions", "code = INTERCEPTS[kind].exitcode",
@@ -389,10 +390,11 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "the frame of INT n has its own RIP": Mutant(
         "model.events", "regs.rip if next_rip is None else next_rip", "regs.rip", ("intercepts/exceptions",), "C1", ""),
     "ES keeps its base": Mutant(
-        "lockstep.l2", 'vmcb[f"{name}.base"] = entry', 'entry = entry', ("state/load-descriptor",), "C3", "es.base"),
+        "lockstep.registers", 'vmcb[f"{name}.base"] = entry', "entry = entry", ("state/load-descriptor",), "C3",
+        "es.base"),
     "ES keeps its limit": Mutant(
-        "lockstep.l2", "limit << 12 | 0xFFF if entry >> 55 & 1 else limit", "0xFFFF_FFFF", ("state/load-descriptor",),
-        "C3", "es.limit"),
+        "lockstep.registers", "limit << 12 | 0xFFF if entry >> 55 & 1 else limit", "0xFFFF_FFFF",
+        ("state/load-descriptor",), "C3", "es.limit"),
     "RAX not saved": Mutant(
         "model.vmrun", "if new != old and", 'if name != "rax" and new != old and',
         (one(run("read a")),), "C3", "rax"),
