@@ -119,6 +119,8 @@ class _Progress:
         self.coverage = Coverage(sweep.space)
         self._cases = sequence(sweep.space, seed, start.position, self.coverage)
         self._due: dict[str, Place] = {}
+        self._skipped: set[int] = set()
+        """Positions of cases that cannot be run on this CPU."""
 
     def take(self, count: int) -> Iterator[Scenario]:
         """The next cases as scenarios."""
@@ -130,7 +132,9 @@ class _Progress:
         self.left = max(0, self.left - count)
 
     def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
-        self._due.pop(scenario.name, None)
+        place = self._due.pop(scenario.name, None)
+        if result.skipped and place is not None:
+            self._skipped.add(place.position)
         return self.tally.add(result, strict)
 
     @property
@@ -139,10 +143,10 @@ class _Progress:
         return min(self._due.values(), default=self.next)
 
     def close(self) -> None:
-        """Fill in what was covered: of a run that was cut short not all that was taken is done."""
-        had = self.coverage
-        if self._due:
-            had, due = Coverage(self.sweep.space), {place.position for place in self._due.values()}
+        """Fill in what was covered: what was skipped is not, nor, in a run that was cut short, all that was taken."""
+        had, due = self.coverage, {place.position for place in self._due.values()} | self._skipped
+        if due:
+            had = Coverage(self.sweep.space)
             for position, case in sequence(self.sweep.space, self.seed):
                 if position >= self.next.position:
                     break

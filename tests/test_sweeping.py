@@ -90,6 +90,21 @@ def test_exhaustive() -> None:
     assert (other.done, other.total, other.vmruns, other.probes) == (200, 200, 200, 400)
 
 
+def test_what_is_skipped_covers_nothing() -> None:
+    """Five levels, say, on a CPU that has four: neither done nor covered."""
+    one = small("one")
+    plan = Plan([one], None)
+    for batch in plan.batches():
+        for scenario in batch:
+            skipped = "5-level" if scenario.guest == "5-level" else ""
+            plan.took(scenario, Result(scenario.name, skipped=skipped), strict=False)
+    plan.close()
+    (tally,) = plan.tallies
+    left = [name for name in names(one, 80) if "4-level" in name]
+    assert (tally.done, tally.skipped) == (40, 40) == (len(left), len(left))
+    assert tally.pairs == len({pair for name in left for pair in _pairs(one.case(name))}) < tally.pairs_total
+
+
 def test_too_much_is_refused() -> None:
     joint = sweepfiles.read(Path(__file__).resolve().parents[1] / "scenarios/sweeps/joint.toml", "sweeps/joint")
     with pytest.raises(UsageError, match=rf"{joint.space.size:,} of them of sweeps/joint.*--budget N"):

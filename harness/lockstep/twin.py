@@ -40,7 +40,8 @@ _BOTH_INFO = ("exitinfo1", "exitinfo2")
 _UNDEFINED = dict.fromkeys((one.exitcode for one in INTERCEPTS.values()), _BOTH_INFO) | {
     ExitCode.EXCEPTION + vector: ("exitinfo2",) if vector in events.WITH_ERROR_CODE else _BOTH_INFO
     for vector in range(32) if vector != events.PF
-} | {INTERCEPTS["msr"].exitcode: ("exitinfo2",), INTERCEPTS["ioio"].exitcode: ()}
+} | {INTERCEPTS["msr"].exitcode: ("exitinfo2",), INTERCEPTS["ioio"].exitcode: (),
+     ExitCode.NMI: _BOTH_INFO}
 """Fields in which no value is named for the exit (sections 15.6 and 15.12), by exit code."""
 
 
