@@ -45,6 +45,7 @@ NO_NXE: Final = 'vmcb = "efer"\nclear = ["nxe"]'
 NO_HOST_NXE: Final = 'host = "efer"\nclear = ["nxe"]'
 ALL: Final = run("read a; write a; fetch a+8")
 READ: Final = ("first-light",)
+SECOND: Final = 'entry = "guest.a.pte"\nframe = "b"\nby = "second"'
 
 
 def set_bits(entry: str, *bits: str) -> str:
@@ -389,6 +390,19 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "IST ignored": Mutant("model.events", "    if ist:", "    if False:", ("events/double-fault-limit",), "C1", ""),
     "the frame of INT n has its own RIP": Mutant(
         "model.events", "regs.rip if next_rip is None else next_rip", "regs.rip", ("intercepts/exceptions",), "C1", ""),
+    # several VMCBs, and L1's second processor
+    "one VMCB for all": Mutant(
+        "lockstep.twin", "if step.a != self.vmcb.address:", "if False:", ("state/two-vmcbs",), "C3", ""),
+    "what the second processor writes is seen at once": Mutant(
+        "lockstep.l2", "self.state.tlb.add(Wrote(at, before))", "pass",
+        (one(SECOND, run("read a; remote; read a+8")),), "C1", "value"),
+    "an NMI is an INTR": Mutant(
+        "lockstep.l2", "raise Leave(ExitCode.NMI,", "raise Leave(ExitCode.NMI - 1,",
+        (one('vmcb = "intercept_misc1"\nset = ["bit1"]', SECOND, run("read a; remotenmi; read a+8")),), "C1",
+        "outcome"),
+    "the second processor writes nothing": Mutant(
+        "lockstep.l2", "for step in self.state.remote:", "for step in ():",
+        (one(SECOND, run("read a; remote; invlpg a; read a+8")),), "C2", "entry"),
     "ES keeps its base": Mutant(
         "lockstep.registers", 'vmcb[f"{name}.base"] = entry', "entry = entry", ("state/load-descriptor",), "C3",
         "es.base"),
