@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.lockstep.compare import Divergence
+from harness.lockstep.signature import Signature, signature
 from harness.model.access import NestedPageFault, Outcome, PageFault, Reached
 from harness.model.vmcb import FIELDS
 from harness.model.walk import Walk
@@ -47,6 +48,11 @@ class Finding:
     def first(self) -> Divergence:
         """The divergence that says most: one that no erratum explains; an outcome before what follows from it."""
         return next((d for d in self.divergences if d.erratum is None), self.divergences[0])
+
+    @property
+    def signature(self) -> Signature:
+        """By which it is one finding with others."""
+        return signature(self.first)
 
     @cached_property
     def walk(self) -> Walk | None:
@@ -152,7 +158,7 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
 
 
 def kind(finding: Finding) -> str:
-    """What is wrong, without the probe and the addresses: the same for findings of the same sort."""
+    """What is wrong, without the probe and the addresses."""
     return f"{_NUMBER.sub('...', headline(finding, None))} (rule {finding.first.rule})"
 
 

@@ -13,6 +13,8 @@
     divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null); of
                  cases of sweeps only where there is a new one; with check C4 also events, what KVM's kernel
                  said around it, the event in question marked `>`
+    findings     what is new, by signature, the most frequent first; each: check (`lost` for lost machines), field,
+                 rule, count, scenario (the first one)
     skipped      scenarios that cannot be run on this CPU, by name, with the reason
     lost         each: scenario, reason, argv, log, last_record
     cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
@@ -32,7 +34,7 @@ from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.tally import Tally
 from harness.report import output
-from harness.report.summary import Summary
+from harness.report.summary import Found, Summary
 
 OPTION: Final = "--json"
 
@@ -68,10 +70,15 @@ def document(summary: Summary) -> dict[str, Any]:
         "stale": {name: {"permitted": permitted, "seen": seen} for name, (permitted, seen) in summary.stale.items()},
         "sweeps": [_sweep(tally) for tally in summary.sweeps],
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
+        "findings": [_found(one) for one in summary.found],
         "skipped": dict(summary.skipped),
         "lost": [_lost(result) for result in summary.lost],
         "cells": [list(cell) for cell in summary.cells],
     }
+
+
+def _found(one: Found) -> dict[str, Any]:
+    return one.signature._asdict() | {"count": one.count, "scenario": one.scenario}
 
 
 def _sweep(tally: Tally) -> dict[str, Any]:

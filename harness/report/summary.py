@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.signature import Signature, of_loss
 from harness.lockstep.tally import Tally
 from harness.model.coverage import Cell
+from harness.report.findings import findings, kind
 from harness.scenario.ops import Scenario
 
 
@@ -48,6 +50,17 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What is new: findings of one signature, or losses, how many of them, the first one's scenario and what is wrong
+    there in a sentence."""
+
+    signature: Signature
+    count: int
+    scenario: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a run came to. `machine` is the machine's identity by name, None if it never came up;
     `scenarios` has what was to be run, by name, `not_run` the names of those without a result."""
@@ -68,6 +81,8 @@ class Summary:
     stale: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By family (a sweep, a scenario file): probes for which an old translation is permitted, and those in which
     the machine used one."""
+    found: tuple[Found, ...] = ()
+    """What is new, the most frequent first."""
 
     @property
     def lost(self) -> tuple[Result, ...]:
@@ -122,7 +137,25 @@ def summarize(
         cells=tuple(sorted(cells)),
         sweeps=tuple(sweeps),
         stale=_stale(counted),
+        found=_found(results, strict),
     )
+
+
+def _found(results: Iterable[Result], strict: bool) -> tuple[Found, ...]:
+    """By signature."""
+    found: dict[Signature, Found] = {}
+
+    def add(signature: Signature, scenario: str, what: str) -> None:
+        first = found.get(signature) or Found(signature, 0, scenario, what)
+        found[signature] = replace(first, count=first.count + 1)
+
+    for result in results:
+        for finding in findings(result.divergences):
+            if finding.is_new(strict):
+                add(finding.signature, result.scenario, kind(finding))
+        if result.lost is not None:
+            add(of_loss(result.lost), result.scenario, f"The machine was lost: {result.lost.reason}")
+    return tuple(sorted(found.values(), key=lambda one: -one.count))
 
 
 def _stale(counted: Iterable[Result | Tally]) -> dict[str, tuple[int, int]]:

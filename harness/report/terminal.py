@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from harness.lockstep.driver import Result
-from harness.report.findings import findings, headline, kind
+from harness.lockstep.signature import LOST, Signature
+from harness.report.findings import findings, headline
 from harness.report.styled import BAD, DIM, GOOD, HEAD, KNOWN, PLAIN, Line, Span, clamp, harmless, line, plain, wrap
 from harness.report.summary import Known, Summary, describe_machine, is_new
 from harness.report.walks import draw
@@ -86,7 +87,7 @@ class Watch:
         self._total = len(self._scenarios) + cases
         self._strict = strict
         self._done = self._new = self._known = self._named = 0
-        self._drawn: set[str] = set()
+        self._drawn: set[Signature] = set()
         self._begun = self._spoken = time.monotonic()
         self._progress: Progress | None = None
 
@@ -131,8 +132,8 @@ class Watch:
         enough of them not at all."""
         scenario = self._scenarios.get(result.scenario)
         new = [finding for finding in findings(result.divergences) if finding.is_new(self._strict)]
-        if len(self._drawn) < DRAWN and kind(new[0]) not in self._drawn:
-            self._drawn.add(kind(new[0]))
+        if len(self._drawn) < DRAWN and new[0].signature not in self._drawn:
+            self._drawn.add(new[0].signature)
             more = [line(f"  and {len(new) - 1} more in this scenario", DIM)] if len(new) > 1 else []
             return [*draw(new[0], scenario, self.screen.width), *more, line("")]
         self._named += 1
@@ -251,23 +252,15 @@ def _skipped(summary: Summary, width: int) -> list[Line]:
 
 
 def _kinds(summary: Summary, width: int) -> list[Line]:
-    """New findings by their sort, the most frequent first, each with a scenario that shows it."""
-    counts: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    for result in summary.results:
-        for finding in findings(result.divergences):
-            if finding.is_new(summary.strict):
-                what = kind(finding)
-                counts[what] += 1
-                example.setdefault(what, result.scenario)
-    if not counts:
+    """New findings by signature, the most frequent first, each with a scenario that shows it."""
+    kinds = [one for one in summary.found if one.signature.check != LOST]
+    if not kinds:
         return []
     lines = [line(""), line("What differs", HEAD)]
-    for what, count in counts.most_common(KINDS):
-        lines += wrap(f"{what}; first in {example[what]}", width, f"  {count:>6,}  ")
-    if len(counts) > KINDS:
-        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(KINDS))
-        lines.append(line(f"  {rest:>6,}  of other sorts", DIM))
+    for one in kinds[:KINDS]:
+        lines += wrap(f"{one.what}; first in {one.scenario}", width, f"  {one.count:>6,}  ")
+    if len(kinds) > KINDS:
+        lines.append(line(f"  {sum(one.count for one in kinds[KINDS:]):>6,}  of other sorts", DIM))
     return lines
 
 

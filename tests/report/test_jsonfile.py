@@ -23,7 +23,8 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "stale", "sweeps", "divergences", "skipped", "lost", "cells"]
+    assert list(one) == ["machine", "totals", "stale", "sweeps", "divergences", "findings", "skipped", "lost",
+                         "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
                                    "divergences_new", "divergences_known", "seconds", "contexts_checked",
                                    "trace_events", "stale_permitted", "stale_seen"]
@@ -137,3 +138,13 @@ def test_file(tmp_path: Path) -> None:
 def test_check(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--json .*/missing/x.json: there is no folder"):
         jsonfile.check(tmp_path / "missing" / "x.json")
+
+
+def test_findings() -> None:
+    """What is new, by signature."""
+    twice = [divergence(field="value", expected=1, observed=2, probe=n) for n in (0, 1)]
+    found = document(results=[result(*twice), result(lost=MachineLost("it hangs"))])["findings"]
+    assert found == [
+        {"check": "C1", "field": "value", "rule": "exit.host", "count": 2, "scenario": NAME},
+        {"check": "lost", "field": "it hangs", "rule": "", "count": 1, "scenario": NAME},
+    ]

@@ -96,3 +96,26 @@ def test_description_of_a_machine_that_is_not_known_yet() -> None:
     """Nothing of an identity is left out, whatever its names are."""
     text = describe_machine({"machine": "kvm", "kernel_version": "6.12.9", "nested": 1})
     assert text == "kvm: kernel_version 6.12.9, nested 1"
+
+
+class TestFound:
+    """What is new, by signature."""
+
+    def test_counted(self) -> None:
+        one = divergence(field="value", expected=1, observed=2)
+        twice = [one, one._replace(probe=2, expected=3)]
+        once = divergence(check="C3", field="l1.cr4", expected=1, observed=0)
+        lost = MachineLost("QEMU exited with status 1")
+        found = summary(results=[
+            result(once), result(*twice, divergence(probe=3, field="exitinfo1", erratum="e1"), scenario="other"),
+            result(lost=lost, scenario="third"),
+        ]).found
+        assert [(str(one.signature), one.count, one.scenario) for one in found] == [
+            ("C1 value, rule exit.host", 2, "other"), ("C3 l1.cr4, rule exit.host", 1, NAME),
+            ("lost QEMU exited with status ...", 1, "third"),
+        ]
+        assert found[1].what == "#VMEXIT did not give L1 its CR4 back: VME is missing. (rule exit.host)"
+
+    def test_strict_has_the_known_ones_too(self) -> None:
+        assert not summary(results=[result(divergence(erratum="e1"))]).found
+        assert len(summary(results=[result(divergence(erratum="e1"))], strict=True).found) == 1
