@@ -73,7 +73,8 @@ class Format(NamedTuple):
     @classmethod
     def of(cls, name: str, levels: tuple[Level, ...], address_bits: int, **shape: int) -> Self:
         """A format of these levels, with their `plain` filled in."""
-        plain = (0 if level.leaf == P else OPEN | NX | level.leaf | level.reserved_table for level in levels)
+        plain = (0 if level.leaf == P or level.reserved_table & OPEN else OPEN | NX | level.leaf | level.reserved_table
+                 for level in levels)
         return cls(name, tuple(level._replace(plain=bits) for level, bits in zip(levels, plain, strict=True)),
                    address_bits, **shape)
 

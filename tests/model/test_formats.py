@@ -156,6 +156,15 @@ class TestPae:
                 found.add(bit)
         assert found == always | set(range(maxphyaddr, 52)) | (set() if nxe else {63})
 
+    @pytest.mark.parametrize("dimension", ["guest", "nested"])
+    @pytest.mark.parametrize("bits", [RW | US, RW | US | A, RW | US | PS])
+    def test_reserved_bits_together(self, bits: int, dimension: str) -> None:
+        """R/W and U/S both: in any other entry that is the usual thing."""
+        tables = Tables(pae(40, True), dimension)
+        at = tables.map(self.GVA, 0x20_0000)["pdpte"]
+        tables.set(at, tables.get(at) & ~0x1E6 | bits)
+        assert tables.walk(self.GVA).outcome == tables.faulted(self.GVA, READ, E.P | E.RSVD)
+
     def test_not_present(self) -> None:
         """15.25.10, 5.5.3: the PDPTE is read at the walk; not present is P=0, and nothing else is looked at."""
         tables = Tables(pae(40, True))
