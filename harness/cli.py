@@ -1,4 +1,4 @@
-"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `fetch`, `bench`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from harness import fetching
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
@@ -22,7 +23,7 @@ from harness.scenario import files, sweepfiles, writer
 from harness.scenario.ops import Scenario
 from harness.scenario.sweep import Sweep
 from harness.sweeping import BUDGET, Plan, Record
-from harness.target import AUTO, MACHINES, Target
+from harness.target import AUTO, MACHINES, Target, say
 
 LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 INTERRUPTED: Final = 130
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write all cells as JSON")
     coverage.set_defaults(command=_coverage)
 
+    fetching.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     _target(doctor)
     doctor.set_defaults(command=_doctor)
@@ -111,13 +113,15 @@ def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
                         help="where L1 runs: on QEMU's SVM (tcg), or on KVM above it (default: auto, which is "
                              "kvm-on-tcg; but tcg where only something of QEMU is given, or no kernel can be had)")
-    parser.add_argument("--qemu", metavar="PATH", help="the QEMU to test")
+    parser.add_argument("--qemu", metavar="PATH",
+                        help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
     parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
                         help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
     host = parser.add_argument_group("for --machine kvm-on-tcg")
     host.add_argument("--kernel", type=Path, metavar="PATH",
-                      help="L0's kernel: a bzImage, or a build tree (default: the distribution's, fetched with apt)")
+                      help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
+                           "distribution's, fetched with apt)")
     host.add_argument("--modules", type=Path, metavar="DIR", help="the folder that its modules lie in")
     host.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
                       help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
@@ -142,8 +146,7 @@ def _targeted(options: argparse.Namespace) -> Target:
     host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
     if options.machine == "tcg" and host != kvm_on_tcg.DEFAULT:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
-    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host,
-                  lambda text: print(f"twinwalk: {text}", file=sys.stderr, flush=True))
+    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host, say)
 
 
 class _Picked(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import TwinwalkError
-from harness.machine import guests, kernel, qemu
+from harness.machine import guests, kernel, qemu, versions
 from harness.target import Target
 
 
@@ -50,7 +50,7 @@ def examine(target: Target) -> Iterator[Finding]:
 
 def _tcg(target: Target) -> Iterator[Finding]:
     try:
-        path = qemu.find(target.qemu)
+        path = versions.find_qemu(target.qemu, target.say)
         number = ".".join(map(str, qemu.version(path)))
     except TwinwalkError as error:
         yield Finding("tcg", "QEMU", False, str(error), "run `./twinwalk setup`, or give one with --qemu")

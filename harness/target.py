@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -10,6 +11,12 @@ from typing import Final
 from harness.errors import LaunchFailed
 from harness.machine import kvm_on_tcg, tcg
 from harness.machine.l1 import L1Machine
+
+
+def say(text: str) -> None:
+    """Tell the user what takes a while."""
+    print(f"twinwalk: {text}", file=sys.stderr, flush=True)
+
 
 MACHINES: Final = ("tcg", "kvm-on-tcg")
 AUTO: Final = "auto"
@@ -47,7 +54,7 @@ class Target:
         """Boot it; raises LaunchFailed, saying what to do."""
         if self.machine == "kvm-on-tcg":
             return kvm_on_tcg.start(self.qemu, self.cpu, self.qemu_args, self.l0, self.say)
-        return tcg.start(self.qemu, self.cpu, self.qemu_args)
+        return tcg.start(self.qemu, self.cpu, self.qemu_args, self.say)
 
     def arguments(self) -> list[str]:
         """The command line's options that make this target."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed
-from harness.machine import guests, qemu
+from harness.machine import foreign, guests, qemu, versions
 from harness.machine.cpio import Archive
 from harness.machine.kernel import PARAMETERS, Kernel
 from harness.machine.packages import Packages
@@ -85,6 +85,9 @@ def _write(target: Path, files: Mapping[str, bytes]) -> None:
 
 def qemu_files(binary: str) -> dict[str, Path]:
     """A QEMU with its libraries and firmware, by the path that each has in L0. Raises LaunchFailed."""
+    if (own := foreign.files(binary)) is not None:
+        files, folder = own
+        return files | {f"firmware/{name}": folder / name for name in _FIRMWARE}
     listed = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False)
     if missing := re.findall(r"^\s*(\S+) => not found", listed.stdout, re.MULTILINE):
         raise LaunchFailed(f"{binary} lacks {', '.join(missing)}, says ldd: it cannot run in L0")
@@ -102,8 +105,13 @@ def qemu_files(binary: str) -> dict[str, Path]:
 
 
 def l0_qemu() -> str:
-    """The QEMU that runs L1 in L0: the one on PATH."""
-    return qemu.find(None)
+    """The QEMU that runs L1 in L0: the one on PATH, else the newest that was fetched."""
+    try:
+        return qemu.find(None)
+    except LaunchFailed:
+        if here := versions.fetched("qemu"):
+            return str(here[-1].path)
+        raise
 
 
 def _busybox(say: Callable[[str], None]) -> Path:

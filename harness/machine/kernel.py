@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, UsageError
+from harness.machine import versions
 from harness.machine.guests import cache_dir
 from harness.machine.packages import Packages
 
@@ -132,10 +133,13 @@ PARAMETERS: Final = ("kvm_amd", "kvm")
 
 
 def find(image: Path | None, modules: Path | None, say: Callable[[str], None] = lambda text: None) -> Kernel:
-    """The kernel to boot: `image` with `modules`, a build tree, or else the distribution's.
+    """The kernel to boot: `image` with `modules`, a build tree, a version's name, or else the distribution's.
     Raises LaunchFailed, saying what to do."""
     if image is None and modules is None:
         return _distribution(say)
+    if image is not None and modules is None and versions.is_name(str(image)):
+        modules = versions.resolve("kernel", str(image), say).path
+        return _in([modules])
     if image is None:
         raise UsageError("--modules needs --kernel: the image that these modules belong to")
     if image.is_dir():  # a build tree
@@ -161,9 +165,17 @@ def _distribution(say: Callable[[str], None]) -> Kernel:
         except OSError:
             raise LaunchFailed(f"cannot get a kernel for L0: {reason}\n{_OWN}, or use --machine tcg") from None
     folders = [cache_dir() / "packages" / name for name in names]
+    try:
+        return _in(folders)
+    except LaunchFailed:
+        stamp.unlink(missing_ok=True)
+        raise
+
+
+def _in(folders: list[Path]) -> Kernel:
+    """The kernel in unpacked packages."""
     images = [path for folder in folders for path in folder.glob("**/vmlinuz*") if path.is_file()]
     if not images:
-        stamp.unlink(missing_ok=True)
         raise LaunchFailed(f"there is no kernel in {', '.join(map(str, folders))}: run this again, or {_OWN}")
     return Kernel(images[0], tuple(folders))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, initramfs, kernel, l0, pieces, qemu
+from harness.machine import guests, initramfs, kernel, l0, pieces, qemu, versions
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.trace import Trace, Unobservable
 from harness.model.liberties import Liberties
@@ -112,7 +112,7 @@ def start(
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[KvmOnTcgMachine]:
     """Boot L0, and L1 in it; both are gone at the block's end. Raises LaunchFailed, saying what to do."""
-    path = qemu.find(binary)
+    path = versions.find_qemu(binary, say)
     version = qemu.version(path)
     elf = guests.build_l1()
     image = guests.load_image(elf)

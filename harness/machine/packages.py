@@ -6,6 +6,7 @@ needed. Where apt has no lists (a bare container), private ones are fetched into
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ class Packages:
         if not self._root.is_dir():
             return []
         found = [path for path in self._root.iterdir() if re.fullmatch(pattern, path.name.partition("_")[0])]
-        return sorted(found, key=lambda path: _numbers(path.name))
+        return sorted(found, key=lambda path: numbers(path.name))
 
     def lists_are_newer_than(self, stamp: Path) -> bool:
         """Whether apt has learnt something since `stamp` was written."""
@@ -67,10 +68,10 @@ class Packages:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._root, prefix=".new-") as scratch:
-                _run(["apt-get", *self._options, "-qq", "-o", "APT::Sandbox::User=", "download", f"{name}={version}"],
-                     scratch)
+                run(["apt-get", *self._options, "-qq", "-o", "APT::Sandbox::User=", "download", f"{name}={version}"],
+                    scratch)
                 unpacked = Path(scratch, "unpacked")
-                _run(["dpkg-deb", "-x", *map(str, Path(scratch).glob("*.deb")), str(unpacked)], scratch)
+                run(["dpkg-deb", "-x", *map(str, Path(scratch).glob("*.deb")), str(unpacked)], scratch)
                 if not folder.is_dir():  # another run may have been quicker
                     unpacked.replace(folder)
         except OSError as reason:
@@ -83,7 +84,7 @@ class Packages:
         """What apt-cache says; asked again with lists of our own where the system's know nothing."""
         if shutil.which("apt-cache") is None:
             raise LaunchFailed("there is no apt here")
-        output = _run(["apt-cache", *self._options, *args], ok=(0, 100))
+        output = run(["apt-cache", *self._options, *args], ok=(0, 100))
         if output.strip() or self._updated or any(_LISTS.glob("*Packages*")):
             return output
         self._updated = True
@@ -93,21 +94,26 @@ class Packages:
         self._options = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={archives}"]
         if not any(lists.glob("*Packages*")):
             self._say("apt has no package lists: fetching them into the cache")
-            _run(["apt-get", *self._options, "-qq", "-o", "APT::Sandbox::User=", "update"])
-        return _run(["apt-cache", *self._options, *args], ok=(0, 100))
+            run(["apt-get", *self._options, "-qq", "-o", "APT::Sandbox::User=", "update"])
+        return run(["apt-cache", *self._options, *args], ok=(0, 100))
 
 
-def _run(argv: list[str], folder: str | None = None, ok: tuple[int, ...] = (0,)) -> str:
+def run(argv: list[str], folder: str | None = None, ok: tuple[int, ...] = (0,),
+        errors: list[str] | None = None) -> str:
+    """What a command prints; what it says on stderr goes to `errors`. Raises LaunchFailed where it is not there, or
+    ends with a status that is none of `ok`."""
     try:
         done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                              env=None, check=False)
+                              env={**os.environ, "LC_ALL": "C"}, check=False)
     except FileNotFoundError:
         raise LaunchFailed(f"there is no {argv[0]} here") from None
     if done.returncode not in ok:
         raise LaunchFailed(f"`{' '.join(argv)}` failed:\n{(done.stderr or done.stdout).strip()}")
+    if errors is not None:
+        errors.append(done.stderr)
     return done.stdout
 
 
-def _numbers(text: str) -> list[tuple[int, str]]:
+def numbers(text: str) -> list[tuple[int, str]]:
     """A key that sorts versions as people do: runs of digits by value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -38,7 +38,8 @@ def find(binary: str | None) -> str:
     wanted = binary or "qemu-system-x86_64"
     path = shutil.which(wanted)
     if path is None:
-        hint = "give the path of an executable" if binary else "run `./twinwalk setup`, or give one with --qemu"
+        hint = ("give the path of an executable, or a version such as 10.0" if binary else
+                "run `./twinwalk setup`, or give one with --qemu")
         raise LaunchFailed(f"no QEMU at {wanted!r}: {hint}")
     return str(Path(path).absolute())
 

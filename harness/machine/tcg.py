@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, pieces, qemu
+from harness.machine import guests, pieces, qemu, versions
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.paced import PacedChannel
 from harness.model.liberties import Caches, Liberties, Takes
@@ -72,9 +72,14 @@ def check_cpu(process: qemu.Qemu, cpu_model: str) -> None:
 
 
 @contextmanager
-def start(binary: str | None = None, cpu_model: str = "max", extra: Sequence[str] = ()) -> Iterator[TcgMachine]:
+def start(
+    binary: str | None = None,
+    cpu_model: str = "max",
+    extra: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[TcgMachine]:
     """Boot L1; the machine is gone at the block's end. Raises LaunchFailed, saying what to do."""
-    path = qemu.find(binary)
+    path = versions.find_qemu(binary, say)
     qemu.version(path)
     kernel = guests.build_l1()
     image = guests.load_image(kernel)
