@@ -26,7 +26,7 @@ from harness.model.entries import FRAME, PSE36_SHIFT, A, D, Format, G, Level, P
 from harness.model.liberties import WIDEST, Caches
 from harness.model.memory import Words
 from harness.model.tlb_events import ASID, CONTROL, UPGRADE, VMRUN, Event, Flushed, Left, Ran, Wrote
-from harness.model.walk import Walk, translate
+from harness.model.walk import Paging, Walk, translate
 
 Moment = tuple[int, Ran]
 """A place in the log, and as what a guest runs behind it."""
@@ -98,8 +98,10 @@ class Tlb:
             return []  # ways part at an entry that was written, or at the root
         running = list(_running(log))
         found = {_effect(words, fresh): fresh}
+        shared = _Shared(writes, words)
         for load in _loads(log, running, caches):
-            search = _Search(log, writes, running, load, words, caches, not isinstance(fresh.outcome, Reached))
+            search = _Search(log, writes, running, load, words, caches, not isinstance(fresh.outcome, Reached),
+                             shared)
             for walk in search.walks(gva, access):
                 found.setdefault(_effect(words, walk), walk)
             if UPGRADE in caches.ignores:
@@ -174,18 +176,83 @@ def _over_vmrun(caches: Caches) -> bool:
     return caches.over_vmrun or not caches.ignores.isdisjoint((VMRUN, CONTROL))
 
 
+class _Way(NamedTuple):
+    """One through L1's nested table; `complete` if all entries have the bits that may be cached."""
+
+    reads: tuple[_Read, ...]
+    spa: int
+    complete: bool
+
+
+class _Shared:
+    """What the searches of all loads have in common."""
+
+    def __init__(self, writes: Mapping[int, object], words: Words) -> None:
+        self._writes, self._words = writes, words
+        self._known: dict[tuple[Format, int, int, bool], _Way | None] = {}
+        self._pagings: list[Paging] = []
+        self._replayed: set[tuple[int, bool, tuple[_Read, ...]]] = set()
+
+    def is_first(self, paging: Paging, reads: tuple[_Read, ...], faults: bool) -> bool:
+        """Whether no search asked before what comes of these entries."""
+        if paging not in self._pagings:
+            self._pagings.append(paging)
+        key = self._pagings.index(paging), faults, reads
+        if key in self._replayed:
+            return False
+        self._replayed.add(key)
+        return True
+
+    # Nested walks that meet no entry that was written: there is one way, at all moments. Most are like that, and are
+    # walked once for all loads. This is `_Search._nested_level` where nothing parts.
+
+    def way(self, fmt: Format, ncr3: int, gpa: int, write: bool) -> _Way | None:
+        """The one way of `gpa`, or None where there may be more, or none."""
+        key = fmt, ncr3, gpa, write
+        if key not in self._known:
+            self._known[key] = self._walk(fmt, ncr3 & fmt.root_mask, gpa, write)
+        return self._known[key]
+
+    def _walk(self, fmt: Format, table: int, gpa: int, write: bool) -> _Way | None:
+        reads, complete = [], True
+        for level in fmt.levels:
+            address = table + ((gpa >> level.shift & fmt.index_mask) << fmt.entry_shift)
+            if address & ~7 in self._writes:
+                return None
+            try:
+                quadword = self._words[address >> 3]
+            except IndexError:
+                return None
+            entry = quadword if fmt.entry_shift == 3 else quadword >> (address & 4) * 8 & 0xFFFF_FFFF
+            reads.append(_Read(address, quadword, True))
+            leaf = entry & level.leaf
+            if not entry & P or entry & (level.reserved_leaf if leaf else level.reserved_table):
+                return None
+            needed = level.accessed if not leaf else A | D if write else A
+            complete = complete and entry & needed == needed
+            if leaf:
+                return _Way(tuple(reads), _frame(entry, level.shift) | gpa & (1 << level.shift) - 1, complete)
+            table = entry & FRAME
+        return None
+
+
 class _Search:
     """The translations that may have been loaded at the moment `load`."""
 
     def __init__(
         self, log: list[Event], writes: Mapping[int, list[tuple[int, int]]], running: list[Moment], load: int,
-        words: Words, caches: Caches, faults: bool,
+        words: Words, caches: Caches, faults: bool, shared: _Shared,
     ) -> None:
         self._log, self._writes, self._load, self._words, self._caches = log, writes, load, words, caches
+        self._shared = shared
         self._now, self._current = running[-1]
         self._faults = faults and load == self._now
         asid = self._current.asid
         self._ran = ran = next(ran for place, ran in running if place == load)
+        old, now = ran.paging, self._current.paging
+        self._controls = [now._replace(guest=old.guest, nested=old.nested, gcr3=old.gcr3, ncr3=old.ncr3)]
+        if old != self._controls[0] and any(type(e) is Ran and e.by_vmrun for e in log[load + 1 :]):
+            self._controls.append(old)
         since = 0 if _over_vmrun(caches) else max(
             place for place, event in enumerate(log[: load + 1]) if type(event) is Ran and event.by_vmrun)
         own = [(place, one) for place, one in running if since <= place <= load and one.asid == asid]
@@ -221,14 +288,11 @@ class _Search:
             yield from self._replayed(gva, access, (*reads, *below))
 
     def _replayed(self, gva: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
-        ran, current = self._ran.paging, self._current.paging
-        controls = [current._replace(guest=ran.guest, nested=ran.nested, gcr3=ran.gcr3, ncr3=ran.ncr3)]
-        if ran != controls[0] and any(type(e) is Ran and e.by_vmrun for e in self._log[self._load + 1 :]):
-            controls.append(ran)
-        for paging in controls:
-            walk = translate(paging, _Replay(reads), gva, access)
-            if self._faults or isinstance(walk.outcome, Reached):
-                yield _as_read(walk, reads)
+        for paging in self._controls:
+            if self._shared.is_first(paging, reads, self._faults):
+                walk = translate(paging, _Replay(reads), gva, access)
+                if self._faults or isinstance(walk.outcome, Reached):
+                    yield _as_read(walk, reads)
 
     # --- the guest's tables -----------------------------------------------------------------------
 
@@ -276,11 +340,17 @@ class _Search:
             yield (), gpa, 0
             return
         floor, roots = self._nested_floor, set()
+        gpa &= (1 << fmt.address_bits) - 1
         for place, ran in self._nested_moments:
             if place >= floor and ran.paging.ncr3 not in roots:
                 roots.add(ran.paging.ncr3)
-                root = ran.paging.ncr3 & fmt.root_mask
-                yield from self._nested_level(fmt, 0, root, place, gpa & (1 << fmt.address_bits) - 1, write, ())
+                way = self._shared.way(fmt, ran.paging.ncr3, gpa, write)
+                if way is None:
+                    yield from self._nested_level(fmt, 0, ran.paging.ncr3 & fmt.root_mask, place, gpa, write, ())
+                elif way.complete:
+                    yield way.reads, way.spa, place
+                elif self._load == self._now:
+                    yield way.reads, way.spa, self._now
 
     def _nested_level(
         self, fmt: Format, number: int, table: int, since: int, gpa: int, write: bool, reads: tuple[_Read, ...]
