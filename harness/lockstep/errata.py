@@ -36,9 +36,11 @@ class Erratum:
     `fields` and `rules` are patterns (`*` is any text). `differs` lists what expected XOR observed may
     be; `expected` and `observed` are regular expressions over the two as text (integers in hex).
     `since` and `until` are versions, both included; None is no bound. With `consequences`, accessed
-    and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`, in place
-    of a predicate, names a variation of the walk (harness.lockstep.quirks) under which all agrees. One that
-    `surfaces` is seen through a hypervisor that runs L1 on this machine, where it is a quirk in L2's own walks only.
+    and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`
+    names a variation of the walk (harness.lockstep.quirks) under which all agrees: in place of a predicate, or
+    beside one that suffices where nothing follows from it. One that
+    `surfaces` is seen through a hypervisor that runs L1 on this machine, where it is a quirk in L2's own walks only,
+    and its predicate does not hold.
     `unreachable` are words of coverage cells (harness.model.coverage), such as a pair of modes: those that have
     them all cannot be reached on such a machine, because L2 does not run.
     """
@@ -98,7 +100,7 @@ def of_layers(errata: Iterable[Erratum], layers: Sequence[tuple[str, Version]]) 
     for layer in layers[1:]:
         for erratum in errata:
             if erratum.surfaces and erratum.holds_for(*layer):
-                out.append(replace(erratum, quirk=below(erratum.quirk)) if erratum.quirk else erratum)
+                out.append(replace(erratum, quirk=below(erratum.quirk), checks=()) if erratum.quirk else erratum)
     return out
 
 
