@@ -40,7 +40,7 @@ def build_l1(compiler: str | None = None) -> Path:
     """
     folder = SOURCES / "l1"
     sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
-    others = sorted(p for p in folder.iterdir() if p.suffix in (".inc", ".ld"))
+    others = sorted(p for p in folder.iterdir() if p.suffix in (".h", ".inc", ".ld"))
     return _build("l1", sources, others, (*_FLAGS, f"-Wl,-T,{folder / 'l1.ld'}"), compiler)
 
 
