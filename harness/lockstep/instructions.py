@@ -23,6 +23,7 @@ from harness.model.events import Event
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode
+from harness.wire.layout import STRING_PORT
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -61,7 +62,7 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     elif kind in INTERCEPTS and kind not in FIRST:
         _check(l2, kind, size, address, value)
     if _is_emulated(l2, kind, value) and quirks.has(EMULATED_BELOW):
-        _end_of_emulation(l2)
+        end_of_emulation(l2)
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
     return registers.probe(l2, kind, address, value)
@@ -72,8 +73,8 @@ def write_is_emulated(l2: L2, index: int) -> None:
     an earlier program; which it does cannot be known, only seen."""
     seen = l2.state.seen
     if (seen is not None and seen.next_probe == index and seen.exitcode == ExitCode.EXCEPTION + events.PF
-            and _in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE and l2.state.quirks.has(EMULATED_BELOW)):
-        _end_of_emulation(l2)
+            and cannot_be_emulated(l2)):
+        end_of_emulation(l2)
 
 
 def _is_emulated(l2: L2, kind: str, value: int) -> bool:
@@ -93,13 +94,29 @@ def _in_pae(l2: L2) -> bool:
     return bool(regs.cr0 & CR0.PG and regs.cr4 & CR4.PAE and not regs.efer & EFER.LMA)
 
 
-def _end_of_emulation(l2: L2) -> None:
+def end_of_emulation(l2: L2) -> None:
+    """What L2 sees of it: its own code cannot be fetched."""
     regs = l2.regs
     if not l2.state.vmcb["np_control"] & NP_ENABLE:
         l2.exception(Event.exception(events.GP))
     code = ErrorCode.ID if regs.efer & EFER.NXE or regs.cr4 & CR4.SMEP else 0
     l2.exception(Event.exception(events.PF, code | (ErrorCode.U if regs.cpl == 3 else 0)),
                  regs.rip + l2.base & l2.mask)
+
+
+def string_port(l2: L2, kind: str, size: int) -> None:
+    """INS or OUTS up to its access of memory: its intercept, and a hypervisor below that has to emulate it."""
+    if l2.regs.cpl > l2.regs.rflags >> 12 & 3:
+        raise UsageError("ports at a CPL above IOPL are not modelled")
+    _check(l2, kind, size, STRING_PORT, 0)
+    if cannot_be_emulated(l2):
+        end_of_emulation(l2)
+
+
+def cannot_be_emulated(l2: L2) -> bool:
+    """By a quirk: whether a hypervisor below L1 fails with what it has to emulate of L2 in any case, string I/O or an
+    access of a device."""
+    return bool(_in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE and l2.state.quirks.has(EMULATED_BELOW))
 
 
 def _undefined(l2: L2, kind: str) -> bool:
@@ -134,6 +151,10 @@ def _check(l2: L2, kind: str, size: int, address: int, value: int, probe: str = 
             asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
             info1 = intercepts.ioio_info(address, size, kind == "in", 64 if l2.state.mode.long else 32)
             info2 = _next_rip(l2, kind, size)
+        elif kind in ("ins", "outs"):
+            asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
+            info1 = intercepts.string_info(address, size, kind == "ins", 64 if l2.state.mode.long else 32)
+            info2 = _next_rip(l2, kind, size)
         else:
             asked = intercepts.asks(vmcb, kind)
     except IndexError:
@@ -163,6 +184,8 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         case "lmsw":
             registers.write(l2, "cr0", regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE))
         case "in" | "out":
+            if kind == "out" and (address, size) == (STRING_PORT, 4):
+                l2.state.outside["cf8"] = value & 0xFFFF_FFFF
             if regs.cpl > regs.rflags >> 12 & 3:
                 raise UsageError("ports at a CPL above IOPL are not modelled")
             return 0

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from harness.errors import UsageError
-from harness.lockstep import instructions, stale, stub
+from harness.lockstep import devices, instructions, stale, stub
 from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import EXCLUSIVE_LOSES_FLAGS, JUMP_NON_CANONICAL, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
 from harness.lockstep.state import Entered, State
-from harness.model import dirty, events, vmrun
+from harness.model import dirty, events, local_apic, vmrun
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.dirty import Update
 from harness.model.events import Event
@@ -67,6 +67,9 @@ class L2:
         """What the probe at hand will write, where that does not depend on what it reads there."""
         self.reads_first = False
         """Whether it is at the first half of a read-modify-write that is made of two accesses."""
+        self.rsi = step.c
+        self.is_rmw = False
+        """Whether the probe at hand is a read-modify-write."""
         self.asid = state.vmcb["asid"]
         self.ran(by_vmrun=True)
 
@@ -150,6 +153,9 @@ class L2:
         self.at(stub.label(kind, size), value)
         if kind in ("read", "write", "rmw", "push", "pop"):
             result = self._data(kind, size, address, value, index)
+        elif kind in ("ins", "outs"):
+            self.is_rmw = False
+            result = devices.string(self, kind, size, address, index)
         elif kind == "lar":
             result = self._lar(value, index)
         elif kind == "fetch":
@@ -170,6 +176,7 @@ class L2:
 
     def _data(self, kind: str, size: int, address: int, value: int, index: int) -> int:
         cpl, begun = self.regs.cpl, self.regs.rsp
+        self.is_rmw = kind == "rmw"
         reads = kind in ("read", "pop")
         if kind in ("push", "pop"):
             self.regs.rsp = address + (size if kind == "push" else 0) & self.mask
@@ -184,27 +191,29 @@ class L2:
             self.regs.rflags &= ~RFLAGS.STATUS
         if kind == "rmw" and not (second and address % size == 0) and quirks.has(RMW_READS_FIRST):
             self.reads_first = True
-            old = self._read(self._reach(_READ[cpl], address, size, index))
+            old = self.read(self.reach(_READ[cpl], address, size, index))
             self.reads_first, self.writes = False, old + value
-        parts = self._reach(access, address, size, index)
+        parts = self.reach(access, address, size, index)
         self.regs.rsp = begun
         if self.writes is None:
-            old = self._read(parts)
+            old = self.read(parts)
         if not reads:
             instructions.write_is_emulated(self, index)
             new = old + value if kind == "rmw" else value
             for spa, at, width in parts:
                 mask = (1 << 8 * width) - 1
-                self._store(spa, new >> 8 * at & mask, mask)
+                self.store(spa, new >> 8 * at & mask, mask)
         if kind in ("write", "push"):
             return value
         # 32-bit results are zero-extended
         return old if size >= 4 else value & ~((1 << 8 * size) - 1) & _MASK64 | old
 
-    def _read(self, parts: list[tuple[int, int, int]]) -> int:
+    def read(self, parts: list[tuple[int, int, int]]) -> int:
+        for spa, _, width in parts:
+            devices.check(spa, width, rmw=self.is_rmw)
         return sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
 
-    def _reach(self, access: Access, address: int, size: int, index: int) -> list[tuple[int, int, int]]:
+    def reach(self, access: Access, address: int, size: int, index: int) -> list[tuple[int, int, int]]:
         """Translate an access of `size` bytes: for each page that it touches the sPA, where in the operand
         that begins, and how many bytes. Of two pages the lower is translated first; a fault of the higher
         has that page's first address."""
@@ -224,8 +233,11 @@ class L2:
                 self._note(walk)
                 self.fault(walk)
             reached.append((self._own_memory(walk, f"an access of gVA {gva:#x}"), at, width))
+        emulated = devices.cannot_be_emulated(self, reached)
         for walk in walks:
-            self._note(walk)
+            self._note(walk, other_faulted=emulated)
+        if emulated:
+            instructions.end_of_emulation(self)
         return reached
 
     def _lar(self, selector: int, index: int) -> int:
@@ -249,13 +261,14 @@ class L2:
         if kind == "remotenmi" and not self.state.vmcb["intercept_misc1"] & MISC1_NMI:
             raise UsageError("L1 must intercept NMI: what one does inside of L2 is not modelled")
         for step in self.state.remote:
-            self._store(step.a, step.b, (1 << 8 * step.arg) - 1)
+            self.store(step.a, step.b, (1 << 8 * step.arg) - 1)
         if kind == "remotenmi":
             raise Leave(ExitCode.NMI, rule="exit.intercept")
         return value
 
-    def _store(self, spa: int, new: int, mask: int) -> None:
+    def store(self, spa: int, new: int, mask: int) -> None:
         """Write the bits of `mask` at `spa`, over one quadword or two."""
+        devices.check(spa, mask.bit_length() // 8, new, self.is_rmw)
         words, shift = self.state.memory.words, 8 * (spa & 7)
         for number in (0, 1):
             part = mask << shift >> 64 * number & _MASK64
@@ -283,8 +296,9 @@ class L2:
     def _own_memory(self, walk: Walk, what: str) -> int:
         assert isinstance(walk.outcome, Reached)
         spa = walk.outcome.spa
-        if not self.state.image.in_data(spa) and not self.state.image.in_arena(spa):
-            raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data")
+        image = self.state.image
+        if not image.in_data(spa) and not image.in_arena(spa) and not local_apic.has(spa):
+            raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data, nor the local APIC")
         return spa
 
     def _cached(self, gva: int, access: Access, index: int, fits: Callable[[int], bool]) -> Walk:

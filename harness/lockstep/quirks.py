@@ -43,6 +43,8 @@ LMSW_BY_BITS: Final = "lmsw-by-bits"
 MAPS_TO_THE_BYTE: Final = "maps-to-the-byte"
 XSETBV_NOT_INTERCEPTED: Final = "xsetbv-not-intercepted"
 PAE_EMULATED: Final = "pae-emulated"
+SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
+STRING_WRITE_HALVES: Final = "string-write-halves"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -185,6 +187,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     XSETBV_NOT_INTERCEPTED: Quirk(),
     PAE_EMULATED: Quirk(seen=lambda walk: False),  # something only below a hypervisor
     MAPS_TO_THE_BYTE: Quirk(),
+    SOFTWARE_WALK_FAULT: Quirk(),
+    STRING_WRITE_HALVES: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     IST_NULL_SS: Quirk(),

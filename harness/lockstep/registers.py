@@ -23,6 +23,7 @@ _FLUSHING: Final = {"cr0": CR0.PG, "cr4": CR4.PGE | CR4.PAE | CR4.PSE}
 _EDGES: Final = CR4.PKE | CR4.PCIDE
 """Bits of CR4 of which only one change does: PKE set, PCIDE cleared."""
 _IMPLICIT_READ: Final = Access(implicit=True)
+_BREAKPOINTS: Final = ("dr0", "dr1", "dr2", "dr3")
 
 
 def probe(l2: L2, kind: str, address: int, value: int) -> int:
@@ -41,6 +42,11 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
     if kind in stub.SEGMENT_LOADS:
         return _load_segment(l2, stub.SEGMENT_LOADS[kind], value)
     what = kind[2:]
+    if what in _BREAKPOINTS:
+        if kind.startswith("rd"):
+            return l2.state.written_outside(what)
+        l2.state.outside[what] = value  # 15.5.1: no part of what VMRUN and #VMEXIT switch
+        return value
     if what == "cr8":
         return _cr8(l2, kind, value)
     if what == "seg" and not l2.state.mode.long:

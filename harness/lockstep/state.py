@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple, Self
 
+from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
 from harness.model import vmrun
@@ -81,6 +82,8 @@ class State:
         self.queued: list[Step] = []
         self.remote: list[Step] = []
         """Writes of L1's second processor: for the next RUN, and for the one that is on."""
+        self.outside: dict[str, int] = {}
+        """What L2 wrote that lies neither in memory nor in a VMCB, nor is L1's: `dr0` to `dr3`, a port (`cf8`)."""
         self.seen: Record | None = None
         """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
         self._world: World | None = None
@@ -105,6 +108,7 @@ class State:
             self.watched = frozenset(world.watch)
         self.tlb.forget()
         self.queued = []
+        self.outside = {}
         self.mode = world.mode
         self.stub = self.image.stubs[world.mode.stub]
         start = world.vmcb_address
@@ -126,6 +130,12 @@ class State:
             self.tlb.add(Flushed(INVLPGA, step.arg, step.a, narrow=True))
         elif step.code == "HOST":
             setattr(self.host, _HOST_NAMES[step.arg], step.b)
+
+    def written_outside(self, name: str) -> int:
+        """What L2 last wrote to that place `outside`. Raises UsageError if that is unknown."""
+        if name not in self.outside:
+            raise UsageError(f"L2 reads {name.upper()} before it has written it: what is there is not known")
+        return self.outside[name]
 
     def touch(self, address: int) -> None:
         """Note that the quadword at `address` is not what it was at first."""

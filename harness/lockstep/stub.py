@@ -43,7 +43,7 @@ SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
 UNPRIVILEGED: Final = frozenset(
     {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn", "icebp",
      "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "monitor", "mwait",
-     "remote", "remotenmi"}
+     "remote", "remotenmi", "ins", "outs"}
     | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
 """Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""

@@ -75,7 +75,7 @@ class Twin(State):
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
         memory is as it was."""
         out = Prediction(first_probe=first, next_probe=first)
-        self._before = self.tlb.mark()
+        self._before = self.tlb.mark(), dict(self.outside)
         vmcb = self.vmcb
         if not self.host_at_vmrun().cr0 & CR0.PG and self.quirks.has(VMRUN_WANTS_PAGING):
             return self._raise(out)
@@ -119,7 +119,8 @@ class Twin(State):
         return control if control == 1 or "flushbyasid" in self.cpu.features else 0
 
     def _undo(self, out: Prediction) -> None:
-        self.tlb.rewind(self._before)
+        self.tlb.rewind(self._before[0])
+        self.outside = dict(self._before[1])
         words = self.memory.words
         for address, old in out.old.items():
             words[address >> 3] = old
@@ -222,7 +223,8 @@ class Twin(State):
         if "nrips" in self.cpu.features:
             vmcb["nrip"] = l2.regs.rip + leave.length if leave.length else 0
         out.control, out.save = self.vmcb_bytes()
-        out.regs = stub.CONSTANT | {"rsi": l2.step.c, "rbp": out.next_probe}
+        rsi = l2.rsi & 0xFFFF_FFFF if self.host_mode.narrow else l2.rsi  # an L1 in a 32-bit mode sees no more
+        out.regs = stub.CONSTANT | {"rsi": rsi, "rbp": out.next_probe}
         out.host = self._host() | {"dr6": l2.regs.dr6} | l2.host
 
     def _host(self) -> dict[str, int]:

@@ -141,7 +141,8 @@ class Scenario:
 
 PORTS: Final = frozenset({"in", "out"})
 SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
-MEMORY: Final = SIZED - PORTS | {"fetch", "invlpg", "push", "pop"}
+STRINGS: Final = frozenset({"ins", "outs"})
+MEMORY: Final = SIZED - PORTS | STRINGS | {"fetch", "invlpg", "push", "pop"}
 REQUESTS: Final = frozenset({"remote", "remotenmi"})
 """Probes by which L2 asks L1's second processor to do its writes."""
 STORES: Final = frozenset({"write", "rmw", "push", "out"})

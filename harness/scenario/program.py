@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Final, TypeVar
 
 from harness.errors import UsageError
+from harness.model import local_apic
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import BITS, FRAME
 from harness.model.intercepts import msr_bit
@@ -17,7 +18,7 @@ from harness.model.vmcb import FIELDS
 from harness.scenario import ops
 from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
 from harness.scenario.modes import HOST_MODES, MODES
-from harness.scenario.world import World, build
+from harness.scenario.world import DEVICE, World, build
 from harness.wire import layout
 from harness.wire.channel import MAX_CHUNK
 from harness.wire.image import PAGE, Image
@@ -171,6 +172,7 @@ class _Body:
         self.steps: list[Step] = []
         self.cpl = 0
         self.number = 1
+        self.has_device = False
         self.others: dict[int, tuple[dict[str, int], int]] = {}
         """VMCBs that are not in use, with the CPL that they are at."""
 
@@ -206,6 +208,8 @@ class _Body:
         new = _change(op.change, self._entry_now(op.entry), BITS)
         if op.frame is not None:
             frames = self.world.gpa if op.entry.startswith("guest") else self.world.spa
+            if op.frame == DEVICE:
+                self._ready_device(index)
             new = new & ~FRAME | _lookup(frames, op.frame, "page") & FRAME
         if new >> 8 * width:
             raise ValueError(f"{new:#x} does not fit in {op.entry}, which has {8 * width} bits")
@@ -213,6 +217,13 @@ class _Body:
             raise ValueError("L1 has one processor here")
         self.written[address] = new
         self.steps.append(Step("REMOTE" if op.second else "WRITE", width, address, new, origin=index))
+
+    def _ready_device(self, index: int) -> None:
+        """The device's registers hold zeros when a scenario first maps it."""
+        if not self.has_device:
+            self.has_device = True
+            self.steps += [Step("WRITE", local_apic.WIDTH, local_apic.BASE + offset, origin=index)
+                           for offset in local_apic.WRITABLE]
 
     def _map(self, index: int, op: ops.EntryOp) -> None:
         """`msrpm.NUMBER` or `iopm.NUMBER`: the bits of an MSR or a port in L1's permission maps."""
@@ -301,7 +312,7 @@ class _Body:
         address = 0
         if probe.target:
             address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
-        size = probe.size or (4 if probe.kind in ops.PORTS else self.world.mode.native)
+        size = probe.size or (4 if probe.kind in ops.PORTS | ops.STRINGS else self.world.mode.native)
         if probe.kind in ops.PORTS and (size > 4 or not probe.target[0].isdigit() or address + size > 1 << 16):
             raise ValueError(f"`{probe}` needs a port's number, and 1, 2 or 4 bytes")
         if probe.kind == "overflow" and self.world.mode.long:

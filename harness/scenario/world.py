@@ -16,6 +16,8 @@ with A and D set from the start.
 Each dimension has one table more, that nothing points to at first: `alt`, and `nested-alt`. Put in the place of any
 table above a to d, the root included, it maps a to b, b to c and so on; `nested-alt` also gPAs of L2's tables to `alt`.
 
+`device` is the frame of L1's local APIC, which is no RAM.
+
 With gPAs of less than 40 bits (a CPU that has no more, a mode that makes no more) root entry 0 of the
 nested dimension has it all.
 """
@@ -25,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from harness.model import local_apic
 from harness.model.entries import PAGE_SHIFTS, RW, US, P
 from harness.model.registers import CR4, Cpu
 from harness.scenario import modes
@@ -36,6 +39,8 @@ from harness.wire.image import PAGE, Image, Region
 from harness.wire.layout import MAILBOX_CODE
 
 PAGES: Final = ("a", "b", "c", "d")
+DEVICE: Final = "device"
+"""The frame of L1's local APIC."""
 
 REGION: Final = 1 << 21
 _TEST_PT: Final = 0x91
@@ -195,6 +200,7 @@ def build(
         nested.alternative(spa["nested-alt"], spa["nested-alt"], mapped,
                            {gpa[name]: spa["alt"] for name in names})
 
+    (spa if nested else gpa)[DEVICE] = local_apic.BASE
     maps = {"msrpm": system - 2 * PAGE, "iopm": system - 5 * PAGE}
     vmcb = vmcb_fields(maps, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)
     words = arena.words | system_words(system, gva["stack"], gva["tss"], aliases["code"] + stub.labels["vectors"])

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62
@@ -158,6 +158,9 @@ MAILBOX_REQUEST = 4072
 
 REQUESTS = {"NONE": 0, "WRITE": 1, "NMI": 2, "DONE": 3, "STOP": 4}
 
+STRING_PORT = 0xCF8
+"""The port of L2's INS and OUTS: PCI's configuration address, 32 bits that are read as they were written."""
+
 CONTROL_BYTES = 0x100
 """Of the VMCB's control area, from its start: all fields to the decode assists' end."""
 
@@ -255,6 +258,8 @@ PROBES = {
     "clts": 80, "smsw": 81, "lmsw": 82, "in": 83, "out": 84, "lldt": 85, "ltr": 86, "vmmcall": 87,
     "remote": 53, "remotenmi": 54,  # L1's second processor does its writes; and then ends L2 by an NMI
     "intn": 88, "breakpoint": 89, "overflow": 90, "undefined": 91, "divide": 92,
+    "ins": 93, "outs": 94,  # 4 bytes, from and to port STRING_PORT
+    "rddr0": 96, "rddr1": 97, "rddr2": 98, "rddr3": 99, "wrdr0": 100, "wrdr1": 101, "wrdr2": 102, "wrdr3": 103,
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",

@@ -1,0 +1,90 @@
+"""Accesses of L2 that are not just of RAM: INS and OUTS, and those of the registers of L1's local APIC.
+
+A hypervisor under L1 carries them out itself, by walks of its own through both dimensions. What comes of them is
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from harness.errors import UsageError
+from harness.lockstep import instructions
+from harness.lockstep.delivery import Leave
+from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, STRING_WRITE_HALVES
+from harness.model import local_apic
+from harness.model.access import Access, ErrorCode
+from harness.model.vmcb import ExitCode
+
+if TYPE_CHECKING:
+    from harness.lockstep.l2 import L2
+
+_READ: Final = {cpl: Access(user=cpl == 3) for cpl in range(4)}
+_WRITE: Final = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
+_IN_PAGE: Final = 0xFFF
+
+
+def check(spa: int, width: int, written: int | None = None, rmw: bool = False) -> None:
+    """Raises UsageError where an access of `width` bytes, in the local APIC if `spa` is, is none that is defined."""
+    if not local_apic.has(spa):
+        return
+    bits = None if rmw else local_apic.writable(spa, width)
+    if bits is None:
+        raise UsageError(f"{width} bytes at sPA {spa:#x}: of the local APIC's registers only those that hold a value "
+                         f"are modelled, {', '.join(map(hex, local_apic.WRITABLE))}, read or written by 4 bytes")
+    if written is not None and written & ~bits:
+        raise UsageError(f"{written:#x} at sPA {spa:#x} of the local APIC: it sets reserved bits")
+
+
+def cannot_be_emulated(l2: L2, reached: Sequence[tuple[int, int, int]]) -> bool:
+    """By a quirk: whether the access of the bytes `reached` is of a device and ends otherwise."""
+    return any(local_apic.has(spa) for spa, _, _ in reached) and instructions.cannot_be_emulated(l2)
+
+
+def string(l2: L2, kind: str, size: int, address: int, index: int) -> int:
+    """INS and OUTS (volume 3): the port is asked for before memory. Returns what rDI, or rSI, is behind it."""
+    l2.rsi = l2.step.c if kind == "ins" else address
+    instructions.string_port(l2, kind, size)
+    try:
+        (_ins if kind == "ins" else _outs)(l2, size, address, index)
+    except Leave as leave:
+        _by_software(l2, leave)
+        raise
+    l2.rsi = l2.step.c
+    return address + size & l2.mask
+
+
+def _ins(l2: L2, size: int, address: int, index: int) -> None:
+    value = l2.state.written_outside("cf8")
+    first = min(size, 0x1000 - (address & _IN_PAGE))
+    begun = len(l2.out.accesses)
+    try:
+        _store(l2, value, size, address, index)
+    except Leave as leave:
+        second = first < size and len(l2.out.accesses) == begun + 2 and leave.event is None
+        if not second or leave.code == ExitCode.HLT or not l2.state.quirks.has(STRING_WRITE_HALVES):
+            raise
+        _store(l2, value, first, address, index)
+        _store(l2, value >> 8 * first, size - first, address + first & l2.mask, index)
+
+
+def _store(l2: L2, value: int, size: int, address: int, index: int) -> None:
+    l2.writes = value & (1 << 8 * size) - 1
+    for spa, at, width in l2.reach(_WRITE[l2.regs.cpl], address, size, index):
+        mask = (1 << 8 * width) - 1
+        l2.store(spa, value >> 8 * at & mask, mask)
+
+
+def _outs(l2: L2, size: int, address: int, index: int) -> None:
+    l2.writes = None
+    l2.state.outside["cf8"] = l2.read(l2.reach(_READ[l2.regs.cpl], address, size, index))
+
+
+def _by_software(l2: L2, leave: Leave) -> None:
+    """By a quirk: a nested fault of the hypervisor's own walk is told as one of the page itself, at its first byte."""
+    if leave.code != ExitCode.NPF:
+        return
+    code = leave.info1 & ~ErrorCode.GUEST_TABLE | ErrorCode.FINAL
+    if (code, leave.info2 & ~_IN_PAGE) != (leave.info1, leave.info2) and l2.state.quirks.has(SOFTWARE_WALK_FAULT):
+        leave.info1, leave.info2 = code, leave.info2 & ~_IN_PAGE

@@ -1,0 +1,111 @@
+"""String I/O and L1's local APIC on the model, and as a hypervisor below carries them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from harness.errors import UsageError
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import EMULATED_BELOW, SOFTWARE_WALK_FAULT, STRING_WRITE_HALVES, Active
+from harness.lockstep.twin import Twin
+from harness.model import local_apic
+from harness.model.vmcb import ExitCode
+from harness.scenario.program import Compiler, Program
+from harness.wire.image import PAGE, tag
+from tests.scenario.texts import one, run
+
+_TO_DEVICE = 'entry = "nested.a.pte"\nframe = "device"'
+
+
+def _predict(twin: Twin, program: Program, quirks: Iterable[str] = ()) -> Prediction:
+    """The program's first VMRUN."""
+    twin.reset(program.world)
+    for step in program.steps:
+        if step.code == "RUN":
+            break
+        twin.apply(step)
+    before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+    out = twin.predict(step, 0)
+    return twin.predict_again(out, before, step, Active(quirks)) if quirks else out
+
+
+def test_what_outs_sends_ins_gets(twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one(run("outs a+4; ins b+0xffe; read4 b+0xffc; outs a; ins d; read4 d")))
+    out = _predict(twin, program)
+    world = program.world
+    sent = tag(world.spa["a"]) >> 32
+    assert out.exitcode == ExitCode.VMMCALL
+    assert out.results[0] == world.gva["a"] + 8 and out.results[1] == world.gva["b"] + 0x1002
+    assert out.results[2] >> 16 == sent & 0xFFFF and twin.memory.read(world.spa["c"], 2) == sent >> 16
+    assert out.results[5] == tag(world.spa["a"]) & 0xFFFF_FFFF
+
+
+@pytest.mark.parametrize(("probe", "info1"), [("ins a", 0xCF8_0245), ("outs a", 0xCF8_0E44)])
+def test_intercepted_before_memory(probe: str, info1: int, twin: Twin, compiler: Compiler) -> None:
+    """15.10.3 and figure 15-2: STR, SZ32, A64; the segment is ES for INS and DS for OUTS."""
+    program = compiler.compile(one('vmcb = "intercept_misc1"\nset = ["bit27"]', 'entry = "iopm.0xcfb"\nset = ["any"]',
+                                   'entry = "guest.a.pte"\nclear = ["p"]', run(probe)))
+    out = _predict(twin, program)
+    assert (out.exitcode, twin.vmcb["exitinfo1"]) == (0x7B, info1)
+    assert twin.vmcb["exitinfo2"] == twin.vmcb["rip"] + 1
+    assert out.regs["rsi"] == (program.world.gva["a"] if probe == "outs a" else program.world.mailbox[0])
+
+
+def test_a_device_holds_what_is_written(twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one(
+        _TO_DEVICE, run("read4 a+0x310; write4 a+0x310 = 0x5a000000; read4 a+0x310; read4 a+0xd0; outs a+0x310")))
+    out = _predict(twin, program)
+    assert [out.results[n] & 0xFFFF_FFFF for n in (0, 2, 3)] == [0, 0x5A00_0000, 0]
+    assert twin.outside["cf8"] == 0x5A00_0000
+    assert local_apic.BASE + 0x310 in out.old
+    twin.reset(program.world)
+    assert twin.memory.read(local_apic.BASE + 0x310, 4) == 0
+
+
+@pytest.mark.parametrize("probe", ["read a+0x310", "read4 a+0x30", "read2 a+0x310", "write4 a+0x310 = 0x1",
+                                   "rmw4 a+0x310 = 0x1000000", "fetch a", "push a"])
+def test_what_a_device_does_not_define(probe: str, twin: Twin, compiler: Compiler) -> None:
+    with pytest.raises(UsageError):
+        _predict(twin, compiler.compile(one(_TO_DEVICE, run(probe))))
+
+
+@pytest.mark.parametrize("probes", ["ins a", "rddr2"])
+def test_what_l2_has_not_written_is_not_known(probes: str, twin: Twin, compiler: Compiler) -> None:
+    with pytest.raises(UsageError, match="not known"):
+        _predict(twin, compiler.compile(one(run(probes))))
+
+
+def test_a_prediction_that_is_made_again_finds_what_the_first_found(twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one(run("wrdr1 = 0x10; outs b+8; ins a; rddr1; wrdr1 = 0x20; outs c")))
+    first, again = _predict(twin, program), _predict(twin, program, [SOFTWARE_WALK_FAULT])
+    assert first.results == again.results and first.exitcode == again.exitcode
+
+
+@pytest.mark.parametrize(("entry", "code"), [("pt", 0x1_0000_0006), ("a", 0x1_0000_0006)])
+def test_a_software_walk_tells_less(entry: str, code: int, twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one(f'entry = "nested.{entry}.pte"\nclear = ["p"]', run("out4 0xcf8; ins a+0x18")))
+    out = _predict(twin, program)
+    exact = twin.vmcb["exitinfo2"]
+    assert out.exitcode == ExitCode.NPF and exact & 0xFFF
+    _predict(twin, program, [SOFTWARE_WALK_FAULT])
+    assert (twin.vmcb["exitinfo1"], twin.vmcb["exitinfo2"]) == (code, exact & ~0xFFF)
+
+
+@pytest.mark.parametrize("entry", ["guest.b.pte", "nested.b.pte"])
+def test_the_first_half_of_a_string_write(entry: str, twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one(f'entry = "{entry}"\nclear = ["p"]', run("out4 0xcf8 = 0x11223344; ins a+0xffe")))
+    a = program.world.spa["a"] + 0xFF8
+    _predict(twin, program)
+    assert twin.memory.read(a, 8) == tag(a)
+    _predict(twin, program, [STRING_WRITE_HALVES])
+    assert twin.memory.read(a, 8) == tag(a) & (1 << 48) - 1 | 0x3344 << 48
+
+
+@pytest.mark.parametrize("probe", ["outs b", "read4 a+0x310", "write4 a+0x310 = 0x1000000"])
+def test_pae_and_a_hypervisor_below(probe: str, twin: Twin, compiler: Compiler) -> None:
+    """By the quirk the hypervisor cannot fetch the instruction that it has to carry out."""
+    program = compiler.compile(one(_TO_DEVICE, run(probe), head='guest = "PAE"\n'))
+    assert _predict(twin, program).exitcode == ExitCode.VMMCALL
+    assert _predict(twin, program, [EMULATED_BELOW]).exitcode == 0x4E
