@@ -17,7 +17,7 @@ from harness.errors import LaunchFailed, MachineLost, UsageError
 from harness.lockstep.compare import Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep, Result, Witness
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
@@ -31,10 +31,12 @@ MAX_LOST: Final = 5
 
 
 class Unit(NamedTuple):
-    """Work that is done in one go. Each batch is one scenario or, with `cases`, cases of sweeps that share a world."""
+    """Work that is done in one go. Each batch is one scenario or, with `cases`, cases of sweeps that share a world.
+    With `doubtful` what makes no sense is skipped; else it is an error."""
 
     batches: tuple[tuple[Scenario, ...], ...]
     cases: bool
+    doubtful: bool = False
 
 
 class Done(NamedTuple):
@@ -55,10 +57,13 @@ class _Running(NamedTuple):
 
 
 class Session:
-    """A context manager: the machine is gone at the block's end. `identity` is None until it came up first."""
+    """A context manager: the machine is gone at the block's end. `identity` is None until it came up first. `witness`
+    is shown every record of a VMRUN."""
 
-    def __init__(self, target: Target, errata: Sequence[Erratum], pipelined: bool) -> None:
-        self._target, self._errata, self._pipelined = target, errata, pipelined
+    def __init__(
+        self, target: Target, errata: Sequence[Erratum], pipelined: bool, witness: Witness | None = None
+    ) -> None:
+        self._target, self._errata, self._pipelined, self._witness = target, errata, pipelined, witness
         self._machine = ExitStack()
         self._running: _Running | None = None
         self.identity: Identity | None = None
@@ -68,7 +73,7 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._shut_down()
+        self.shut_down()
 
     def run(self, units: Iterable[Unit]) -> Iterator[Done]:
         """Results as they come. Raises UsageError for a scenario that makes no sense, before it is run;
@@ -91,13 +96,13 @@ class Session:
                 lost = MachineLost(f"it could not be started again: {failed}")
                 yield Done(scenario, Result(scenario.name, lost=lost), unit.cases)
                 continue
-            if not sifted and not compiler.usual:
+            if not sifted and (unit.doubtful or not compiler.usual):
                 yield from queue.sift(compiler, twin)
             sifted = True
             for result in lockstep.run(queue.programs(compiler, twin)):
                 if result.lost is not None:
                     losses += 1
-                    self._shut_down()
+                    self.shut_down()
                 yield from queue.take(result)
 
     def rest(self) -> None:
@@ -115,11 +120,12 @@ class Session:
         known = of_layers(self._errata, machine.identity.layers)
         twin = Twin(machine.image, machine.cpu, machine.liberties)
         lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
-                            _contexts(machine))
+                            _contexts(machine), self._witness)
         self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin)
         return self._running
 
-    def _shut_down(self) -> None:
+    def shut_down(self) -> None:
+        """The next unit begins on a machine that is booted for it."""
         self._running = None
         self._machine.close()
 

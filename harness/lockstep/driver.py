@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +36,9 @@ _HELD = 64
 
 _View = tuple[tuple[int, ...], tuple[str, ...]]
 """The entries of a walk as a machine left them, and the memory types of its references."""
+
+
+Witness = Callable[[Context, Record], None]
 
 
 class Machine(Protocol):
@@ -84,14 +87,15 @@ class Lockstep:
     checked, and live memory is compared too; pipelined: it waits only where the ring is full.
     `errata` are those that hold for this machine: they name what is found, and hide nothing. `coverage`, if
     given, collects what was checked. With `contexts` the MMU contexts of the hypervisor under L1 are checked
-    too (C4)."""
+    too (C4). `witness` is shown every record of a VMRUN, as long as it is there."""
 
     def __init__(
         self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = (),
-        coverage: Coverage | None = None, contexts: Contexts | None = None,
+        coverage: Coverage | None = None, contexts: Contexts | None = None, witness: Witness | None = None,
     ) -> None:
         self._machine = machine
         self._contexts = contexts
+        self._witness = witness
         self._enter = b"", b""
         self._errata = [erratum for erratum in errata if erratum.checks]
         self._quirks = quirks_of(errata)
@@ -163,6 +167,8 @@ class Lockstep:
 
     def _note(self, context: Context, result: Result, record: Record) -> None:
         """C4 goes by the records alone, also where the model of L2 cannot follow."""
+        if self._witness is not None:
+            self._witness(context, record)
         if self._contexts is not None:
             if record.kind == RECORDS["ENTER"]:
                 self._enter = record.control, record.save
