@@ -218,6 +218,7 @@ static void vmrun_legacy(uint64_t vmcb)
 	}
 	l1_host_before.cr4 = l1_legacy.cr4;
 	l1_host_before.efer = l1_legacy.efer;
+	l1_host_before.tsc = l1_host_after.tsc = 0;	/* not read there */
 	l1_vmrun_legacy(vmcb);
 	put_back();
 	read_is_due = 1;

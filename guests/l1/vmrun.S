@@ -6,7 +6,7 @@
  */
 #include "wire.h"
 
-	/* Read L1's own state into \to; clobbers rax. RAX, RSP and RFLAGS are the caller's. */
+	/* Read L1's own state into \to; clobbers rax and rdx. RAX, RSP and RFLAGS are the caller's. */
 	.macro READ_HOST to
 	mov %cr0, %rax
 	mov %rax, \to + TW_AT_HOST_CR0(%rip)
@@ -14,6 +14,9 @@
 	mov %rax, \to + TW_AT_HOST_CR3(%rip)
 	mov %cr8, %rax
 	mov %rax, \to + TW_AT_HOST_CR8(%rip)
+	rdtsc
+	mov %eax, \to + TW_AT_HOST_TSC(%rip)
+	mov %edx, \to + TW_AT_HOST_TSC + 4(%rip)
 	movw %es, \to + TW_AT_HOST_ES(%rip)
 	movw %cs, \to + TW_AT_HOST_CS(%rip)
 	movw %ss, \to + TW_AT_HOST_SS(%rip)

@@ -23,6 +23,7 @@ from harness.wire.layout import VMLOADED, VMRUN_RAISED
 from harness.wire.program import WireProbe
 from harness.wire.records import Record
 
+_MASK64: Final = (1 << 64) - 1
 _SELECTORS: Final = ("es", "cs", "ss", "ds")
 _RESTORED: Final = (
     "rsp", "rflags", "cr3", "cr8", *_SELECTORS, "gdt_base", "gdt_limit", "idt_base", "idt_limit",
@@ -73,7 +74,13 @@ class Context:
     probes: tuple[WireProbe, ...]
     tables: Region
     """Where the page tables are: changes there are C2, others C1."""
+    wide: bool = True
+    """Whether L2 has registers of 64 bits."""
 
+
+_COUNTERS: Final = frozenset({"rdtsc", "rdtscp"})
+_FAR: Final = 1 << 48
+"""Counts between VMRUN and #VMEXIT: days."""
 
 DEAR: Final = ("cr4", "efer", "pat", "dr7", "dr6")
 """L1's registers that it does not read behind each VMRUN where a hypervisor under it makes that dear."""
@@ -111,6 +118,8 @@ def _probes(context: Context, prediction: Prediction, record: Record) -> Iterato
     done = min(prediction.next_probe, record.next_probe)
     for index in range(prediction.first_probe, done):
         want, got = prediction.results[index], record.result(index)
+        if context.probes[index].kind in _COUNTERS:
+            want, got = check_counter(record, want, got, wide=context.wide)
         if want != got:
             memory = context.probes[index].kind in ("read", "rmw", "fetch")
             yield _at(context, prediction, index, "C1" if memory else "C3",
@@ -119,6 +128,21 @@ def _probes(context: Context, prediction: Prediction, record: Record) -> Iterato
         refusal = prediction.refused or record.exitcode & 0xFFFF_FFFF == 0xFFFF_FFFF
         yield _at(context, prediction, done, "C3" if refusal else "C1", "outcome",
                   _predicted_outcome(prediction, done), _observed_outcome(record, done))
+
+
+def check_counter(record: Record, offset: int, got: int, wide: bool) -> tuple[int, int]:
+    """Two values that are the same if L2's time stamp counter, or its upper half, is L1's plus `offset`, as L1 read it
+    before and behind (section 15.5.1). An L1 in a 32-bit mode did not: then the uppermost byte is looked at, which is
+    that of the offset."""
+    begin, end = record.before["tsc"], record.after["tsc"]
+    if not begin:
+        return offset >> 56, got >> (56 if wide else 24)
+    shift = 0 if wide else 32
+    low = (begin + offset & _MASK64) >> shift
+    span = ((end + offset & _MASK64) >> shift) - low
+    if got - low & _MASK64 >> shift <= span & _MASK64 >> shift:
+        return low, low
+    return low, got
 
 
 def _predicted_outcome(prediction: Prediction, index: int) -> str:
@@ -224,6 +248,8 @@ def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[
     """L1's own registers, and L2's that pass through."""
     before, after = record.before, record.after
     wanted = dict(zip(_RESTORED, _restored(before), strict=True)) | prediction.host
+    if before["tsc"] and after["tsc"] - before["tsc"] & _MASK64 > _FAR:
+        yield _plain(context, "C3", "l1.tsc", before["tsc"], after["tsc"], "exit.host")
     read = after["all_read"]
     if not wanted.items() <= after.items():
         for name, want in wanted.items():

@@ -272,7 +272,8 @@ class Lockstep:
 
     def _context(self, program: Program, op: int, probes: tuple[WireProbe, ...]) -> Context:
         start = program.world.arena.start
-        return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used))
+        return Context(program.scenario.name, op, probes, Region(start, start + program.world.arena_used),
+                       program.world.mode.long)
 
     def _rewind(self, program: Program, step: Step, result: Result) -> None:
         """All is again as at the batch's start, as far as L1 watches."""

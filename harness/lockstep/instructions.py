@@ -176,7 +176,7 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     regs, vmcb = l2.regs, l2.state.vmcb
     match kind:
         case "rdtsc" | "rdtscp":
-            return vmcb["tsc_offset"] >> 56  # the counter itself has not come that far
+            return vmcb["tsc_offset"]  # what is added to L1's counter: see compare.check_counter
         case "clts":
             registers.write(l2, "cr0", regs.cr0 & ~CR0.TS)
         case "smsw":

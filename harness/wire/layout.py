@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 9
+PROTOCOL = 10
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62
@@ -126,7 +126,7 @@ HOST = _declare(
     "tw_host",
     "L1's own state around a VMRUN, read by L1 itself.",
     *(Field(n) for n in (
-        "rax", "rsp", "rflags", "cr0", "cr3", "cr4", "cr8", "efer", "dr6", "dr7", "pat",
+        "rax", "rsp", "rflags", "cr0", "cr3", "cr4", "cr8", "efer", "dr6", "dr7", "pat", "tsc",
     )),
     *(Field(n, "u16") for n in ("es", "cs", "ss", "ds", "gdt_limit", "idt_limit")),
     Field("all_read", "u32"),  # behind VMRUN: whether CR4, DR6, DR7, EFER and PAT were read, or are left out

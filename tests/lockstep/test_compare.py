@@ -131,7 +131,7 @@ def test_each_register_of_l1_after_a_refusal(name: str, check: Check) -> None:
 
 
 def test_every_register_of_l1_is_covered() -> None:
-    assert set(RESTORED) | {"dr7", "all_read"} == set(HOST.names)
+    assert set(RESTORED) | {"dr7", "all_read", "tsc"} == set(HOST.names)
 
 
 class Sparing(Doctor):
@@ -367,3 +367,32 @@ def test_next_probe_that_never_moves_ends(check: Check) -> None:
 
 def test_control_bytes_cover_the_table() -> None:
     assert struct.calcsize("Q") * 32 == CONTROL_BYTES
+
+
+class Clock(Plant):
+    """L1's counter before VMRUN and behind it, and what L2 reads in its first probe."""
+
+    def __init__(self, begin: int, end: int, read: int) -> None:
+        self.begin, self.end, self.read = begin, end, read
+
+    def record(self, fake: FakeMachine, data: bytearray) -> None:
+        if data[0] == RECORDS["EXIT"]:
+            struct.pack_into("<Q", data, _AT["before"] + HOST.offsets["tsc"], self.begin)
+            struct.pack_into("<Q", data, _AT["after"] + HOST.offsets["tsc"], self.end)
+            struct.pack_into("<Q", data, _AT["results"], self.read)
+
+
+@pytest.mark.parametrize(("offset", "read", "good"), [
+    (0, 1000, True), (0, 1040, True), (0, 1100, True), (0, 999, False), (0, 1101, False),
+    (5000, 6001, True), (5000, 1001, False), (5000, 11001, False), (-2000 % (1 << 64), -960 % (1 << 64), True),
+])
+def test_the_counter_of_l2_is_that_of_l1(offset: int, read: int, good: bool, check: Check) -> None:
+    """15.5.1: TSC_OFFSET is added; no offset that a hypervisor below has for L1 is lost, nor counts twice."""
+    found = check(Clock(1000, 1100, read), f'vmcb = "tsc_offset"\nvalue = {offset:#x}', "rdtsc; read a")
+    assert not found if good else (only(found).check, only(found).field) == ("C3", "rdtsc")
+
+
+def test_the_counter_of_l1_goes_on_as_before(check: Check) -> None:
+    """What VMRUN adds for L2 is gone behind the #VMEXIT."""
+    found = only(check(Clock(1000, 1000 + (0x5A << 56), 0), 'vmcb = "cr2"\nvalue = 0x0', "rdcr2"))
+    assert (found.check, found.field) == ("C3", "l1.tsc")
