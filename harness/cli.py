@@ -1,21 +1,23 @@
-"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `fetch`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `bench`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from harness import fetching
+from harness import bundling, fetching, replay
+from harness.bundling import Setup
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
-from harness.machine import kvm_on_tcg
+from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, targeted
 from harness.pool import jobs_for
-from harness.report import jsonfile, junit, output, terminal
+from harness.report import bundle, jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, run
@@ -23,9 +25,8 @@ from harness.scenario import files, sweepfiles, writer
 from harness.scenario.ops import Scenario
 from harness.scenario.sweep import Sweep
 from harness.sweeping import BUDGET, Plan, Record
-from harness.target import AUTO, MACHINES, Target, say
+from harness.target import AUTO
 
-LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 INTERRUPTED: Final = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -50,24 +51,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="twinwalk",
         description="Checks nested paging: a model of the AMD64 MMU in lockstep with real guests.",
         epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost "
-               "or could not be started. `./twinwalk setup` and `./twinwalk test` belong to the checkout.",
+               "or could not be started; `replay` has its own: see its --help. `./twinwalk setup` and `./twinwalk "
+               "test` belong to the checkout.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     runner = commands.add_parser("run", help="run scenarios in lockstep")
     _selection(runner)
-    _target(runner)
+    add_target(runner)
     runner.add_argument("--strict", action="store_true", help="count known errata as divergences")
     runner.add_argument("--fail-fast", action="store_true", help="stop at the first new divergence")
-    mode = runner.add_mutually_exclusive_group()
-    mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=None,
-                      help="L1 waits for the checker at every record (the default on tcg)")
-    mode.add_argument("--pipelined", action="store_true", default=None,
-                      help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
-    runner.add_argument("--jobs", type=_positive, metavar="N",
-                        help="machines at once (default: one for two cores on tcg, 1 on kvm-on-tcg)")
+    add_mode(runner)
     how_many = runner.add_mutually_exclusive_group()
-    how_many.add_argument("--budget", type=_count, default=BUDGET, metavar="N",
+    how_many.add_argument("--budget", type=count, default=BUDGET, metavar="N",
                           help=f"cases of sweeps to run, shared among them (default: {BUDGET}; 0 for none)")
     how_many.add_argument("--exhaustive", action="store_true", help="all cases of the sweeps that are selected")
     runner.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of cases (default: 0)")
@@ -75,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="go on behind the cases of earlier runs that FILE has, and add those of this one")
     runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
+    runner.add_argument("--bundles", type=Path, metavar="FOLDER",
+                        help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
     runner.set_defaults(command=_run)
 
     lister = commands.add_parser("list", help="list scenarios")
@@ -85,17 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     coverage = commands.add_parser("coverage", help="show which cases of which rule were reached, and which not")
     coverage.add_argument("results", nargs="*", type=Path, metavar="RESULT.json",
                           help="files of `run --json`, taken together (default: run the library and its sweeps)")
-    _target(coverage)
+    add_target(coverage)
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write all cells as JSON")
     coverage.set_defaults(command=_coverage)
 
+    replay.add(commands)
     fetching.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
-    _target(doctor)
+    add_target(doctor)
     doctor.set_defaults(command=_doctor)
 
     bench = commands.add_parser("bench", help="measure what checking costs on this machine")
-    _target(bench)
+    add_target(bench)
     bench.add_argument("--pairs", type=int, default=100_000, metavar="N",
                        help="VMRUN/#VMEXIT pairs to check in each mode (default: 100000)")
     bench.set_defaults(command=_bench)
@@ -107,46 +106,6 @@ def _selection(parser: argparse.ArgumentParser) -> None:
                         help="scenario files or folders (default: the library)")
     parser.add_argument("-k", dest="expression", default="", metavar="EXPR",
                         help="only scenarios whose name contains EXPR; `and`, `or` and `not` combine")
-
-
-def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
-                        help="where L1 runs: on QEMU's SVM (tcg), or on KVM above it (default: auto, which is "
-                             "kvm-on-tcg; but tcg where only something of QEMU is given, or no kernel can be had)")
-    parser.add_argument("--qemu", metavar="PATH",
-                        help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
-    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
-    parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
-                        help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
-    host = parser.add_argument_group("for --machine kvm-on-tcg")
-    host.add_argument("--kernel", type=Path, metavar="PATH",
-                      help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
-                           "distribution's, fetched with apt)")
-    host.add_argument("--modules", type=Path, metavar="DIR", help="the folder that its modules lie in")
-    host.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
-                      help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
-    host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
-                      help="the pages that back L1's memory in L0 (default: 2m)")
-
-
-def _count(text: str) -> int:
-    number = int(text.replace("_", ""))
-    if number < 0:
-        raise ValueError
-    return number
-
-
-def _positive(text: str) -> int:
-    if not (number := _count(text)):
-        raise ValueError
-    return number
-
-
-def _targeted(options: argparse.Namespace) -> Target:
-    host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
-    if options.machine == "tcg" and host != kvm_on_tcg.DEFAULT:
-        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
-    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host, say)
 
 
 class _Picked(NamedTuple):
@@ -215,9 +174,11 @@ def _run(options: argparse.Namespace) -> int:
         jsonfile.check(options.json)
     if options.junit:
         junit.check(options.junit)
-    picked, target = _selected(options), _targeted(options).chosen()
+    if options.bundles:
+        bundle.check_folder(options.bundles, "--bundles")
+    picked, target = _selected(options), targeted(options).chosen()
     scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
-    pipelined = target.machine == "kvm-on-tcg" if options.pipelined is None else options.pipelined
+    pipelined = is_pipelined(options, target)
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome = Outcome()
@@ -239,6 +200,11 @@ def _run(options: argparse.Namespace) -> int:
     summary = summarize(outcome.identity, [*scenarios, *outcome.cases.values()], outcome.results, errata,
                         outcome.seconds, options.strict, outcome.coverage.cells, outcome.tallies)
     terminal.show(summary)
+    if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
+        setup = Setup(target, errata, pipelined, options.strict)
+        summary = bundling.of_run(setup, summary, outcome.before, _command(), options.bundles)
+    elif summary.found:
+        print(f"bundles of what is new: {_command()} --bundles FOLDER")
     if options.junit:
         try:
             junit.write(options.junit, summary)
@@ -250,6 +216,11 @@ def _run(options: argparse.Namespace) -> int:
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code(options.strict)
+
+
+def _command() -> str:
+    """The command line, as it can be given again."""
+    return shlex.join(["./twinwalk", *sys.argv[1:]])
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -277,7 +248,7 @@ def _coverage(options: argparse.Namespace) -> int:
     else:
         scenarios, plan = files.load([LIBRARY]), Plan(sweepfiles.load([LIBRARY]), BUDGET)
         with terminal.Watch(scenarios, cases=plan.cases) as watch:
-            target = _targeted(options).chosen()
+            target = targeted(options).chosen()
             jobs = jobs_for(target, len(scenarios) + plan.cases)
             outcome = run(target, scenarios, errata, pipelined=True, on_result=watch.result, sweeps=plan, jobs=jobs)
         code = outcome.exit_code()
@@ -294,7 +265,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from harness.doctor import examine
 
     works = True
-    for finding in examine(_targeted(options)):
+    for finding in examine(targeted(options)):
         print(finding)
         needed = "tcg" if options.machine == AUTO else options.machine
         works = works and (finding.ok or finding.machine not in ("all", needed))
@@ -304,7 +275,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from harness.bench import bench
 
-    for figure in bench(_targeted(options).chosen(), options.pairs, LIBRARY):
+    for figure in bench(targeted(options).chosen(), options.pairs, LIBRARY):
         print(figure, flush=True)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -11,9 +12,11 @@ from harness.errors import UsageError
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.signature import Signature
 from harness.lockstep.tally import Tally
 from harness.machine.l1 import Identity
 from harness.pool import Pool
+from harness.report.findings import signatures
 from harness.scenario.ops import Scenario
 from harness.session import MAX_LOST, Done, Session, Unit
 from harness.sweeping import Plan
@@ -37,6 +40,8 @@ class Outcome:
     not_run: int = 0
     seconds: float = 0.0
     coverage: Coverage = field(default_factory=Coverage)
+    before: dict[str, tuple[Scenario, ...]] = field(default_factory=dict)
+    """What ran before a scenario in which a signature was new, as far as it may have to do with it."""
 
     @property
     def lost(self) -> bool:
@@ -78,6 +83,8 @@ def run(
     start = time.monotonic()
     out.tallies = sweeps.tallies if sweeps else []
     losses, alone, senseless = 0, 0, ""
+    latest: deque[Scenario] = deque(maxlen=_UNIT)
+    known: set[Signature] = set()
 
     def take(done: Done) -> None:
         nonlocal losses, alone, senseless
@@ -91,6 +98,10 @@ def run(
         if result.senseless and not senseless:
             senseless = f"{result.senseless} (in {scenario.name})"
         losses += result.lost is not None
+        if new := signatures(result, strict) - known:
+            known.update(new)
+            out.before[scenario.name] = tuple(latest)
+        latest.append(scenario)
         on_result(result)
 
     source = Pool(jobs, target, errata, pipelined) if jobs > 1 else Session(target, errata, pipelined)

@@ -14,10 +14,9 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
-from harness.lockstep.signature import LOST, Signature, of_loss
-from harness.report.findings import findings
+from harness.lockstep.signature import LOST, Signature
+from harness.report.findings import signatures
 from harness.scenario.ops import Scenario
 from harness.scenario.shrink import bare, candidates, cost, without_chunks
 from harness.session import Done, Session, Unit
@@ -73,13 +72,6 @@ class Repeated(NamedTuple):
         if self.kind == Kind.DEPENDS and not self.before:
             return f"only on a machine that was just booted{rate}"
         return f"{self.kind}{rate}"
-
-
-def signatures(result: Result, strict: bool) -> set[Signature]:
-    """Of what a result shows that is new: its findings, or how the machine was lost, which comes before them."""
-    if result.lost is not None:
-        return {of_loss(result.lost)}
-    return {one.signature for one in findings(result.divergences) if one.is_new(strict)}
 
 
 class Trials:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.cli import _parser, _targeted
+from harness.cli import _parser
 from harness.errors import UsageError
+from harness.options import targeted
 from harness.scenario import files, sweepfiles
 from harness.scenario.ops import Scenario
 from tests.conftest import LIBRARY, ROOT
@@ -277,9 +278,9 @@ def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: p
     options = _parser().parse_args(["run", *arguments])
     if machine is None:
         with pytest.raises(UsageError, match="are for --machine kvm-on-tcg"):
-            _targeted(options)
+            targeted(options)
     else:
-        assert _targeted(options).chosen().machine == machine
+        assert targeted(options).chosen().machine == machine
 
 
 @pytest.mark.parametrize("missing", ["apt", "package", "busybox", "cache"])
@@ -304,7 +305,7 @@ def test_without_a_kernel_it_is_tcg_and_the_reason_is_told(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     if missing == "cache":
         (cache / "twinwalk").write_text("a file where the folder should be")
-    assert _targeted(_parser().parse_args(["run"])).chosen().machine == "tcg"
+    assert targeted(_parser().parse_args(["run"])).chosen().machine == "tcg"
     told = capsys.readouterr().err
     assert "no KVM is tested, only QEMU (--machine tcg)" in told
     assert "--kernel" in told

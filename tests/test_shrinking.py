@@ -10,9 +10,10 @@ from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.signature import LOST, Signature
 from harness.model.registers import Cpu
+from harness.report.findings import signatures
 from harness.scenario import writer
 from harness.scenario.ops import Scenario
-from harness.shrinking import Kind, Repeated, Trials, repeat, shrink, signatures
+from harness.shrinking import Kind, Repeated, Trials, repeat, shrink
 from harness.wire.image import Image
 from harness.wire.program import Step
 from tests.lockstep.fake import FakeMachine, Plant

@@ -122,7 +122,8 @@ def start(
             release, number = _version(host)
             layers = (Layer("kvm", number), Layer("qemu-tcg", version))
             identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
-                                tuple(options.parameters), options.pages)
+                                tuple(options.parameters), options.pages,
+                                microcode=host.process.microcode())
             file, pages = _pages(host, image, guests.loaded(elf), options.pages)
             memory = pieces.view(host.process.memory_fd, image.ram_end, pages)
             trace, identity = _observe(host, identity)

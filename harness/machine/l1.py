@@ -42,6 +42,8 @@ class Identity:
     l1_pages: str = ""
     contexts: str = ""
     """Whether the MMU contexts of the KVM under L1 are observed, or why not."""
+    microcode: int = 0
+    """MSR 8Bh."""
     maxphyaddr: int = 0
     svm_revision: int = 0
     asids: int = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from qemu.qmp import QMPError
+from qemu.qmp import ExecuteError, QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from harness.errors import LaunchFailed, MachineLost
@@ -128,6 +128,14 @@ class Qemu:
             return self._monitor.cmd(name, **arguments)
         except _GONE as reason:
             raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
+
+    def microcode(self) -> int:
+        """The patch level that the CPU reports in MSR 8Bh; 0 where it has none."""
+        assert self._monitor is not None
+        path = self.command("query-cpus-fast")[0]["qom-path"]
+        with suppress(ExecuteError):
+            return int(str(self._monitor.cmd("qom-get", path=path, property="ucode-rev")))
+        return 0
 
     def stop(self) -> None:
         """All of QEMU stands still, its monitor too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
@@ -37,6 +38,7 @@ class TcgMachine(L1Machine):
     def boot(self) -> None:
         """Let L1 run until it says hello. Raises LaunchFailed if it does not."""
         check_cpu(self._process, self.identity.cpu_model)
+        self.identity = replace(self.identity, microcode=self._process.microcode())
         self._process.command("cont")
         start = time.monotonic()
         while (hello := self.channel.hello()) is None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from harness.lockstep.compare import Divergence
-from harness.lockstep.signature import Signature, signature
+from harness.lockstep.driver import Result
+from harness.lockstep.signature import Signature, of_loss, signature
 from harness.model.access import NestedPageFault, Outcome, PageFault, Reached
 from harness.model.vmcb import FIELDS
 from harness.model.walk import Walk
@@ -104,6 +105,13 @@ def findings(divergences: Iterable[Divergence]) -> list[Finding]:
         Finding(group[0].scenario, op, probe, tuple(sorted(group, key=_weight)), entries.get(op, {}))
         for (op, probe, _), group in groups.items()
     ]
+
+
+def signatures(result: Result, strict: bool) -> set[Signature]:
+    """Of what a result shows that is new: its findings, or how the machine was lost, which comes before them."""
+    if result.lost is not None:
+        return {of_loss(result.lost)}
+    return {one.signature for one in findings(result.divergences) if one.is_new(strict)}
 
 
 def _weight(one: Divergence) -> tuple[bool, str]:

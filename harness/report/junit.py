@@ -1,7 +1,7 @@
 """The `--junit` file: JUnit XML, one test case for each scenario.
 
 A new divergence is a failure, with both walks as its text; a lost machine is an error; a known erratum
-is named in the case's output; a scenario that was not run is skipped.
+is named in the case's output, and so is a finding's bundle; a scenario that was not run is skipped.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def _case(result: Result, summary: Summary) -> ET.Element:
     if result.lost is not None:
         attributes = _attributes(type="MachineLost", message=result.lost.reason)
         ET.SubElement(case, "error", attributes).text = harmless(str(result.lost))
-    known = _known(result, summary)
-    if known:
-        ET.SubElement(case, "system-out").text = harmless(known)
+    said = [*_bundles(result, summary), *_known(result, summary)]
+    if said:
+        ET.SubElement(case, "system-out").text = harmless("\n".join(said))
     return case
 
 
@@ -97,10 +97,15 @@ def _failure(result: Result, scenario: Scenario | None, strict: bool) -> tuple[s
     return headline(new[0], scenario), "\n" + "\n\n".join(parts) + "\n"
 
 
-def _known(result: Result, summary: Summary) -> str:
+def _bundles(result: Result, summary: Summary) -> list[str]:
+    """Of findings that this scenario was the first to show."""
+    return [f"bundle {one.bundle}" for one in summary.found if one.bundle and one.scenario == result.scenario]
+
+
+def _known(result: Result, summary: Summary) -> list[str]:
     counts = Counter(name for d in result.divergences for name in errata_of(d))
     titles = {known.erratum.id: known.erratum.title for known in summary.known}
-    return "\n".join(f"known erratum {name}: {titles.get(name, '')} (divergences: {counts[name]})" for name in counts)
+    return [f"known erratum {name}: {titles.get(name, '')} (divergences: {counts[name]})" for name in counts]
 
 
 def _skipped(name: str, summary: Summary, why: str) -> ET.Element:

@@ -58,6 +58,8 @@ class Found:
     count: int
     scenario: str
     what: str
+    bundle: str = ""
+    """Where its bundle is, if one was made."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,8 @@ def describe_machine(machine: Mapping[str, Any] | None) -> str:
         parts.append(f"QEMU {rest.pop('qemu_version', '?')} ({rest.pop('qemu')}),")
     if "cpu_model" in rest:
         parts.append(f"CPU {rest.pop('cpu_model')},")
+    if "microcode" in rest:
+        parts.append(f"microcode {rest.pop('microcode'):#x},")
     if "maxphyaddr" in rest:
         parts.append(f"{rest.pop('maxphyaddr')} physical address bits,")
     if "asids" in rest:

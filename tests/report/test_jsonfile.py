@@ -145,6 +145,6 @@ def test_findings() -> None:
     twice = [divergence(field="value", expected=1, observed=2, probe=n) for n in (0, 1)]
     found = document(results=[result(*twice), result(lost=MachineLost("it hangs"))])["findings"]
     assert found == [
-        {"check": "C1", "field": "value", "rule": "exit.host", "count": 2, "scenario": NAME},
-        {"check": "lost", "field": "it hangs", "rule": "", "count": 1, "scenario": NAME},
+        {"check": "C1", "field": "value", "rule": "exit.host", "count": 2, "scenario": NAME, "bundle": None},
+        {"check": "lost", "field": "it hangs", "rule": "", "count": 1, "scenario": NAME, "bundle": None},
     ]

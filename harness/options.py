@@ -1,0 +1,73 @@
+"""Options that more than one command has: what is to be tested, and how L1 and the checker keep step."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from harness.errors import UsageError
+from harness.machine import kvm_on_tcg
+from harness.target import AUTO, MACHINES, Target, say
+
+LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """What is to be tested: see `targeted`."""
+    parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
+                        help="where L1 runs: on QEMU's SVM (tcg), or on KVM above it (default: auto, which is "
+                             "kvm-on-tcg; but tcg where only something of QEMU is given, or no kernel can be had)")
+    parser.add_argument("--qemu", metavar="PATH",
+                        help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
+    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+    parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
+                        help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
+    host = parser.add_argument_group("for --machine kvm-on-tcg")
+    host.add_argument("--kernel", type=Path, metavar="PATH",
+                      help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
+                           "distribution's, fetched with apt)")
+    host.add_argument("--modules", type=Path, metavar="DIR", help="the folder that its modules lie in")
+    host.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
+                      help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
+    host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
+                      help="the pages that back L1's memory in L0 (default: 2m)")
+
+
+def targeted(options: argparse.Namespace) -> Target:
+    """The target that `add_target`'s options ask for. Raises UsageError for such as do not go together."""
+    host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
+    if options.machine == "tcg" and host != kvm_on_tcg.DEFAULT:
+        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
+    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host, say)
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """How L1 and the checker keep step, and on how many machines: see `is_pipelined`."""
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=None,
+                      help="L1 waits for the checker at every record (the default on tcg)")
+    mode.add_argument("--pipelined", action="store_true", default=None,
+                      help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
+    parser.add_argument("--jobs", type=positive, metavar="N",
+                        help="machines at once (default: one for two cores on tcg, 1 on kvm-on-tcg)")
+
+
+def is_pipelined(options: argparse.Namespace, target: Target) -> bool:
+    """Whether the checker follows behind L1: as `add_mode`'s options say, or as is best for the `target`."""
+    return target.machine == "kvm-on-tcg" if options.pipelined is None else bool(options.pipelined)
+
+
+def count(text: str) -> int:
+    """An option's value: a whole number, 0 included."""
+    number = int(text.replace("_", ""))
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def positive(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if not (number := count(text)):
+        raise ValueError
+    return number

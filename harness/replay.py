@@ -1,0 +1,138 @@
+"""`twinwalk replay`: a bundle's scenario on this machine or another: is the finding still there?"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from harness.bundling import Seen, Setup, our_version, watch
+from harness.errors import LaunchFailed, UsageError
+from harness.lockstep import errata
+from harness.lockstep.signature import LOST
+from harness.machine import kvm_on_tcg
+from harness.options import LIBRARY, add_target
+from harness.report import terminal
+from harness.report.bundle import Bundle, read
+from harness.report.findings import findings
+from harness.report.styled import Line, harmless, line, wrap
+from harness.report.summary import describe_machine
+from harness.report.walks import draw
+from harness.scenario import files
+from harness.shrinking import Kind, Repeated
+from harness.target import MACHINES, Target, say
+
+REPRODUCED: Final = 1
+NOT_REPRODUCED: Final = 0
+CANNOT_TELL: Final = 125
+"""What `git bisect run` takes for a version that cannot be tested."""
+
+_MODEL: Final = re.compile(r"[\w.+=,-]+")
+_PARAMETER: Final = re.compile(r"[\w.]+=[\w.,-]+")
+
+
+def add(commands: Any) -> None:
+    """The command, to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "replay", help="try whether a bundle's finding is there",
+        epilog="exit codes: 1 reproduced, 0 not reproduced (what was seen instead is shown), 125 it cannot be tested "
+               "here: the machine does not start, dies of something else, or lacks what the scenario needs. So "
+               "`git bisect run twinwalk replay BUNDLE ...` finds who mended it, or broke it. 2 wrong use, or a "
+               "bundle that is damaged.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder NAME.twin, of `run --bundles`")
+    add_target(parser)
+    parser.set_defaults(machine=None, cpu=None, l1_pages=None, command=_replay)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    bundle = read(options.bundle)
+    target = targeted(options, bundle, options.bundle).chosen()
+    screen = terminal.Screen()
+    screen.show(_head(bundle, target, screen.width))
+    about = bundle.about
+    repeated = Repeated(Kind(about.kind), about.seen, about.tried, bundle.before)
+    setup = Setup(target, errata.load(LIBRARY / files.ERRATA_FOLDER), about.pipelined, about.strict)
+    seen = None
+    try:
+        for _ in range(repeated.times):
+            seen = watch(setup, bundle.scenario, bundle.before)
+            if seen.shows(about.signature, about.strict) or seen.result.skipped or seen.result.senseless:
+                break
+    except LaunchFailed as reason:
+        screen.show(wrap(f"cannot be tested here: {harmless(str(reason))}", screen.width))
+        return CANNOT_TELL
+    assert seen is not None
+    code, lines = _verdict(bundle, seen, repeated.times, screen.width)
+    screen.show(lines)
+    return code
+
+
+def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:
+    """What to replay on: what is said, else a machine like the bundle's. Programs and what is handed to them are never
+    the bundle's, which may come from anybody: those must be named. Raises UsageError."""
+    theirs = bundle.about.target
+    machine = options.machine or _one(path, theirs, "machine", str, lambda v: v in MACHINES)
+    cpu = options.cpu or _one(path, theirs, "cpu", str, lambda v: _MODEL.fullmatch(v))
+    pages = options.l1_pages or "2m"
+    parameters = tuple(options.kvm_param)
+    if machine == "kvm-on-tcg":
+        pages = options.l1_pages or _one(path, theirs, "l1_pages", str, lambda v: v in ("2m", "4k"))
+        parameters = parameters or tuple(_one(path, theirs, "kvm_parameters", list, lambda v: all(
+            isinstance(one, str) and _PARAMETER.fullmatch(one) for one in v)))
+    elif options.kernel or options.modules or parameters or options.l1_pages:
+        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
+    host = kvm_on_tcg.Options(options.kernel, options.modules, parameters, pages)
+    return Target(machine, options.qemu, cpu, tuple(options.qemu_arg), host, say)
+
+
+def _one(path: Path, target: Mapping[str, Any], name: str, wanted: type, holds: Any) -> Any:
+    value = target.get(name)
+    if type(value) is not wanted or not holds(value):
+        raise UsageError(f"{path}: its {name} cannot be {str(value)[:60]!r}: give it as an option")
+    return value
+
+
+def _head(bundle: Bundle, target: Target, width: int) -> list[Line]:
+    about = bundle.about
+    lines = wrap(f"{about.signature}; {Repeated(Kind(about.kind), about.seen, about.tried, bundle.before)}", width,
+                 "finding  ")
+    lines += wrap(f"{bundle.scenario.title} ({len(bundle.scenario.ops)} ops; found in {about.found_in})", width,
+                  "         ")
+    lines += wrap(harmless(describe_machine(about.machine)), width, "seen on  ")
+    if about.twinwalk != our_version():
+        lines += wrap(f"written by twinwalk {about.twinwalk}, this is {our_version()}", width, "         ")
+    named = {"qemu": target.qemu, "kernel": target.l0.kernel, "modules": target.l0.modules,
+             "qemu_args": target.qemu_args}
+    for name, ours in named.items():
+        if about.target.get(name) and not ours:
+            lines += wrap(harmless(f"seen with --{name.replace('_', '-').rstrip('s')} {about.target[name]}, which is "
+                                   "not taken from a bundle: give it to test the same"), width, "         ")
+    return lines
+
+
+def _verdict(bundle: Bundle, seen: Seen, times: int, width: int) -> tuple[int, list[Line]]:
+    about, result = bundle.about, seen.result
+    here = wrap(describe_machine(seen.machine), width, "here     ")
+    finding = seen.finding(about.signature, about.strict)
+    if result.skipped or result.senseless:
+        return CANNOT_TELL, [*here, *wrap(f"cannot be tested here: {result.skipped or result.senseless}", width)]
+    if seen.shows(about.signature, about.strict):
+        drawn = draw(finding, bundle.scenario, width) if finding is not None else wrap(
+            harmless(str(result.lost)), width)
+        return REPRODUCED, [*here, line(""), *drawn, line(""), line("reproduced")]
+    if result.lost is not None:
+        text = f"cannot be tested here: {harmless(str(result.lost))}"
+        if about.check == LOST:
+            text = f"{text}\nthe bundle's loss is another: {about.field}"
+        return CANNOT_TELL, [*here, *(line(one) for one in text.splitlines())]
+    instead = [one for one in findings(result.divergences) if one.is_new(about.strict)]
+    tries = f" in {times} tries" if times > 1 else ""
+    lines = [*here]
+    for one in instead:
+        lines += [line(""), *draw(one, bundle.scenario, width)]
+    known = len(result.divergences) - sum(one.is_new(about.strict) for one in instead)
+    what = f"{len(instead)} other findings" if instead else "all agreed" if not known else "known errata only"
+    return NOT_REPRODUCED, [*lines, line(""), line(f"not reproduced{tries}: {what}")]
