@@ -1,4 +1,4 @@
-"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `matrix`, `bench`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from harness import bundling, fetching, replay
+from harness import bundling, fetching, matrix, replay
 from harness.bundling import Setup
-from harness.errors import TwinwalkError, UsageError
+from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
 from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, targeted
@@ -22,8 +22,8 @@ from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, run
 from harness.scenario import files, sweepfiles, writer
-from harness.scenario.ops import Scenario
 from harness.scenario.sweep import Sweep
+from harness.selection import selected, selection
 from harness.sweeping import BUDGET, Plan, Record
 from harness.target import AUTO
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     runner = commands.add_parser("run", help="run scenarios in lockstep")
-    _selection(runner)
+    selection(runner)
     add_target(runner)
     runner.add_argument("--strict", action="store_true", help="count known errata as divergences")
     runner.add_argument("--fail-fast", action="store_true", help="stop at the first new divergence")
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.set_defaults(command=_run)
 
     lister = commands.add_parser("list", help="list scenarios")
-    _selection(lister)
+    selection(lister)
     lister.add_argument("--write", type=Path, metavar="FOLDER", help="write each of them to a file in FOLDER")
     lister.set_defaults(command=_list)
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     replay.add(commands)
     fetching.add(commands)
+    matrix.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     add_target(doctor)
     doctor.set_defaults(command=_doctor)
@@ -101,49 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE",
-                        help="scenario files or folders (default: the library)")
-    parser.add_argument("-k", dest="expression", default="", metavar="EXPR",
-                        help="only scenarios whose name contains EXPR; `and`, `or` and `not` combine")
-
-
-class _Picked(NamedTuple):
-    """What is to be run: scenarios, those among them that are single cases of a sweep, and whole sweeps."""
-
-    scenarios: list[Scenario]
-    sweeps: list[Sweep]
-
-
-def _selected(options: argparse.Namespace) -> _Picked:
-    paths, expression = options.paths or [LIBRARY], options.expression
-    chosen = files.load(paths, lambda name: _matches(expression, name))
-    sweeps = sweepfiles.load(paths, lambda name: _matches(expression, name) or any(_terms(expression, name)))
-    chosen += _cases(expression, sweeps)
-    picked = _Picked(chosen, [sweep for sweep in sweeps if _matches(expression, sweep.name)])
-    if not any(picked):
-        raise UsageError(f"-k {expression!r} matches none of the scenarios and sweeps: see `twinwalk list`")
-    return picked
-
-
-def _cases(expression: str, sweeps: Sequence[Sweep]) -> Iterator[Scenario]:
-    """The cases of sweeps that an expression names in full, as `sweeps/joint[...]`."""
-    for sweep in sweeps:
-        for name in _terms(expression, sweep.name):
-            try:
-                yield sweep.scenario(sweep.case(name))
-            except ValueError as reason:
-                raise UsageError(f"-k: {name}: {reason}") from None
-
-
-def _terms(expression: str, sweep: str) -> Iterator[str]:
-    """What in an expression is the name of a case of that sweep."""
-    for term in expression.split(" or "):
-        name = term.strip()
-        if name.startswith(f"{sweep}[") and name.endswith("]"):
-            yield name
-
-
 def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) -> Plan | None:
     """How many cases of which sweeps are run."""
     if not sweeps:
@@ -153,22 +111,6 @@ def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) ->
     return Plan(sweeps, None if options.exhaustive else options.budget, options.seed, record)
 
 
-def _matches(expression: str, name: str) -> bool:
-    """`a and not b or c` over parts of a name; `and` binds closer than `or`."""
-    if not expression.strip():
-        return True
-    alternatives = [group.split(" and ") for group in f" {expression} ".split(" or ")]
-    return any(all(_holds(term.split(), expression, name) for term in group) for group in alternatives)
-
-
-def _holds(term: list[str], expression: str, name: str) -> bool:
-    negated = term[:1] == ["not"]
-    rest = term[1:] if negated else term
-    if len(rest) != 1 or rest[0] in ("and", "or", "not"):
-        raise UsageError(f"-k: cannot make sense of {expression!r}; write e.g. 'nested and not write'")
-    return (rest[0] in name) != negated
-
-
 def _run(options: argparse.Namespace) -> int:
     if options.json:
         jsonfile.check(options.json)
@@ -176,7 +118,7 @@ def _run(options: argparse.Namespace) -> int:
         junit.check(options.junit)
     if options.bundles:
         bundle.check_folder(options.bundles, "--bundles")
-    picked, target = _selected(options), targeted(options).chosen()
+    picked, target = selected(options.paths, options.expression), targeted(options).chosen()
     scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
     pipelined = is_pipelined(options, target)
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
@@ -224,7 +166,7 @@ def _command() -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    chosen = _selected(options)
+    chosen = selected(options.paths, options.expression)
     names = [scenario.name for scenario in chosen.scenarios] + [sweep.name for sweep in chosen.sweeps]
     width = min(60, max(map(len, names)))
     for scenario in chosen.scenarios:

@@ -70,11 +70,12 @@ def run(
     outcome: Outcome | None = None,
     sweeps: Plan | None = None,
     jobs: int = 1,
+    careful: bool = True,
 ) -> Outcome:
     """Run `scenarios`, then the cases of `sweeps`, on `target`. `on_result` sees each result as it comes;
     `outcome`, if given, is filled as the run goes, so that an interrupted one keeps what was checked.
     `strict` counts known errata as divergences, for `fail_fast`. With `jobs` machines at once results, and
-    their order, are the same as with one.
+    their order, are the same as with one. Unless `careful`, what a machine is known not to survive is run as well.
 
     Raises UsageError for a scenario that makes no sense, before it is run (for a case of a sweep, at the
     end); LaunchFailed if the machine cannot be started at all; WorkerLost if a process with a machine ended.
@@ -104,7 +105,7 @@ def run(
         latest.append(scenario)
         on_result(result)
 
-    source = Pool(jobs, target, errata, pipelined) if jobs > 1 else Session(target, errata, pipelined)
+    source = Pool(jobs, target, errata, pipelined) if jobs > 1 else Session(target, errata, pipelined, careful=careful)
     try:
         with source:
             try:

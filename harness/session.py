@@ -19,6 +19,7 @@ from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result, Witness
 from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.hazards import Hazards
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
@@ -54,6 +55,7 @@ class _Running(NamedTuple):
     lockstep: Lockstep
     compiler: Compiler
     twin: Twin
+    hazards: Hazards
 
 
 class Session:
@@ -61,9 +63,12 @@ class Session:
     is shown every record of a VMRUN."""
 
     def __init__(
-        self, target: Target, errata: Sequence[Erratum], pipelined: bool, witness: Witness | None = None
+        self, target: Target, errata: Sequence[Erratum], pipelined: bool, witness: Witness | None = None,
+        careful: bool = True,
     ) -> None:
+        """Unless `careful`, what the machine is known not to survive is tried all the same."""
         self._target, self._errata, self._pipelined, self._witness = target, errata, pipelined, witness
+        self._careful = careful
         self._machine = ExitStack()
         self._running: _Running | None = None
         self.identity: Identity | None = None
@@ -87,7 +92,7 @@ class Session:
         losses, sifted = 0, False
         while losses < MAX_LOST and queue.more():
             try:
-                _, lockstep, compiler, twin = self._running or self._boot()
+                _, lockstep, compiler, twin, hazards = self._running or self._boot()
             except LaunchFailed as failed:
                 if self.identity is None:
                     raise
@@ -96,8 +101,8 @@ class Session:
                 lost = MachineLost(f"it could not be started again: {failed}")
                 yield Done(scenario, Result(scenario.name, lost=lost), unit.cases)
                 continue
-            if not sifted and (unit.doubtful or not compiler.usual):
-                yield from queue.sift(compiler, twin)
+            if not sifted and (hazards or unit.doubtful or not compiler.usual):
+                yield from queue.sift(compiler, twin, hazards)
             sifted = True
             for result in lockstep.run(queue.programs(compiler, twin)):
                 if result.lost is not None:
@@ -121,7 +126,8 @@ class Session:
         twin = Twin(machine.image, machine.cpu, machine.liberties)
         lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
                             _contexts(machine), self._witness)
-        self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin)
+        hazards = Hazards((one.hazard, one.id) for one in known if one.hazard and self._careful)
+        self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin, hazards)
         return self._running
 
     def shut_down(self) -> None:
@@ -165,14 +171,15 @@ class _Queue:
                 rehearse(twin, program, expectations=compiler.usual)
                 yield program
 
-    def sift(self, compiler: Compiler, twin: Twin) -> Iterator[Done]:
-        """Take out what makes no sense on this CPU, which is another than that which expectations are written for."""
+    def sift(self, compiler: Compiler, twin: Twin, hazards: Hazards) -> Iterator[Done]:
+        """Take out what makes no sense on this CPU, which is another than that which expectations are written for, and
+        what the machine is known not to survive."""
         fitting = []
         for batch in self._todo:
             fits = []
             for scenario in batch:
                 try:
-                    rehearse(twin, compiler.compile(scenario), expectations=False)
+                    rehearse(twin, compiler.compile(scenario), hazards.see, expectations=False, enter=hazards.enter)
                     fits.append(scenario)
                 except UsageError as reason:
                     yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)

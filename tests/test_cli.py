@@ -20,6 +20,7 @@ from harness.errors import UsageError
 from harness.options import targeted
 from harness.scenario import files, sweepfiles
 from harness.scenario.ops import Scenario
+from harness.selection import matches
 from tests.conftest import LIBRARY, ROOT
 from tests.quality.mutants import plant
 from tests.scenario.texts import run, text
@@ -65,14 +66,14 @@ class TestExpression:
         ],
     )
     def test_selects(self, expression: str, names: list[str]) -> None:
-        assert [n for n in ("nested-write", "nested-read", "guest-write") if cli._matches(expression, n)] == names
+        assert [n for n in ("nested-write", "nested-read", "guest-write") if matches(expression, n)] == names
 
     @pytest.mark.parametrize(
         "expression", ["and", "or", "not", "a and", "or a", "a b", "a not b", "a and and b", "not not a"]
     )
     def test_makes_no_sense(self, expression: str) -> None:
         with pytest.raises(UsageError, match="-k"):
-            [cli._matches(expression, name) for name in ("a", "b", "ab", "")]
+            [matches(expression, name) for name in ("a", "b", "ab", "")]
 
     def test_matches_nothing(self, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["list", str(good), "-k", "zebra"]) == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
+from harness.lockstep.hazards import HAZARDS
 from harness.lockstep.quirks import QUIRKS, below
 from harness.model.coverage import Cell
 from harness.model.entries import A, D
@@ -25,7 +26,7 @@ Version = tuple[int, ...]
 _KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": str, "checks": list, "fields": list,
                 "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
                 "reference": str, "consequences": bool, "quirk": str, "surfaces": bool,
-                "unreachable": list}
+                "unreachable": list, "severity": str, "shown": list, "fixed": list, "hazard": str, "below": bool}
 _REQUIRED: Final = ("id", "title", "machine", "explanation", "reference")
 
 
@@ -35,14 +36,19 @@ class Erratum:
 
     `fields` and `rules` are patterns (`*` is any text). `differs` lists what expected XOR observed may
     be; `expected` and `observed` are regular expressions over the two as text (integers in hex).
-    `since` and `until` are versions, both included; None is no bound. With `consequences`, accessed
+    `since` and `until` are versions, both included; None is no bound. `fixed` are versions that have it right, where
+    older series were mended too: the newest of them and all behind it, and of each other one what follows in its own
+    series (of the same first two numbers). With `consequences`, accessed
     and dirty bits of the same probe's walk that follow from the erratum belong to it. `quirk`
     names a variation of the walk (harness.lockstep.quirks) under which all agrees: in place of a predicate, or
     beside one that suffices where nothing follows from it. One that
     `surfaces` is seen through a hypervisor that runs L1 on this machine, where it is a quirk in L2's own walks only,
-    and its predicate does not hold.
+    and its predicate does not hold. One that is `below` is seen in no other way.
     `unreachable` are words of coverage cells (harness.model.coverage), such as a pair of modes: those that have
-    them all cannot be reached on such a machine, because L2 does not run.
+    them all cannot be reached on such a machine, because L2 does not run. `severity` says what a guest can make of
+    it: empty where that is nothing but a wrong value of its own. `shown` are scenarios, each of which shows it wherever
+    it is: where one ran and nothing does, it is stale. `hazard`, in place of a predicate, names what the machine does
+    not survive (harness.lockstep.hazards): it is not tried.
     """
 
     id: str
@@ -62,6 +68,11 @@ class Erratum:
     quirk: str = ""
     surfaces: bool = False
     unreachable: tuple[str, ...] = ()
+    severity: str = ""
+    shown: tuple[str, ...] = ()
+    fixed: tuple[Version, ...] = ()
+    hazard: str = ""
+    below: bool = False
 
     def bars(self, cell: Cell) -> bool:
         """Whether `cell` is one of those that are `unreachable`."""
@@ -74,6 +85,8 @@ class Erratum:
         if machine != self.machine:
             return False
         if self.since is not None and version[: len(self.since)] < self.since:
+            return False
+        if any(version >= one and (one == max(self.fixed) or version[:2] == one[:2]) for one in self.fixed):
             return False
         return self.until is None or version[: len(self.until)] <= self.until
 
@@ -96,12 +109,20 @@ def of_layers(errata: Iterable[Erratum], layers: Sequence[tuple[str, Version]]) 
     """The errata of a machine made of `layers`, each with its version: that which runs L1 first, then those below
     it, of which only those count that surface. In the order of the layers."""
     errata = list(errata)
-    out = [erratum for erratum in errata if erratum.holds_for(*layers[0])]
+    out = [erratum for erratum in errata if erratum.holds_for(*layers[0]) and not erratum.below]
     for layer in layers[1:]:
         for erratum in errata:
-            if erratum.surfaces and erratum.holds_for(*layer):
+            if (erratum.surfaces or erratum.below) and erratum.holds_for(*layer):
                 out.append(replace(erratum, quirk=below(erratum.quirk), checks=()) if erratum.quirk else erratum)
     return out
+
+
+def outdated(errata: Iterable[Erratum], machine: str, version: Version, ran: Set[str],
+             found: Collection[str]) -> list[Erratum]:
+    """Those that are said to be of `machine` in `version`, and are not: of whose scenarios some `ran`, while their ids
+    are not among those that were `found`."""
+    return [erratum for erratum in errata if erratum.holds_for(machine, version) and erratum.id not in found
+            and not erratum.below and not ran.isdisjoint(erratum.shown)]
 
 
 def quirks_of(errata: Iterable[Erratum]) -> dict[str, str]:
@@ -181,12 +202,19 @@ def _erratum(path: Path, table: Mapping[str, Any]) -> Erratum:
             raise UsageError(f"{path}: {name}: {key!r} is no regular expression: {reason}") from None
     if table.get("quirk", next(iter(QUIRKS))) not in QUIRKS:
         raise UsageError(f"{path}: {name}: no quirk is called {table['quirk']!r}; there are {', '.join(QUIRKS)}")
-    if not table.get("quirk") and not all(table.get(key) for key in ("checks", "fields", "rules")):
-        raise UsageError(f"{path}: {name}: it needs checks, fields and rules, or a quirk")
+    if table.get("hazard", next(iter(HAZARDS))) not in HAZARDS:
+        raise UsageError(f"{path}: {name}: no hazard is called {table['hazard']!r}; there are {', '.join(HAZARDS)}")
+    predicate = all(table.get(key) for key in ("checks", "fields", "rules"))
+    if not (table.get("quirk") or table.get("hazard") or predicate):
+        raise UsageError(f"{path}: {name}: it needs checks, fields and rules, or a quirk or a hazard")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    def version(key: str, text: object) -> Version:
+        if not isinstance(text, str) or not re.fullmatch(r"\d+(\.\d+)*", text):
+            raise UsageError(f"{path}: {name}: {key!r} must be a version such as 7.2, not {text!r}")
+        return tuple(map(int, text.split(".")))
+
     for key in ("since", "until"):
         if key in values:
-            if not re.fullmatch(r"\d+(\.\d+)*", values[key]):
-                raise UsageError(f"{path}: {name}: {key!r} must be a version such as 7.2, not {values[key]!r}")
-            values[key] = tuple(map(int, values[key].split(".")))
+            values[key] = version(key, values[key])
+    values["fixed"] = tuple(version("fixed", text) for text in table.get("fixed", ()))
     return Erratum(**values)

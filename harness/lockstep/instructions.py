@@ -9,12 +9,15 @@ from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
+    CR_READS_AS_CR0,
     EMULATED_BELOW,
     ICEBP_UNDEFINED,
     INVD_AS_WBINVD,
+    INVD_WITHOUT_CPL,
     LMSW_BY_BITS,
     MAPS_TO_THE_BYTE,
     RDTSCP_AS_RDTSC,
+    SKINIT_UNDEFINED,
     XSETBV_NOT_INTERCEPTED,
 )
 from harness.model import events, intercepts
@@ -37,7 +40,9 @@ OTHERS: Final = QUIET | {
 }
 """Those that this module carries out."""
 
-_TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RDTSC, "rdtsc")}
+_TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RDTSC, "rdtsc")} | {
+    f"rdcr{n}": (CR_READS_AS_CR0, "rdcr0") for n in (2, 3, 4, 8)
+}
 """Quirks: instructions that another one's intercept is checked for."""
 
 _INT_VECTOR: Final = 13
@@ -55,8 +60,11 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         l2.exception(Event.exception(events.UD))
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)
-    if l2.regs.cpl and kind not in stub.UNPRIVILEGED:
+    open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL))
+    if l2.regs.cpl and not open_to_all:
         l2.exception(Event.exception(events.GP))
+    if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
+        l2.exception(Event.exception(events.UD))
     if kind in _TAKEN_FOR and quirks.has(_TAKEN_FOR[kind][0]):
         _check(l2, _TAKEN_FOR[kind][1], size, address, value, kind)
     elif kind in INTERCEPTS and kind not in FIRST:
@@ -96,7 +104,12 @@ def _in_pae(l2: L2) -> bool:
 
 def end_of_emulation(l2: L2) -> None:
     """What L2 sees of it: its own code cannot be fetched."""
-    regs = l2.regs
+    regs, seen = l2.regs, l2.state.seen
+    nested_table = ErrorCode.GUEST_TABLE | ErrorCode.U | ErrorCode.W
+    if (seen is not None and seen.next_probe == l2.out.next_probe and seen.exitcode == ExitCode.NPF
+            and seen.fault_code == nested_table and l2.state.vmcb["np_control"] & NP_ENABLE):
+        # PDPTEs of an earlier program, which it has kept since those of now are refused
+        raise Leave(ExitCode.NPF, nested_table, seen.fault_address, rule="nested.present")
     if not l2.state.vmcb["np_control"] & NP_ENABLE:
         l2.exception(Event.exception(events.GP))
     code = ErrorCode.ID if regs.efer & EFER.NXE or regs.cr4 & CR4.SMEP else 0

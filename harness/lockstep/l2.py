@@ -9,7 +9,13 @@ from harness.errors import UsageError
 from harness.lockstep import devices, instructions, stale, stub
 from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EXCLUSIVE_LOSES_FLAGS, JUMP_NON_CANONICAL, RMW_READS_FIRST, V_IRQ_AT_PRIORITY
+from harness.lockstep.quirks import (
+    EXCLUSIVE_LOSES_FLAGS,
+    JUMP_NON_CANONICAL,
+    LAR_LOSES_FLAGS,
+    RMW_READS_FIRST,
+    V_IRQ_AT_PRIORITY,
+)
 from harness.lockstep.state import Entered, State
 from harness.model import dirty, events, local_apic, vmrun
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
@@ -250,6 +256,8 @@ class L2:
         self._note(walk)
         self.out.walks[index] = walk
         if not isinstance(walk.outcome, Reached):
+            if self.state.quirks.has(LAR_LOSES_FLAGS):
+                self.undefined["rflags"] = RFLAGS.STATUS
             self.fault(walk)
         descriptor = self.state.memory.words[self._own_memory(walk, "LAR") >> 3]
         conforming = descriptor >> 42 & 3 == 3

@@ -16,7 +16,7 @@ from harness.model.dirty import CUT, TABLE, Update
 from harness.model.entries import FRAME, PS, A, Format, G, Level, P
 from harness.model.events import EXCEPTION
 from harness.model.registers import CR4, EFER
-from harness.model.vmcb import Vmcb
+from harness.model.vmcb import MISC1_NMI, VIntr, Vmcb
 from harness.model.vmrun import Host
 from harness.model.walk import Paging, Walk
 
@@ -42,6 +42,10 @@ DOUBLE_FAULT_NOT_INTERCEPTED: Final = "double-fault-not-intercepted"
 LMSW_BY_BITS: Final = "lmsw-by-bits"
 MAPS_TO_THE_BYTE: Final = "maps-to-the-byte"
 XSETBV_NOT_INTERCEPTED: Final = "xsetbv-not-intercepted"
+CR_READS_AS_CR0: Final = "cr-reads-as-cr0"
+INVD_WITHOUT_CPL: Final = "invd-without-cpl"
+SKINIT_UNDEFINED: Final = "skinit-undefined"
+LAR_LOSES_FLAGS: Final = "lar-loses-flags"
 PAE_EMULATED: Final = "pae-emulated"
 SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 STRING_WRITE_HALVES: Final = "string-write-halves"
@@ -51,8 +55,8 @@ STRING_WRITE_HALVES: Final = "string-write-halves"
 @dataclass(frozen=True)
 class Quirk:
     """A variation of the translation in force, of what is asked of it at a CPL, or of what comes of a walk;
-    or of what VMRUN refuses: `accepts` says whether it goes on though that rule is broken, `refuses` whether
-    it stops though none is."""
+    or of what VMRUN refuses: `accepts` says whether it goes on though that rule is broken, `refuses` says
+    by which rule it stops though none is broken."""
 
     paging: Callable[[Paging], Paging] = lambda paging: paging
     access: Callable[[Access, int], Access] = lambda access, cpl: access
@@ -60,7 +64,7 @@ class Quirk:
     seen: Callable[[Walk], bool] = lambda walk: True
     """Whether a walk under such a `paging` may have come out otherwise for it."""
     accepts: Callable[[str, Vmcb, Host], bool] = lambda rule, vmcb, host: False
-    refuses: Callable[[Vmcb], bool] = lambda vmcb: False
+    refuses: Callable[[Vmcb], str] = lambda vmcb: ""
 
 
 def _levels(fmt: Format | None, change: Callable[[Format, Level], Level]) -> Format | None:
@@ -97,6 +101,17 @@ def _nested_pdpte(fmt: Format, level: Level) -> Level:
     if fmt.name != "PAE" or level.name != "pdpte":
         return level
     return level._replace(reserved_table=level.reserved_table & ~0x1E6)
+
+
+def _nested_pdpte_nowhere(paging: Paging, walk: Walk) -> Walk:
+    """A PDPTE of PAE mode whose frame is beyond the physical addresses is reported as one that is not present."""
+    match walk.outcome:
+        case NestedPageFault(code, address) if code & ErrorCode.RSVD and paging.nested is not None:
+            dimension, name, _, _, entry = walk.trail[-1]
+            if (dimension, name, paging.nested.name) == ("nested", "pdpte", "PAE") and (
+                    entry & paging.nested.levels[-1].reserved_leaf & FRAME):
+                return walk._replace(outcome=NestedPageFault(code & ~(ErrorCode.P | ErrorCode.RSVD), address))
+    return walk
 
 
 def _no_legacy_nested(paging: Paging) -> Paging:
@@ -166,6 +181,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8, _TOP, G),
     "pae-pdpte": _in_both(_pae_pdpte, ("pdpte",), P),
     "nested-pdpte-unchecked": Quirk(paging=lambda p: p._replace(nested=_levels(p.nested, _nested_pdpte))),
+    "nested-pdpte-nowhere": Quirk(walk=_nested_pdpte_nowhere),
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
@@ -191,6 +207,10 @@ QUIRKS: Final[dict[str, Quirk]] = {
     STRING_WRITE_HALVES: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
+    CR_READS_AS_CR0: Quirk(),
+    INVD_WITHOUT_CPL: Quirk(),
+    LAR_LOSES_FLAGS: Quirk(),
+    SKINIT_UNDEFINED: Quirk(),
     IST_NULL_SS: Quirk(),
     IDT_ERROR_OF_SLOT: Quirk(),
     IDT_ERROR_WITHOUT_EXT: Quirk(),
@@ -204,7 +224,10 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "cr4-pcide-unchecked": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & CR4.PCIDE)),
     "cr4-pks": _unchecked("vmrun.cr4-mbz", lambda vmcb, host: bool(vmcb["cr4"] & 1 << 24)),
     "efer-ffxsr-unchecked": _unchecked("vmrun.efer-mbz", lambda vmcb, host: bool(vmcb["efer"] & EFER.FFXSR)),
-    "efer-low-and-lmsle-refused": Quirk(refuses=lambda vmcb: bool(vmcb["efer"] & (0xFE | EFER.LMSLE))),
+    "efer-low-and-lmsle-refused": Quirk(
+        refuses=lambda vmcb: "vmrun.efer-mbz" if vmcb["efer"] & (0xFE | EFER.LMSLE) else ""),
+    "v-nmi-refused": Quirk(refuses=lambda vmcb: "vmrun.v-nmi" if (
+        vmcb["v_intr"] & VIntr.NMI_ENABLE and not vmcb["intercept_misc1"] & MISC1_NMI) else ""),
     "eventinj-reserved-unchecked": _unchecked("vmrun.eventinj", lambda vmcb, host: _vector(vmcb) not in (2, 31)),
     "eventinj-mode-unchecked": _unchecked("vmrun.eventinj-mode"),
 }
@@ -285,9 +308,9 @@ class Active:
     def on_refusal(self, broken: Iterable[str], vmcb: Vmcb, host: Host) -> str:
         """The rule by which this machine refuses a VMRUN that breaks the rules `broken`; or an empty string."""
         for name, quirk in self._quirks:
-            if quirk.refuses(vmcb):
+            if rule := quirk.refuses(vmcb):
                 self.played.add(name)
-                return "vmrun.efer-mbz"
+                return rule
         for rule in broken:
             accepting = [name for name, quirk in self._quirks if quirk.accepts(rule, vmcb, host)]
             if not accepting:

@@ -219,7 +219,8 @@ class Twin(State):
         if not self.mode.long:
             out.free["rax"] = ~0xFFFF_FFFF  # legacy mode has no upper halves
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:
-            out.free["rflags"] = RFLAGS.RF  # 15.5.1 and 15.7.1 leave open whether a fault saves it set
+            # 15.5.1 and 15.7.1 leave open whether a fault saves it set
+            out.free["rflags"] = out.free.get("rflags", 0) | RFLAGS.RF
         if "nrips" in self.cpu.features:
             vmcb["nrip"] = l2.regs.rip + leave.length if leave.length else 0
         out.control, out.save = self.vmcb_bytes()

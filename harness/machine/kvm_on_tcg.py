@@ -87,7 +87,9 @@ class KvmOnTcgMachine(L1Machine):
     def _lost(self, reason: str) -> MachineLost:
         if self.l0.process.exit_status() is None:
             try:
-                words = self.l0.try_run("tail -n 8 /tmp/qemu.log; dmesg | tail -n 12", 5.0)[1]
+                words = self.l0.try_run("grep 'run failed' /tmp/qemu.log; "
+                                        "dmesg | grep -E 'WARNING|BUG|RIP: 0010' | tail -n 4; "
+                                        "tail -n 8 /tmp/qemu.log; dmesg | tail -n 8", 5.0)[1]
                 reason = f"{reason}\nin L0:\n" + "\n".join(
                     f"    {line}" for line in words.decode(errors="replace").splitlines()
                 )

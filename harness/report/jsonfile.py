@@ -15,6 +15,7 @@
                  said around it, the event in question marked `>`
     findings     what is new, by signature, the most frequent first; each: check (`lost` for lost machines), field,
                  rule, count, scenario (the first one), bundle (the path of its bundle, or null)
+    outdated     errata, by id, that are said to be of this version and did not show where they should have
     skipped      scenarios that cannot be run on this CPU, by name, with the reason
     lost         each: scenario, reason, argv, log, last_record
     cells        what was checked, for `twinwalk coverage`; each: [rule, dimension, level, mode, outcome]
@@ -71,6 +72,7 @@ def document(summary: Summary) -> dict[str, Any]:
         "sweeps": [_sweep(tally) for tally in summary.sweeps],
         "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
         "findings": [_found(one) for one in summary.found],
+        "outdated": [erratum.id for erratum in summary.outdated],
         "skipped": dict(summary.skipped),
         "lost": [_lost(result) for result in summary.lost],
         "cells": [list(cell) for cell in summary.cells],

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
-from harness.lockstep.errata import Erratum
+from harness.lockstep.errata import Erratum, outdated
 from harness.lockstep.signature import Signature, of_loss
 from harness.lockstep.tally import Tally
 from harness.model.coverage import Cell
@@ -86,6 +86,9 @@ class Summary:
     found: tuple[Found, ...] = ()
     """What is new, the most frequent first."""
 
+    outdated: tuple[Erratum, ...] = ()
+    """Errata that are said to be of this version of what is under test, and did not show where they should have."""
+
     @property
     def lost(self) -> tuple[Result, ...]:
         """Results of scenarios in which the machine was lost."""
@@ -104,7 +107,7 @@ def summarize(
 ) -> Summary:
     """`identity` is the machine's identity, a dataclass; `errata` those that divergences may name; `cells` what
     was checked."""
-    by_name = {scenario.name: scenario for scenario in scenarios}
+    by_name, errata = {scenario.name: scenario for scenario in scenarios}, list(errata)
     everything = [d for result in results for d in result.divergences]
     done = {result.scenario for result in results}
     cases = {name for name in done if name.partition("[")[0] in {tally.name for tally in sweeps}}
@@ -139,6 +142,7 @@ def summarize(
         cells=tuple(sorted(cells)),
         sweeps=tuple(sweeps),
         stale=_stale(counted),
+        outdated=_outdated(identity, alone, everything, sweeps, errata),
         found=_found(results, strict),
     )
 
@@ -158,6 +162,17 @@ def _found(results: Iterable[Result], strict: bool) -> tuple[Found, ...]:
         if result.lost is not None:
             add(of_loss(result.lost), result.scenario, f"The machine was lost: {result.lost.reason}")
     return tuple(sorted(found.values(), key=lambda one: -one.count))
+
+
+def _outdated(identity: object | None, results: Iterable[Result], divergences: Iterable[Divergence],
+              sweeps: Iterable[Tally], errata: Iterable[Erratum]) -> tuple[Erratum, ...]:
+    layers = getattr(identity, "layers", ())
+    if not layers:
+        return ()
+    found = {name for one in divergences for name in errata_of(one)} | {name for one in sweeps for name in one.known}
+    ran = {result.scenario for result in results if result.lost is None}
+    name, version = layers[0]
+    return tuple(outdated(errata, name, version, ran, found))
 
 
 def _stale(counted: Iterable[Result | Tally]) -> dict[str, tuple[int, int]]:

@@ -173,6 +173,7 @@ def table(summary: Summary, width: int) -> list[Line]:
         lines += [line(""), line(_known_heading(summary), HEAD)]
         for known in summary.known:
             lines += _known(known, width)
+    lines += _outdated(summary, width)
     if summary.lost:
         lines += [line(""), line("Lost machines", HEAD)]
         for result in summary.lost:
@@ -264,6 +265,16 @@ def _kinds(summary: Summary, width: int) -> list[Line]:
     return lines
 
 
+def _outdated(summary: Summary, width: int) -> list[Line]:
+    """Errata that claim this version, and did not show in a scenario that shows them."""
+    if not summary.outdated:
+        return []
+    lines = [line(""), line("Stale errata: said to be of this version, and did not show", HEAD)]
+    for erratum in summary.outdated:
+        lines += wrap(f"{erratum.id}: not in {', '.join(erratum.shown)}", width, "  ", " " * 10)
+    return lines
+
+
 def _known_heading(summary: Summary) -> str:
     return "Known errata (counted as new: --strict)" if summary.strict else "Known errata"
 
@@ -275,6 +286,7 @@ def _known(known: Known, width: int) -> list[Line]:
     indent = " " * 10
     lines = [head, *wrap(erratum.title, width, indent)]
     lines += wrap(" ".join(erratum.explanation.split()), width, indent, style=DIM) if erratum.explanation else []
+    lines += wrap(" ".join(erratum.severity.split()), width, f"{indent}severity: ", indent) if erratum.severity else []
     lines += wrap(" ".join(erratum.reference.split()), width, f"{indent}see ", style=DIM) if erratum.reference else []
     return lines
 

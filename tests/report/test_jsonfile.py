@@ -23,8 +23,8 @@ def document(**values: Any) -> Any:
 
 def test_names() -> None:
     one = document()
-    assert list(one) == ["machine", "totals", "stale", "sweeps", "divergences", "findings", "skipped", "lost",
-                         "cells"]
+    assert list(one) == ["machine", "totals", "stale", "sweeps", "divergences", "findings", "outdated", "skipped",
+                         "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
                                    "divergences_new", "divergences_known", "seconds", "contexts_checked",
                                    "trace_events", "stale_permitted", "stale_seen"]

@@ -12,6 +12,31 @@ from harness.report.summary import Summary, describe_machine, errata_of, identit
 from tests.report.cases import NAME, SCENARIO, divergence, erratum, result
 
 
+class TestOutdated:
+    """Errata that are said to be of this version and did not show."""
+
+    SHOWN = replace(erratum("e3"), machine="qemu-tcg", shown=("other", "elsewhere"), since=(7, 2))
+
+    def outdated(self, version: tuple[int, int, int] = (7, 2, 22), **values: Any) -> list[str]:
+        layers = (("qemu-tcg", version),)
+        values = {"identity": replace(Identity(), layers=layers), "errata": [self.SHOWN]} | values
+        return [one.id for one in summary(**values).outdated]
+
+    def test_told(self) -> None:
+        assert self.outdated() == ["e3"]
+
+    def test_not_of_other_versions(self) -> None:
+        assert self.outdated((7, 1, 0)) == []
+
+    def test_not_if_it_showed_somewhere(self) -> None:
+        assert self.outdated(results=[result(divergence(erratum="e3")), result(scenario="other")]) == []
+
+    def test_not_if_no_scenario_that_shows_it_ran(self) -> None:
+        assert self.outdated(results=[result(divergence())]) == []
+        assert self.outdated(results=[result(scenario="other", lost=MachineLost("gone"))]) == []
+        assert self.outdated(results=[result(scenario="other", skipped="no la57")]) == []
+
+
 @dataclass(frozen=True)
 class Identity:
     machine: str = "tcg"
