@@ -8,10 +8,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from harness.errors import TwinwalkError
-from harness.machine import guests, kernel, qemu, versions
+from harness.machine import guests, kernel, kvm, qemu, versions
 from harness.target import Target
 
 
@@ -45,7 +44,7 @@ def examine(target: Target) -> Iterator[Finding]:
         yield Finding("all", "guest image", False, str(error), "mend what the compiler says")
     yield from _tcg(target)
     yield from _kvm_on_tcg(target)
-    yield _kvm()
+    yield from _kvm(target)
 
 
 def _tcg(target: Target) -> Iterator[Finding]:
@@ -79,9 +78,21 @@ def _kvm_on_tcg(target: Target) -> Iterator[Finding]:
         yield Finding(name, "L1 boots", False, first, rest[-1] if rest else "give a kernel with --kernel and --modules")
 
 
-def _kvm() -> Finding:
-    """Whether this host has what a machine on real hardware needs."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    if " svm" not in flags:
-        return Finding("kvm", "SVM", False, "this processor has no SVM, or it is off", "none here; use --machine tcg")
-    return Finding("kvm", "SVM", True, "present; this version of twinwalk does not use it yet")
+def _kvm(target: Target) -> Iterator[Finding]:
+    """What a machine on real hardware needs of this host."""
+    reason, remedy = kvm.why_not()
+    yield Finding("kvm", "AMD host", not reason, reason or f"SVM, NPT, nested=1; {kvm.DEVICE} can be opened", remedy)
+    if reason:
+        return
+    try:
+        with replace(target, machine="kvm").start() as machine:
+            who = machine.identity
+    except TwinwalkError as error:
+        first, *rest = str(error).splitlines()
+        yield Finding("kvm", "L1 boots", False, first, rest[-1] if rest else "see the message")
+        return
+    version = ".".join(map(str, who.kernel_version))
+    yield Finding("kvm", "L1 boots", True, f"on KVM of Linux {version}: SVM features {who.svm_features:#x}, "
+                  f"{who.asids} ASIDs, {' '.join(who.features)}")
+    yield Finding("kvm", "MMU contexts", who.contexts == "observed", who.contexts,
+                  "run as root, on a kernel with kprobes and BTF; all else is checked without")

@@ -16,8 +16,9 @@ LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 def add_target(parser: argparse.ArgumentParser) -> None:
     """What is to be tested: see `targeted`."""
     parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
-                        help="where L1 runs: on QEMU's SVM (tcg), or on KVM above it (default: auto, which is "
-                             "kvm-on-tcg; but tcg where only something of QEMU is given, or no kernel can be had)")
+                        help="where L1 runs: on this AMD host's KVM (kvm), on KVM on an AMD host that QEMU plays "
+                             "(kvm-on-tcg), or on QEMU's own SVM (tcg). The default, auto, is the first of them that "
+                             "works here; but tcg where only something of QEMU is given")
     parser.add_argument("--qemu", metavar="PATH",
                         help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
@@ -37,7 +38,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def targeted(options: argparse.Namespace) -> Target:
     """The target that `add_target`'s options ask for. Raises UsageError for such as do not go together."""
     host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
-    if options.machine == "tcg" and host != kvm_on_tcg.DEFAULT:
+    if options.machine in ("kvm", "tcg") and host != kvm_on_tcg.DEFAULT:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
     return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host, say)
 
@@ -48,14 +49,14 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--lockstep", dest="pipelined", action="store_false", default=None,
                       help="L1 waits for the checker at every record (the default on tcg)")
     mode.add_argument("--pipelined", action="store_true", default=None,
-                      help="the checker follows behind L1: faster (the default on kvm-on-tcg)")
+                      help="the checker follows behind L1: faster (the default on KVM)")
     parser.add_argument("--jobs", type=positive, metavar="N",
-                        help="machines at once (default: one for two cores on tcg, 1 on kvm-on-tcg)")
+                        help="machines at once (default: one for two cores on tcg, 1 on KVM)")
 
 
 def is_pipelined(options: argparse.Namespace, target: Target) -> bool:
     """Whether the checker follows behind L1: as `add_mode`'s options say, or as is best for the `target`."""
-    return target.machine == "kvm-on-tcg" if options.pipelined is None else bool(options.pipelined)
+    return target.machine != "tcg" if options.pipelined is None else bool(options.pipelined)
 
 
 def count(text: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from harness.errors import LaunchFailed
-from harness.machine import kvm_on_tcg, tcg
+from harness.machine import kvm, kvm_on_tcg, tcg
 from harness.machine.l1 import L1Machine
 
 
@@ -18,7 +18,7 @@ def say(text: str) -> None:
     print(f"twinwalk: {text}", file=sys.stderr, flush=True)
 
 
-MACHINES: Final = ("tcg", "kvm-on-tcg")
+MACHINES: Final = ("kvm", "kvm-on-tcg", "tcg")
 AUTO: Final = "auto"
 
 
@@ -36,13 +36,16 @@ class Target:
 
     def chosen(self) -> Target:
         """With `auto` made one of MACHINES: what is given of L0 means KVM, else what is given of QEMU means QEMU.
-        Where nothing is given, it is KVM, unless this host has no kernel for it; `say` is told why then."""
+        Where nothing is given, it is KVM: this host's, or one on an emulated AMD host, unless there is no kernel for
+        it; `say` is told why then."""
         if self.machine != AUTO:
             return self
         if self.l0 != kvm_on_tcg.DEFAULT:
             return replace(self, machine="kvm-on-tcg")
         if (self.qemu, self.cpu, self.qemu_args) != (Target.qemu, Target.cpu, Target.qemu_args):
             return replace(self, machine="tcg")
+        if not kvm.why_not()[0]:
+            return replace(self, machine="kvm")
         try:
             kvm_on_tcg.prepare(say=self.say)
         except LaunchFailed as reason:
@@ -54,6 +57,8 @@ class Target:
         """Boot it; raises LaunchFailed, saying what to do."""
         if self.machine == "kvm-on-tcg":
             return kvm_on_tcg.start(self.qemu, self.cpu, self.qemu_args, self.l0, self.say)
+        if self.machine == "kvm":
+            return kvm.start(self.qemu, "host" if self.cpu == Target.cpu else self.cpu, self.qemu_args, self.say)
         return tcg.start(self.qemu, self.cpu, self.qemu_args, self.say)
 
     def arguments(self) -> list[str]:

@@ -275,6 +275,7 @@ class TestRun:
 )
 def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given says which machine is meant."""
+    monkeypatch.setattr("harness.machine.kvm.why_not", lambda: ("no SVM", "another host"))
     monkeypatch.setattr("harness.machine.kvm_on_tcg.prepare", lambda say: (Path("kernel"), Path("root")))
     options = _parser().parse_args(["run", *arguments])
     if machine is None:
@@ -282,6 +283,12 @@ def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: p
             targeted(options)
     else:
         assert targeted(options).chosen().machine == machine
+
+
+def test_this_host_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.machine.kvm.why_not", lambda: ("", ""))
+    for arguments, machine in (([], "kvm"), (["--kernel", "bzImage"], "kvm-on-tcg"), (["--qemu", "/opt/qemu"], "tcg")):
+        assert targeted(_parser().parse_args(["run", *arguments])).chosen().machine == machine
 
 
 @pytest.mark.parametrize("missing", ["apt", "package", "busybox", "cache"])

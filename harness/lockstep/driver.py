@@ -391,7 +391,10 @@ class Lockstep:
             for address, old in prediction.old.items()
             if (now := words[address >> 3]) != old and address & ~0xFFF in watched
         }
-        return check_exit(context, prediction, record, expected)
+        found = check_exit(context, prediction, record, expected)
+        if found and self._twin.liberties.speculates and self._twin.speculate(prediction, record.diffs):
+            found = check_exit(context, prediction, record, expected)
+        return found
 
     def _too_many(self, context: Context, record: Record) -> list[Divergence]:
         """L1 waits at such a record in either mode, so that live memory tells what changed."""

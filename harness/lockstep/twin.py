@@ -17,7 +17,7 @@ from harness.lockstep.quirks import (
     Active,
 )
 from harness.lockstep.state import State
-from harness.model import consistency, events, vmrun
+from harness.model import consistency, events, speculation, vmrun
 from harness.model.access import ErrorCode
 from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
@@ -246,6 +246,19 @@ class Twin(State):
             return self.predict(step, out.first_probe)
         finally:
             self.seen, self.quirks, self.caches = None, _NONE, self.liberties.caches
+
+    def speculate(self, out: Prediction, observed: dict[int, int]) -> bool:
+        """Permit, among the changes that were observed, the accessed bits of accesses that L2 never made; whether
+        there are any."""
+        words, found = self.memory.words, False
+        pagings = {id(paging): paging for paging in (out.paging, *(access[0] for access in out.accesses))}
+        for paging in filter(None, pagings.values()):
+            for address, bits in speculation.may_be_set(paging, words, out.old).items():
+                if address in observed and observed[address] & bits & ~words[address >> 3]:
+                    out.old.setdefault(address, words[address >> 3])
+                    out.permitted[address] = out.permitted.get(address, 0) | bits
+                    found = True
+        return found
 
     def adopt(self, out: Prediction, observed: dict[int, int]) -> None:
         """Go on from what the machine did: where a prediction failed, one divergence is enough."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, initramfs, kernel, l0, pieces, qemu, versions
+from harness.machine import guests, here, initramfs, kernel, l0, pieces, qemu, versions
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.trace import Trace, Unobservable
 from harness.model.liberties import Liberties
@@ -145,9 +144,7 @@ def _version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
     """L0's release as uname has it, and the version of the upstream kernel that it is made from."""
     text = host.run("uname -r; cat /proc/version_signature 2>/dev/null; uname -v").decode()
     release, _, rest = text.partition("\n")
-    number = r"(\d+(?:\.\d+)+)"
-    upstream = re.search(rf"(?:Debian|Ubuntu \S+) {number}", rest) or re.match(number, release)
-    return release, tuple(map(int, upstream[1].split("."))) if upstream else ()
+    return release, here.upstream(release, rest)
 
 
 class _Files:

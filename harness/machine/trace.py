@@ -23,7 +23,6 @@ from harness.wire.trace import Entry, Event, InUse, NewPage, Vmexit, Vmrun
 
 TRACEFS: Final = "/sys/kernel/tracing"
 _TYPES: Final = "/sys/kernel/btf"
-_PROBE: Final = "twinwalk/run"
 _RING_KB: Final = 4096
 """Some 10,000 VMRUNs' worth: the reader lags by milliseconds."""
 
@@ -32,6 +31,17 @@ _MMUS: Final = ("root_mmu", "guest_mmu", "nested_mmu")
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
 _KEPT: Final = 1 << 20
 _QUIET: Final = 0.2
+
+
+class Place(NamedTuple):
+    """Where in tracefs KVM is traced: the folder of an instance or, as the default, all of it; and the group of the
+    probe, which is known by its name everywhere."""
+
+    folder: str = TRACEFS
+    group: str = "twinwalk"
+
+
+WHOLE: Final = Place()
 
 
 class Unobservable(Exception):
@@ -75,7 +85,7 @@ class Probe:
 
     Raises KeyError, naming it, for a member that this kernel does not have."""
 
-    def __init__(self, types: Btf, tdp_usable: bool) -> None:
+    def __init__(self, types: Btf, tdp_usable: bool, group: str = WHOLE.group) -> None:
         def at(name: str, path: str) -> int:
             return types.member(name, path).offset
 
@@ -95,7 +105,7 @@ class Probe:
             "vmcb02": f"+{at('vcpu_svm', 'nested.vmcb02.ptr')}(%di):x64",
             "hardware_root": f"+{hardware}(+{vmcb}(%di)):x64",
         }
-        self.definition = f"p:{_PROBE} svm_vcpu_run " + " ".join(f"{n}={v}" for n, v in values.items())
+        self.definition = f"p:{group}/run svm_vcpu_run " + " ".join(f"{n}={v}" for n, v in values.items())
         self._names = {vcpu[name]: name for name in _MMUS}
         self.role = Bits.of(types, "kvm_mmu_page_role")
         self._seen: dict[tuple[int, ...], InUse] = {}
@@ -165,40 +175,41 @@ class Decoder:
 
 _MAKERS: Final = {"kvm_nested_vmenter": "vmrun", "kvm_nested_vmrun": "vmrun", "kvm_nested_vmexit_inject": "vmexit",
                   "run": "entry", "kvm_mmu_get_page": "page"}
-_GROUPS: Final = ("kvm", "kvmmmu", "twinwalk")
+_GROUPS: Final = ("kvm", "kvmmmu")
 
 
 class Trace:
-    """The running trace of L0's only CPU. `stream` is a file that what comes from its ring is appended to, behind
-    this reader's back. Raises Unobservable."""
+    """The running trace of L0's CPU number `cpu`, the only one that runs L1. `stream` is a file that what comes from
+    its ring is appended to, behind this reader's back. Raises Unobservable."""
 
-    def __init__(self, files: Files, stream: int, lost: Callable[[str], MachineLost]) -> None:
-        self._files = files
+    def __init__(self, files: Files, stream: int, lost: Callable[[str], MachineLost], place: Place = WHOLE,
+                 cpu: int = 0) -> None:
+        self._files, self._place = files, place
         self._stream = stream
         self._lost = lost
         self._at = self._freed = 0
         self.capability = capability(files)
         self.events_read = 0
         try:
-            probe = Probe(_types(files), self.capability.tdp_usable)
+            probe = Probe(_types(files), self.capability.tdp_usable, place.group)
         except KeyError as missing:
             raise Unobservable(f"in its type information there is no {missing.args[0]}") from None
-        self._write("kprobe_events", probe.definition)
+        self._write(f"{TRACEFS}/kprobe_events", probe.definition)
         formats = self._formats()
         header = files.read(f"{TRACEFS}/events/header_page").decode()
         self._start, room = ring.data_size(header)
         self._page = self._start + room
         self._decoder = Decoder({name: text for name, (_, text) in formats.items()}, probe)
-        self._write("buffer_size_kb", str(_RING_KB))
+        self._write(f"{place.folder}/buffer_size_kb", str(_RING_KB))
         for name, (group, _) in formats.items():
-            self._write(f"events/{group}/{name}/enable", "1")
-        files.follow(f"{TRACEFS}/per_cpu/cpu0/trace_pipe_raw")
+            self._write(f"{place.folder}/events/{group}/{name}/enable", "1")
+        files.follow(f"{place.folder}/per_cpu/cpu{cpu}/trace_pipe_raw")
 
     def _formats(self) -> dict[str, tuple[str, str]]:
         """Group and format of each event that this kernel has of those in _MAKERS."""
         found = {}
         for name in _MAKERS:
-            for group in _GROUPS:
+            for group in (*_GROUPS, self._place.group):
                 try:
                     found[name] = group, self._files.read(f"{TRACEFS}/events/{group}/{name}/format").decode()
                 except FileNotFoundError:
@@ -208,16 +219,16 @@ class Trace:
                 raise Unobservable(f"it has no trace event {name}")
         return found
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, path: str, text: str) -> None:
         try:
-            self._files.write(f"{TRACEFS}/{name}", text)
+            self._files.write(path, text)
         except OSError as reason:
-            raise Unobservable(f"its tracefs does not take {text!r} in {name}: {reason}") from None
+            raise Unobservable(f"it does not take {text!r} in {path}: {reason}") from None
 
     def pause(self) -> None:
         """Trace no more, and forget what was traced and not yet read."""
-        self._write("tracing_on", "0")
-        self._write("trace", "")
+        self._write(f"{self._place.folder}/tracing_on", "0")
+        self._write(f"{self._place.folder}/trace", "")
         size = -1
         while size != (now := os.fstat(self._stream).st_size):
             size = now
@@ -226,7 +237,7 @@ class Trace:
 
     def resume(self) -> None:
         """Trace again: the first events are those of L1, which waits."""
-        self._write("tracing_on", "1")
+        self._write(f"{self._place.folder}/tracing_on", "1")
 
     def poll(self) -> list[Event]:
         """Events that have come since the last call, in order. Raises MachineLost if any were lost."""

@@ -40,6 +40,8 @@ class Liberties(NamedTuple):
     `guest_cut`: bits of the guest's table entries, where the walk faults further down in either dimension.
     `page_not_reached`: bits of the guest's leaf entry when the nested walk of the page itself faults.
     `other_page`: all bits of one page's walk, where an access touches two and the other one faults.
+    `speculates`: it also sets accessed bits of entries that no access needs, since it may walk the guest's tables for
+    one that is never made (section 5.4.2).
     `caches`: what is held of translations that were changed since (see harness.model.tlb).
     """
 
@@ -48,6 +50,7 @@ class Liberties(NamedTuple):
     page_not_reached: Takes = Takes.SOMETIMES
     other_page: Takes = Takes.SOMETIMES
     caches: Caches = WIDEST
+    speculates: bool = False
 
     @classmethod
     def each(cls, takes: Takes, caches: Caches = WIDEST) -> Liberties:

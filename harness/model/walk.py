@@ -81,8 +81,8 @@ class Walk(NamedTuple):
         return [Step(*step) for step in self.trail]
 
 
-class _Fault(Exception):
-    """Ends a walk; never leaves this module."""
+class Fault(Exception):
+    """Ends a walk: `translate` makes its outcome of it."""
 
     def __init__(self, rule: str, outcome: Outcome) -> None:
         super().__init__(rule)
@@ -105,7 +105,7 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
         if paging.nested is not None:
             spa = walk_nested(paging, paging.nested, ram, gpa, access, FINAL, trail, updates)
         outcome = Reached(spa, gpa)
-    except _Fault as fault:
+    except Fault as fault:
         rule, outcome = fault.rule, fault.outcome
         if isinstance(outcome, NestedPageFault):
             updates = _cut_short(trail, updates)
@@ -204,8 +204,8 @@ def _walk_guest(
     write, fetch, user, implicit, stack, shadow = access
     if address_bits > 32 and gva >> address_bits - 1 not in (0, (1 << 65 - address_bits) - 1):
         if stack:
-            raise _Fault("canonical.stack", StackFault())
-        raise _Fault("canonical", GeneralProtection())
+            raise Fault("canonical.stack", StackFault())
+        raise Fault("canonical", GeneralProtection())
     nested = paging.nested
     table = paging.gcr3 & root_mask
     indexed = gva << entry_shift
@@ -291,7 +291,7 @@ def _is_supervisor_shadow_stack(levels: tuple[Level, ...], trail: Trail, purpose
     return bool(leaf & NX) and not leaf & US and all(entry & RW for entry in tables)
 
 
-def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> _Fault:
+def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> Fault:
     """#PF (section 8.4.2): code bits that say what was tried, beside those that say what failed."""
     if access.write:
         code |= ErrorCode.W
@@ -301,16 +301,16 @@ def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int)
         code |= ErrorCode.ID
     if access.shadow_stack:
         code |= ErrorCode.SS
-    return _Fault(f"guest.{rule}", PageFault(code, gva))
+    return Fault(f"guest.{rule}", PageFault(code, gva))
 
 
-def _denied(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, leaf: int) -> _Fault:
+def _denied(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, leaf: int) -> Fault:
     """#NPF since a right is lacking; SSS where `leaf` marks a supervisor's shadow stack (section 15.25.14)."""
     sss = paging.sss and leaf & NX and not leaf & US
     return _nested_fault(rule, paging, gpa, access, purpose, ErrorCode.P | (ErrorCode.SSS if sss else 0))
 
 
-def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> _Fault:
+def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> Fault:
     """#NPF (section 15.25.6): the guest's table accesses report W and U, as the user writes they are. Only
     under GMET does U tell the CPL of a fetch."""
     code |= ErrorCode.FINAL if purpose == FINAL else ErrorCode.GUEST_TABLE
@@ -322,4 +322,4 @@ def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: 
         code |= ErrorCode.ID
     if access.shadow_stack:
         code |= ErrorCode.SS
-    return _Fault(f"nested.{rule}", NestedPageFault(code, gpa))
+    return Fault(f"nested.{rule}", NestedPageFault(code, gpa))

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 SOURCES = sorted([*(ROOT / "harness" / "model").glob("*.py"), *(ROOT / "harness" / "lockstep").glob("*.py")])
 DOTTED = re.compile(r"(canonical|guest|nested|exit|vmrun|type|context|tlb)\.[a-z][a-z0-9-]*")
-FAULTS = {"_guest_fault": "guest.", "_nested_fault": "nested.", "_denied": "nested.", "_Fault": ""}
+FAULTS = {"_guest_fault": "guest.", "_nested_fault": "nested.", "_denied": "nested.", "Fault": ""}
 RULE_ARGUMENT = {"Divergence": 7, "_plain": 5}
 """Calls that take a rule by position, and which argument it is."""
 
@@ -85,7 +85,7 @@ def test_reference() -> None:
     ("source", "expected"),
     [
         ('raise _nested_fault("present", x)', {"nested.present"}),
-        ('raise _Fault("canonical", x)', {"canonical"}),
+        ('raise Fault("canonical", x)', {"canonical"}),
         ('rule = "reached"', {"reached"}),
         ('f(a, rule="exit.vmmcall")', {"exit.vmmcall"}),
         ('return "vmrun.cr0-nw"', {"vmrun.cr0-nw"}),

@@ -1,0 +1,124 @@
+"""The machine `kvm`: the KVM of this host, which has an AMD processor with SVM, runs L1; L2 runs on the silicon."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from harness.errors import LaunchFailed, MachineLost
+from harness.machine import guests, here, pieces, qemu, versions
+from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.machine.trace import Trace, Unobservable
+from harness.model.liberties import Liberties
+from harness.wire.image import Image
+
+LIBERTIES: Final = Liberties(speculates=True)
+"""KVM's, as on kvm-on-tcg, and those of a processor that runs ahead: it walks L2's own tables for accesses that are
+never made (section 5.4.2)."""
+
+DEVICE: Final = "/dev/kvm"
+PARAMETERS: Final = "/sys/module/kvm_amd/parameters"
+_INSTEAD: Final = "use --machine kvm-on-tcg, which needs no AMD processor"
+_BOOT_TIMEOUT: Final = 10.0
+
+
+class KvmMachine(L1Machine):
+    """L1 in QEMU on this host's KVM."""
+
+    def __init__(self, process: qemu.Qemu, image: Image, identity: Identity) -> None:
+        super().__init__(image, pieces.of_runs(process.memory_fd, image.ram_end, image.pieces), identity, LIBERTIES)
+        self._process = process
+
+    def boot(self) -> None:
+        """Let L1 run until it says hello. Raises LaunchFailed if it does not."""
+        self._process.command("cont")
+        start = time.monotonic()
+        while (hello := self.channel.hello()) is None:
+            if self._process.exit_status() is not None:
+                raise LaunchFailed(f"QEMU exited while L1 booted: {self._process.log_tail()}")
+            if time.monotonic() - start > _BOOT_TIMEOUT * here.SLOWER:
+                raise LaunchFailed(
+                    f"L1 did not come up in {_BOOT_TIMEOUT * here.SLOWER:.0f} s; started as: "
+                    f"{' '.join(self._process.argv)}\n{self.channel.panic()} {self._process.log_tail()}"
+                )
+            time.sleep(0.001)
+        self.greet(hello)
+        self.channel.spare()
+
+    def _see_whether_it_lives(self, waited: float) -> None:
+        status = self._process.exit_status()
+        if status is not None:
+            how = f"exited with status {status}" if status else "ended: L1 reset the machine, by a triple fault perhaps"
+            raise self.lost(f"QEMU {how}")
+
+    def _lost(self, reason: str) -> MachineLost:
+        return self._process.lost(reason)
+
+
+def why_not() -> tuple[str, str]:
+    """What keeps this host from being such a machine, and what mends it; two empty strings if nothing does."""
+    text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    if not re.search(r"^flags\s*:.*\bsvm\b", text, re.MULTILINE):
+        return "this processor has no SVM, or its firmware switched it off", _INSTEAD
+    if not re.search(r"^flags\s*:.*\bnpt\b", text, re.MULTILINE):
+        return "this processor has no nested paging (npt)", _INSTEAD
+    try:
+        nested = Path(PARAMETERS, "nested").read_text(encoding="ascii").strip()
+    except OSError:
+        return "kvm_amd is not loaded", "modprobe kvm_amd nested=1"
+    if nested not in ("1", "Y"):
+        return "kvm_amd does not offer SVM to guests (nested=0)", "modprobe -r kvm_amd; modprobe kvm_amd nested=1"
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return f"{DEVICE} is not yours to open", "join the group that owns it (mostly kvm), or run as root"
+    return "", ""
+
+
+@contextmanager
+def start(
+    binary: str | None = None,
+    cpu_model: str = "host",
+    extra: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[KvmMachine]:
+    """Boot L1; the machine is gone at the block's end. Raises LaunchFailed, saying what to do."""
+    reason, remedy = why_not()
+    if reason:
+        raise LaunchFailed(f"no --machine kvm on this host: {reason}; {remedy}")
+    path = versions.find_qemu(binary, say)
+    version = qemu.version(path)
+    elf = guests.build_l1()
+    image = guests.load_image(elf)
+    # Neither PIT nor HPET: L1 needs no timer, and their ticks make KVM open windows for interrupts while L1 runs
+    # with interrupts off.
+    args = ["-machine", f"pc,accel=kvm,memory-backend=ram,max-ram-below-4g={image.low_end},pit=off,hpet=off",
+            "-cpu", cpu_model, "-kernel", str(elf), *extra]
+    with ExitStack() as stack:
+        process = stack.enter_context(qemu.Qemu(path, args, image.ram_bytes))
+        release = platform.release()
+        kernel = here.kernel_version()
+        identity = Identity("kvm", path, version, cpu_model, (Layer("kvm", kernel), here.processor()), release, kernel)
+        trace, contexts = _observe(process, stack)
+        machine = KvmMachine(process, image, replace(identity, contexts=contexts))
+        machine.trace = trace
+        stack.callback(machine.close)
+        machine.boot()
+        yield machine
+
+
+def _observe(process: qemu.Qemu, stack: ExitStack) -> tuple[Trace | None, str]:
+    """Begin to trace the only vCPU's thread, if this kernel can be traced by this user; and what to say of it."""
+    thread = process.command("query-cpus-fast")[0]["thread-id"]
+    cpu = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(thread, {cpu})  # then one ring has all of its events
+    try:
+        files = stack.enter_context(here.tracing(thread))
+        return Trace(files, files.stream, process.lost, files.place, cpu), "observed"
+    except Unobservable as reason:
+        return None, f"not observed: {reason}"
