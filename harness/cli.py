@@ -1,4 +1,4 @@
-"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `matrix`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `matrix`, `bisect`, `bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bundling, fetching, matrix, replay
+from harness import bisect, bundling, fetching, matrix, replay
 from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add(commands)
     fetching.add(commands)
     matrix.add(commands)
+    bisect.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     add_target(doctor)
     doctor.set_defaults(command=_doctor)

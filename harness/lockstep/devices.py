@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from harness.errors import UsageError
 from harness.lockstep import instructions
 from harness.lockstep.delivery import Leave
-from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, STRING_WRITE_HALVES
+from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, SOFTWARE_WALK_OFFSET, STRING_WRITE_HALVES
 from harness.model import local_apic
 from harness.model.access import Access, ErrorCode
 from harness.model.vmcb import ExitCode
@@ -85,6 +85,8 @@ def _by_software(l2: L2, leave: Leave) -> None:
     """By a quirk: a nested fault of the hypervisor's own walk is told as one of the page itself, at its first byte."""
     if leave.code != ExitCode.NPF:
         return
-    code = leave.info1 & ~ErrorCode.GUEST_TABLE | ErrorCode.FINAL
-    if (code, leave.info2 & ~_IN_PAGE) != (leave.info1, leave.info2) and l2.state.quirks.has(SOFTWARE_WALK_FAULT):
+    code, quirks = leave.info1 & ~ErrorCode.GUEST_TABLE | ErrorCode.FINAL, l2.state.quirks
+    if (code, leave.info2 & ~_IN_PAGE) != (leave.info1, leave.info2) and quirks.has(SOFTWARE_WALK_FAULT):
         leave.info1, leave.info2 = code, leave.info2 & ~_IN_PAGE
+    if leave.info2 & _IN_PAGE and quirks.has(SOFTWARE_WALK_OFFSET):
+        leave.info2 &= ~_IN_PAGE

@@ -48,6 +48,7 @@ SKINIT_UNDEFINED: Final = "skinit-undefined"
 LAR_LOSES_FLAGS: Final = "lar-loses-flags"
 PAE_EMULATED: Final = "pae-emulated"
 SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
+SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
@@ -204,6 +205,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     PAE_EMULATED: Quirk(seen=lambda walk: False),  # something only below a hypervisor
     MAPS_TO_THE_BYTE: Quirk(),
     SOFTWARE_WALK_FAULT: Quirk(),
+    SOFTWARE_WALK_OFFSET: Quirk(),
     STRING_WRITE_HALVES: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
