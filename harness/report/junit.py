@@ -78,7 +78,7 @@ def _case(result: Result, summary: Summary) -> ET.Element:
     scenario = summary.scenarios.get(result.scenario)
     case = ET.Element("testcase", _attributes(classname=class_name(result.scenario, scenario), name=result.scenario))
     if any(is_new(d, summary.strict) for d in result.divergences):
-        message, body = _failure(result, scenario, summary.strict)
+        message, body = failure(result, scenario, summary.strict)
         ET.SubElement(case, "failure", _attributes(type="divergence", message=message)).text = harmless(body)
     if result.lost is not None:
         attributes = _attributes(type="MachineLost", message=result.lost.reason)
@@ -89,7 +89,7 @@ def _case(result: Result, summary: Summary) -> ET.Element:
     return case
 
 
-def _failure(result: Result, scenario: Scenario | None, strict: bool) -> tuple[str, str]:
+def failure(result: Result, scenario: Scenario | None, strict: bool) -> tuple[str, str]:
     """The first new finding's headline, and all new findings, the first ones drawn."""
     new = [finding for finding in findings(result.divergences) if finding.is_new(strict)]
     parts = [plain(draw(finding, scenario, MAX_WIDTH)) for finding in new[:_DRAWN]]

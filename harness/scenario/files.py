@@ -90,6 +90,14 @@ def _is_sweep(path: Path) -> bool:
         return False  # its reader will say so
 
 
+def has_ops(path: Path) -> bool:
+    """Whether a TOML file is one of scenarios: other projects have such files too."""
+    try:
+        return any(_OP_HEADER.match(line) for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def every(name: str) -> bool:
     """What is `wanted` of files where nobody says otherwise."""
     return True
