@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from harness.errors import TwinwalkError
-from harness.lockstep.compare import Context
+from harness.lockstep.compare import Context, Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature, of_loss
@@ -19,6 +19,7 @@ from harness.model.rules import RULES
 from harness.report import records
 from harness.report.bundle import About, Bundle, write
 from harness.report.findings import Finding, findings, headline
+from harness.report.jsonfile import divergence
 from harness.report.styled import MAX_WIDTH, harmless, plain
 from harness.report.summary import Summary, identity_of
 from harness.report.walks import draw
@@ -99,9 +100,17 @@ def make(
             break
     finding = seen.finding(wanted, setup.strict)
     about = About(*wanted, repeated.kind, repeated.seen, repeated.tried, setup.strict, setup.pipelined,
-                  scenario.name, len(scenario.ops), seen.machine, options_of(setup.target), command, our_version())
+                  scenario.name, len(scenario.ops), seen.machine, options_of(setup.target), command, our_version(),
+                  [divergence(one) for one in _first(finding)])
     return write(folder, Bundle(about, _titled(small, scenario, finding, wanted), repeated.before,
                                 tuple(seen.records), _walks(seen, finding, small, wanted, repeated)))
+
+
+def _first(finding: Finding | None) -> list[Divergence]:
+    """The divergences of a finding, that first by which it has its signature."""
+    if finding is None:
+        return []
+    return [finding.first, *(one for one in finding.divergences if one is not finding.first)]
 
 
 def options_of(target: Target) -> dict[str, Any]:

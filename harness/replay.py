@@ -12,17 +12,21 @@ from harness.bundling import Seen, Setup, our_version, watch
 from harness.errors import LaunchFailed, UsageError
 from harness.lockstep import errata
 from harness.lockstep.signature import LOST
-from harness.machine import kvm_on_tcg
+from harness.lockstep.twin import Twin
+from harness.machine import guests, kvm, kvm_on_tcg, tcg
+from harness.model.registers import Cpu
 from harness.options import LIBRARY, add_target
-from harness.report import terminal
+from harness.report import export_c, output, terminal
 from harness.report.bundle import Bundle, read
 from harness.report.findings import findings
 from harness.report.styled import Line, harmless, line, wrap
 from harness.report.summary import describe_machine
 from harness.report.walks import draw
 from harness.scenario import files
+from harness.scenario.program import Compiler
 from harness.shrinking import Kind, Repeated
 from harness.target import MACHINES, Target, say
+from harness.wire.layout import FEATURES
 
 REPRODUCED: Final = 1
 NOT_REPRODUCED: Final = 0
@@ -30,6 +34,7 @@ CANNOT_TELL: Final = 125
 """What `git bisect run` takes for a version that cannot be tested."""
 
 _MODEL: Final = re.compile(r"[\w.+=,-]+")
+_LIBERTIES: Final = {"tcg": tcg.LIBERTIES, "kvm-on-tcg": kvm_on_tcg.LIBERTIES, "kvm": kvm.LIBERTIES}
 _PARAMETER: Final = re.compile(r"[\w.]+=[\w.,-]+")
 
 
@@ -43,12 +48,16 @@ def add(commands: Any) -> None:
                "bundle that is damaged.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder NAME.twin, of `run --bundles`")
+    parser.add_argument("--export-c", type=Path, metavar="FOLDER",
+                        help="run nothing: write a C test of the finding to FOLDER, which needs nothing of twinwalk")
     add_target(parser)
     parser.set_defaults(machine=None, cpu=None, l1_pages=None, command=_replay)
 
 
 def _replay(options: argparse.Namespace) -> int:
     bundle = read(options.bundle)
+    if options.export_c:
+        return _export(options.bundle, bundle, options.export_c)
     target = targeted(options, bundle, options.bundle).chosen()
     screen = terminal.Screen()
     screen.show(_head(bundle, target, screen.width))
@@ -68,6 +77,45 @@ def _replay(options: argparse.Namespace) -> int:
     code, lines = _verdict(bundle, seen, repeated.times, screen.width)
     screen.show(lines)
     return code
+
+
+def _export(path: Path, bundle: Bundle, folder: Path) -> int:
+    """A C test in `folder`, which must not have one yet."""
+    machine = bundle.about.machine
+    image = guests.load_image(guests.build_l1())
+    cpu = _cpu(path, machine)
+    kind = _one(path, machine, "machine", str, _LIBERTIES.__contains__)
+    case, code = export_c.export(bundle, Compiler(image, cpu), Twin(image, cpu, _LIBERTIES[kind]))
+    model = _one(path, bundle.about.target, "cpu", str, lambda v: _MODEL.fullmatch(v))
+    values = {"HEAD": export_c.head(bundle, harmless(describe_machine(machine))), "CASE": case,
+              "ACCEL": "tcg" if kind == "tcg" else "kvm", "CPU": model if kind == "tcg" else "host",
+              "LOW": image.low_end, "MEGABYTES": image.ram_bytes >> 20}
+    texts = {name: export_c.fill((guests.SOURCES / "export" / name).read_text(encoding="utf-8"), values)
+             for name in ("test.c", "start.S", "Makefile")}
+    texts["start.S"] += code
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise UsageError(f"--export-c {folder}: cannot write there: {reason.strerror}") from None
+    for name in texts:
+        output.check_writable(folder / name, "--export-c")
+        if (folder / name).exists():
+            raise UsageError(f"--export-c: {folder / name} is there already: name another folder")
+    for name, text in texts.items():
+        output.write(folder / name, text)
+    print(f"{folder}: build the test with `make`, run it with `make run`")
+    return 0
+
+
+def _cpu(path: Path, machine: Mapping[str, Any]) -> Cpu:
+    """The CPU that the bundle's scenario was run on."""
+    numbers = {name: _one(path, machine, name, int, lambda v: 0 <= v < 1 << 32)
+               for name in ("maxphyaddr", "asids", "svm_features")}
+    features = _one(path, machine, "features", list, lambda v: set(v) <= set(FEATURES))
+    if not 32 <= numbers["maxphyaddr"] <= 52:
+        raise UsageError(f"{path}: its maxphyaddr cannot be {numbers['maxphyaddr']}")
+    return Cpu(numbers["maxphyaddr"], "page1g" in features, numbers["asids"], frozenset(features),
+               npt=bool(numbers["svm_features"] & 1))
 
 
 def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:

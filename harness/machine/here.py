@@ -52,6 +52,13 @@ def processor() -> Layer:
     return Layer("silicon", tuple(int(one[1]) for one in numbers if one))
 
 
+def microcode() -> int:
+    """The processor's patch level; 0 where the kernel does not tell."""
+    about = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    found = re.search(r"^microcode\s*: (0x[0-9a-f]+)$", about, re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
 class Files:
     """See harness.machine.trace.Files; `place` is where in tracefs, `stream` what is copied there."""
 

@@ -103,7 +103,8 @@ def start(
         process = stack.enter_context(qemu.Qemu(path, args, image.ram_bytes))
         release = platform.release()
         kernel = here.kernel_version()
-        identity = Identity("kvm", path, version, cpu_model, (Layer("kvm", kernel), here.processor()), release, kernel)
+        identity = Identity("kvm", path, version, cpu_model, (Layer("kvm", kernel), here.processor()), release, kernel,
+                            microcode=here.microcode())
         trace, contexts = _observe(process, stack)
         machine = KvmMachine(process, image, replace(identity, contexts=contexts))
         machine.trace = trace

@@ -62,6 +62,8 @@ class About:
     target: Mapping[str, Any]
     command: str
     twinwalk: str
+    divergences: list[dict[str, Any]]
+    """Those of the finding (harness.report.jsonfile), that first which says most; none of a lost machine."""
 
     @property
     def signature(self) -> Signature:
@@ -164,6 +166,10 @@ def read(path: Path) -> Bundle:
     if content.get("digest") != _digest_of({name: value for name, value in content.items() if name != "digest"}):
         raise UsageError(f"{where}: it was changed since it was written: its digest does not fit")
     about = _about(where, content)
+    divergences: list[Any] = list(about.divergences)
+    if not all(isinstance(one, dict) and (type(one.get("op")), type(one.get("probe")), type(one.get("field"))) == (
+            int, int, str) for one in divergences):
+        raise UsageError(f"{where}: each of its divergences must have an op, a probe and a field")
     names = _typed(where, content, "before", list)
     listed = _typed(where, content, "files", dict)
     wanted = {SCENARIO, RECORDS, WALKS, *(_BEFORE.format(n + 1) for n in range(len(names)))}
@@ -209,7 +215,7 @@ def _json(path: Path, data: bytes) -> Any:
 
 
 def _about(where: Path, content: Mapping[str, Any]) -> About:
-    types = {"int": int, "str": str, "bool": bool, "Mapping[str, Any]": dict}
+    types = {"int": int, "str": str, "bool": bool, "Mapping[str, Any]": dict, "list[dict[str, Any]]": list}
     return About(**{one.name: _typed(where, content, one.name, types[str(one.type)]) for one in fields(About)})
 
 

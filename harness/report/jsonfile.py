@@ -70,7 +70,7 @@ def document(summary: Summary) -> dict[str, Any]:
         "totals": asdict(summary.totals) | {"seconds": round(summary.totals.seconds, 3)},
         "stale": {name: {"permitted": permitted, "seen": seen} for name, (permitted, seen) in summary.stale.items()},
         "sweeps": [_sweep(tally) for tally in summary.sweeps],
-        "divergences": [_divergence(d) for result in summary.results for d in result.divergences],
+        "divergences": [divergence(d) for result in summary.results for d in result.divergences],
         "findings": [_found(one) for one in summary.found],
         "outdated": [erratum.id for erratum in summary.outdated],
         "skipped": dict(summary.skipped),
@@ -114,13 +114,14 @@ def entry(result: Result) -> dict[str, Any]:
         "trace_events": result.trace_events,
         "stale_permitted": result.stale_permitted,
         "stale_seen": result.stale_seen,
-        "divergences": [_divergence(one) for one in result.divergences],
+        "divergences": [divergence(one) for one in result.divergences],
         "lost": _lost(result) if result.lost is not None else None,
         "skipped": result.skipped or None,
     }
 
 
-def _divergence(one: Divergence) -> dict[str, Any]:
+def divergence(one: Divergence) -> dict[str, Any]:
+    """One divergence in plain values."""
     return {
         "scenario": one.scenario,
         "op": one.op,
