@@ -24,6 +24,8 @@ extern struct { uint64_t cr3, cr4, efer, pg; } l1_legacy;
 extern struct { uint64_t cr4, efer; } l1_long;
 extern uint64_t l1_ud_gate;
 extern uint32_t l1_vmrun_raised;
+extern uint64_t l1_vmrun_rflags;
+extern uint32_t l1_vmrun_gif;
 void l1_ud(void);
 void l1_vmrun(uint64_t vmcb, uint32_t vmload);
 void l1_vmrun_legacy(uint64_t vmcb);
@@ -265,9 +267,12 @@ static uint64_t *own_register(uint32_t reg)
 void host_set(uint32_t reg, uint64_t value)
 {
 	read_is_due = 1;
-	if (reg == TW_HOST_PKRU) {
-		set_pkru(value);
-		return;
+	switch (reg) {
+	case TW_HOST_PKRU: set_pkru(value); return;
+	case TW_HOST_RFLAGS: l1_vmrun_rflags = value; return;
+	case TW_HOST_GIF: l1_vmrun_gif = value; return;
+	case TW_HOST_NMI: pending_set(1, value); return;
+	case TW_HOST_INTERRUPT: pending_set(0, value); return;
 	}
 	if (reg == TW_HOST_CR4 && host_mode == TW_HOST_MODE_LONG5)
 		value |= CR4_LA57;

@@ -13,6 +13,7 @@ enum {
 	VMCB_RIP = 0x578,
 	VMCB_RSP = 0x5d8,
 	VMCB_G_PAT = 0x668,
+	EXIT_NMI = 0x61,
 	PAGE = 4096,
 };
 
@@ -71,3 +72,8 @@ void host_at_end(struct tw_record *record);
 
 /* features.c */
 uint64_t features(void);			/* of this CPU: TW_FEATURE_* */
+
+/* pending.c: an NMI or an interrupt that L1 sends itself. */
+void pending_begin(void);
+void pending_set(uint32_t is_nmi, uint32_t value);	/* 1: send it; 0: take it, if it is pending */
+void pending_settle(uint64_t exit_code);	/* behind a #VMEXIT */

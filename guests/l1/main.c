@@ -7,7 +7,6 @@
 #include "second.h"
 
 enum {
-	EXIT_NMI = 0x61,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
 };
@@ -108,8 +107,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		copy64(loaded, save, sizeof(loaded));
 		host_vmrun(op->a, plain);
 
-		if (*exit_code == EXIT_NMI)
-			take_nmi();
+		pending_settle(*exit_code);
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
 		record->first_probe = first;
@@ -215,6 +213,7 @@ void l1_main(void)
 	uint32_t a, b, c, d;
 
 	host_begin();
+	pending_begin();
 	cpuid(0x80000008, &a, &b, &c, &d);
 	shared->maxphyaddr = a & 0xff;
 	cpuid(0x8000000a, &a, &b, &c, &d);

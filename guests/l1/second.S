@@ -44,14 +44,18 @@ second_long:
 	hlt
 	jmp 1b
 
-	/* What an NMI does that L1 lets in. */
-	.globl l1_nmi
+	/* What an NMI or an interrupt does that L1 lets in. */
+	.globl l1_nmi, l1_interrupt
 l1_nmi:	movb $1, l1_nmi_taken(%rip)
+	iretq
+l1_interrupt:
+	movb $1, l1_interrupt_taken(%rip)
 	iretq
 
 	.section .bss
 	.balign 16
 	.skip 1024
 second_stack_top:
-	.globl l1_nmi_taken
+	.globl l1_nmi_taken, l1_interrupt_taken
 l1_nmi_taken: .skip 1
+l1_interrupt_taken: .skip 1

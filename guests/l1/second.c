@@ -8,14 +8,11 @@ enum {
 	ICR_LOW = 0x300, ICR_HIGH = 0x310,
 	INIT = 0x4500, STARTUP = 0x4600, NMI = 0x4400,
 	MSR_APIC_BASE = 0x1b,
-	VECTOR_NMI = 2,
 	MAX_WRITES = 8,
 };
 
 extern uint8_t second_begin[], second_end[], SECOND_PAGE[];
-extern struct { uint16_t low, selector, type, middle; uint32_t high, zero; } l1_idt[];
 extern volatile uint8_t l1_nmi_taken;
-void l1_nmi(void);
 
 static struct tw_op writes[MAX_WRITES];
 static uint32_t count;
@@ -43,6 +40,7 @@ void second_start(void *mailbox)
 {
 	request = (volatile uint32_t *)((uint8_t *)mailbox + TW_MAILBOX_REQUEST);
 	*request = TW_REQUEST_NONE;
+	l1_nmi_taken = 0;
 	stands = 0;
 	for (uint32_t i = 0; i < (uint32_t)(second_end - second_begin); i++)
 		SECOND_PAGE[i] = second_begin[i];
@@ -77,18 +75,4 @@ void second_main(void)
 	if (asked == TW_REQUEST_NMI)
 		interrupt_command(0, NMI);
 	stands = 1;
-}
-
-void take_nmi(void)
-{
-	uint64_t at = (uint64_t)l1_nmi;
-
-	l1_idt[VECTOR_NMI].low = at;
-	l1_idt[VECTOR_NMI].middle = at >> 16;
-	l1_idt[VECTOR_NMI].high = at >> 32;
-	l1_nmi_taken = 0;
-	__asm__ volatile("stgi" : : : "memory");
-	while (!l1_nmi_taken)
-		__asm__ volatile("pause");
-	__asm__ volatile("clgi" : : : "memory");
 }

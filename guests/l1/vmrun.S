@@ -48,11 +48,16 @@ l1_vmrun:
 	mov vmcb_address(%rip), %rax
 	mov %rax, l1_host_before + TW_AT_HOST_RAX(%rip)
 	mov %rsp, l1_host_before + TW_AT_HOST_RSP(%rip)
-	movq $0x8d7, l1_host_before + TW_AT_HOST_RFLAGS(%rip)
+	mov l1_vmrun_rflags(%rip), %rax
+	mov %rax, l1_host_before + TW_AT_HOST_RFLAGS(%rip)
+	mov vmcb_address(%rip), %rax
 	cmpl $0, want_vmload(%rip)
 	je 1f
 	vmload %rax
-1:	push $0x8d7			/* OF, SF, ZF, AF, PF, CF: flags that L2 does not have */
+1:	cmpl $0, l1_vmrun_gif(%rip)
+	je 1f
+	stgi
+1:	pushq l1_vmrun_rflags(%rip)
 	popf
 
 	mov l1_regs + TW_AT_REGS_RBX(%rip), %rbx
@@ -78,6 +83,7 @@ l1_vmrun_instruction:
 	mov l1_host_before + TW_AT_HOST_RSP(%rip), %rsp
 	pushf
 	popq l1_host_after + TW_AT_HOST_RFLAGS(%rip)
+	cli
 	cld
 	mov %rbx, l1_regs + TW_AT_REGS_RBX(%rip)
 	mov %rcx, l1_regs + TW_AT_REGS_RCX(%rip)
@@ -157,3 +163,11 @@ vmcb_address:	.skip 8
 want_vmload:	.skip 8
 l1_spin_rip:	.skip 8
 pointer:	.skip 16
+
+	.data
+	.balign 8
+	.globl l1_vmrun_rflags, l1_vmrun_gif
+l1_vmrun_rflags:			/* at VMRUN: OF, SF, ZF, AF, PF, CF, flags that L2 does not have */
+	.quad 0x8d7
+l1_vmrun_gif:				/* GIF at VMRUN */
+	.long 0

@@ -12,13 +12,16 @@ from harness.lockstep.quirks import (
     IDT_ERROR_WITHOUT_EXT,
     INJECTED_TRAP_NO_DPL,
     IST_NULL_SS,
+    WINDOW_AS_INTERRUPT,
 )
 from harness.model import events
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.events import Event, Habits
-from harness.model.intercepts import asks
-from harness.model.vmcb import ExitCode
+from harness.model.intercepts import INTERCEPTS, asks
+from harness.model.registers import RFLAGS
+from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
 from harness.model.walk import Walk
+from harness.wire.layout import INTERRUPT_VECTOR
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -86,12 +89,37 @@ def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> No
     l2.out.event = event
     undefined = events.deliver(event, l2.regs, l2.state.vmcb, Bus(l2, event), next_rip, _habits(l2, event))
     l2.undefined |= dict.fromkeys(undefined, WHOLE)
+    physical(l2)
     landed = l2.access(l2.regs.rip, _FETCH[l2.regs.cpl])
     if not isinstance(landed.outcome, Reached):
         l2.fault(landed)
     if not asks(l2.state.vmcb, "hlt"):
         raise UsageError("L1 must intercept HLT, by which L2's handlers end")
     raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)
+
+
+def physical(l2: L2) -> None:
+    """What is pending for the processor is taken between two instructions, before anything virtual (15.13, 15.21.4): it
+    ends L2 if L1 intercepts it. GIF is 1 in L2; an interrupt wants L1's IF with V_INTR_MASKING, without it L2's."""
+    vmcb, outside = l2.state.vmcb, l2.state.outside
+    if "nmi" in outside:
+        if not vmcb["intercept_misc1"] & MISC1_NMI or (vmcb["interrupt_shadow"] and not l2.begun):
+            raise UsageError("an NMI that L1 does not intercept, or that a shadow holds back, is not modelled")
+        del outside["nmi"]
+        raise Leave(ExitCode.NMI, rule="exit.intercept")
+    if "interrupt" not in outside:
+        return
+    flags = l2.state.host.rflags if vmcb["v_intr"] & VIntr.MASKING else l2.regs.rflags
+    if not flags & RFLAGS.IF:
+        if l2.regs.rflags & RFLAGS.IF and l2.state.quirks.has(WINDOW_AS_INTERRUPT):
+            deliver(l2, Event(0, events.INTERRUPT), None, None)
+        return
+    if vmcb["interrupt_shadow"] and not l2.begun:
+        raise UsageError("an interrupt that a shadow holds back is not modelled")
+    del outside["interrupt"]
+    if asks(vmcb, "intr"):
+        raise Leave(INTERCEPTS["intr"].exitcode, rule="exit.intercept")
+    deliver(l2, Event(INTERRUPT_VECTOR, events.INTERRUPT), None, None)
 
 
 def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, rule: str) -> NoReturn:

@@ -50,6 +50,7 @@ PAE_EMULATED: Final = "pae-emulated"
 SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
+WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -207,6 +208,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SOFTWARE_WALK_FAULT: Quirk(),
     SOFTWARE_WALK_OFFSET: Quirk(),
     STRING_WRITE_HALVES: Quirk(),
+    WINDOW_AS_INTERRUPT: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

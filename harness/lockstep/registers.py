@@ -58,8 +58,9 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
             regs.rflags = value | RFLAGS.ONE
             l2.paging = l2.state.paging(regs)
             l2.ran()
-            if vmrun.virtual_interrupt(vmcb, value) is not None:
-                raise UsageError("a virtual interrupt that L2 lets in itself is not modelled")
+            own = not vmcb["v_intr"] & VIntr.MASKING and value & RFLAGS.IF
+            if vmrun.virtual_interrupt(vmcb, value) is not None or (own and "interrupt" in l2.state.outside):
+                raise UsageError("an interrupt that L2 lets in itself is not modelled")
             return value
         return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
     if kind == "invlpg":

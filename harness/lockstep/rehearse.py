@@ -27,13 +27,14 @@ def rehearse(
     Raises UsageError, with file and line, for an op that makes no sense or, with `expectations`, for one that
     the model does not share."""
     twin.reset(program.world)
-    vmruns, over = 0, False
+    vmruns = 0
+    refused: set[int] = set()
     for step in program.steps:
         if step.code != "RUN":
             twin.apply(step)
             continue
         at = where(program.scenario, step.origin)
-        if over:
+        if step.a in refused:
             raise UsageError(f"{at}: a VMRUN follows one that is refused, but what that leaves in the VMCB is not "
                              "defined: make it a scenario of its own")
         outcomes: dict[int, str] = {}
@@ -48,8 +49,10 @@ def rehearse(
             see(prediction)
             for index in range(first, min(prediction.next_probe + 1, len(step.probes))):
                 outcomes[index] = _outcome(prediction, index)
-            over = bool(prediction.refused)
-            if over or prediction.exitcode == ExitCode.VMMCALL or prediction.next_probe + 1 >= len(step.probes):
+            if prediction.refused:
+                refused.add(step.a)
+                break
+            if prediction.exitcode == ExitCode.VMMCALL or prediction.next_probe + 1 >= len(step.probes):
                 break
             first = prediction.next_probe + 1
             twin.resume(begun)

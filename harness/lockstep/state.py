@@ -30,6 +30,8 @@ from harness.wire.records import Record
 
 _HOST_NAMES = {number: name for name, number in HOST_REGISTERS.items()}
 _MAX_PAGINGS = 1000
+PENDING = frozenset({"nmi", "interrupt"})
+"""What L1 has sent itself."""
 
 
 class Entered(NamedTuple):
@@ -83,7 +85,8 @@ class State:
         self.remote: list[Step] = []
         """Writes of L1's second processor: for the next RUN, and for the one that is on."""
         self.outside: dict[str, int] = {}
-        """What L2 wrote that lies neither in memory nor in a VMCB, nor is L1's: `dr0` to `dr3`, a port (`cf8`)."""
+        """What L2 wrote that lies neither in memory nor in a VMCB, nor is L1's: `dr0` to `dr3`, a port (`cf8`); and of
+        PENDING what is."""
         self.seen: Record | None = None
         """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
         self._world: World | None = None
@@ -129,7 +132,13 @@ class State:
         elif step.code == "INVLPGA":
             self.tlb.add(Flushed(INVLPGA, step.arg, step.a, narrow=True))
         elif step.code == "HOST":
-            setattr(self.host, _HOST_NAMES[step.arg], step.b)
+            name = _HOST_NAMES[step.arg]
+            if name not in PENDING:
+                setattr(self.host, name, step.b)
+            elif step.b:
+                self.outside[name] = step.b
+            else:
+                self.outside.pop(name, None)
 
     def written_outside(self, name: str) -> int:
         """What L2 last wrote to that place `outside`. Raises UsageError if that is unknown."""

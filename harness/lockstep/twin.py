@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from harness.errors import UsageError
 from harness.lockstep import stub
-from harness.lockstep.delivery import Leave
+from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import (
@@ -16,7 +16,7 @@ from harness.lockstep.quirks import (
     VMRUN_WANTS_PAGING,
     Active,
 )
-from harness.lockstep.state import State
+from harness.lockstep.state import PENDING, State
 from harness.model import consistency, events, speculation, vmrun
 from harness.model.access import ErrorCode
 from harness.model.entries import P
@@ -77,6 +77,8 @@ class Twin(State):
         out = Prediction(first_probe=first, next_probe=first)
         self._before = self.tlb.mark(), dict(self.outside)
         vmcb = self.vmcb
+        if self.host.gif and self.outside.keys() & PENDING:
+            raise UsageError("L1 sets GIF while something is pending for it, and takes it itself")
         if not self.host_at_vmrun().cr0 & CR0.PG and self.quirks.has(VMRUN_WANTS_PAGING):
             return self._raise(out)
         if vmcb["np_control"] & NP_ENABLE and not self.cpu.npt:
@@ -99,6 +101,7 @@ class Twin(State):
             if injected is not None and not self._lost(injected):
                 l2.injected = injected
                 l2.deliver(injected, next_rip=vmcb["nrip"] if self._has_next_rip(injected) else None)
+            physical(l2)
             l2.interrupt()
             l2.enter()
             for index in range(first, len(step.probes)):

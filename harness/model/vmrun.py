@@ -53,6 +53,8 @@ class Host:
     dr7: int
     pkru: int = 0
     u_cet: int = 0
+    rflags: int = RFLAGS.ONE
+    gif: int = 0
 
 
 def canonicalize(vmcb: Vmcb, cpu: Cpu) -> None:

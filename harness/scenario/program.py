@@ -13,10 +13,10 @@ from harness.model import local_apic
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.entries import BITS, FRAME
 from harness.model.intercepts import msr_bit
-from harness.model.registers import CR4, REGISTER_BITS, Cpu
+from harness.model.registers import CR4, REGISTER_BITS, RFLAGS, Cpu
 from harness.model.vmcb import FIELDS
 from harness.scenario import ops
-from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT
+from harness.scenario.initial import HOST_CR0, HOST_CR4, HOST_DR7, HOST_EFER, HOST_PAT, HOST_RFLAGS
 from harness.scenario.modes import HOST_MODES, MODES
 from harness.scenario.world import DEVICE, World, build
 from harness.wire import layout
@@ -39,7 +39,8 @@ NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >=
 FLUSH_ALL: Final = 1
 """TLB_CONTROL (table 15-9)."""
 
-_HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0}
+_HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0,
+                "rflags": HOST_RFLAGS, "nmi": 0, "interrupt": 0, "gif": 0}
 _USUAL_BITS: Final = 40
 _USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle",
                               "second"])
@@ -278,6 +279,12 @@ class _Body:
         lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(op.register)
         if lacking is not None and (bits := lacking(new, self.cpu)):
             raise ValueError(f"L1 cannot set {bits:#x} in its {op.register.upper()}: this CPU has no such feature")
+        if op.register in ("rflags", "nmi", "interrupt", "gif") and self.world.host_mode.narrow:
+            raise ValueError(f"an L1 in a 32-bit mode has {op.register} as it is")
+        if op.register in ("nmi", "interrupt", "gif") and new > 1:
+            raise ValueError(f"{op.register} is 0 or 1")
+        if op.register == "rflags" and (new ^ HOST_RFLAGS) & ~(RFLAGS.STATUS | RFLAGS.IF | RFLAGS.AC):
+            raise ValueError(f"{new:#x}: of its RFLAGS L1 changes IF, AC and the status flags")
         self.host[op.register] = new
         self.steps.append(Step("HOST", number, b=new, origin=index))
 

@@ -20,6 +20,7 @@ def c_header() -> str:
         "TW_MAILBOX_CODE": layout.MAILBOX_CODE,
         "TW_MAILBOX_REQUEST": layout.MAILBOX_REQUEST,
         "TW_STRING_PORT": layout.STRING_PORT,
+        "TW_INTERRUPT_VECTOR": layout.INTERRUPT_VECTOR,
         "TW_VMRUN_RAISED": layout.VMRUN_RAISED,
         "TW_CONTROL_BYTES": layout.CONTROL_BYTES,
         "TW_SAVE_BYTES": layout.SAVE_BYTES,

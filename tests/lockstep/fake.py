@@ -183,7 +183,7 @@ class FakeMachine:
             out = self.plant.predict(self, step, first)
             self.plant.after_run(self, out)
             host = self.twin.host_at_vmrun()
-            before = {name: 0x1000 + n for n, name in enumerate(HOST.names)} | {
+            before = {name: 0x1000 + n for n, name in enumerate(HOST.names)} | {"tsc": 0} | {
                 "rax": step.a, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat, "dr7": host.dr7,
                 "rflags": 0x8D7, "all_read": 1,
             }
