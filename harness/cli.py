@@ -17,7 +17,7 @@ from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
 from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, targeted
 from harness.pool import jobs_for
-from harness.report import bundle, jsonfile, junit, output, terminal
+from harness.report import bundle, html, jsonfile, junit, output, terminal
 from harness.report.journal import Journal
 from harness.report.summary import summarize
 from harness.run import Outcome, run
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--record", type=Path, metavar="FILE",
                         help="go on behind the cases of earlier runs that FILE has, and add those of this one")
     runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    runner.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
     runner.add_argument("--bundles", type=Path, metavar="FOLDER",
                         help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
@@ -115,6 +116,8 @@ def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) ->
 def _run(options: argparse.Namespace) -> int:
     if options.json:
         jsonfile.check(options.json)
+    if options.html:
+        html.check(options.html)
     if options.junit:
         junit.check(options.junit)
     if options.bundles:
@@ -156,6 +159,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         jsonfile.write(options.json, summary)
         journal.done()
+    if options.html:
+        html.write(options.html, summary, errata)
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code(options.strict)

@@ -43,10 +43,11 @@ class Covered:
     @classmethod
     def of(cls, identity: object | None, cells: Iterable[Cell]) -> Self:
         """From a machine's identity, a dataclass. Raises UsageError if the machine never came up."""
-        return cls._made(identity_of(identity), cells)
+        return cls.made(identity_of(identity), cells)
 
     @classmethod
-    def _made(cls, machine: Mapping[str, Any] | None, cells: Iterable[Cell]) -> Self:
+    def made(cls, machine: Mapping[str, Any] | None, cells: Iterable[Cell]) -> Self:
+        """From a machine's identity by name. Raises as `of`."""
         if machine is None:
             raise UsageError("the machine never came up: nothing was reached")
         features = frozenset(machine["features"])
@@ -83,7 +84,7 @@ def read(path: Path) -> Covered:
         raise UsageError(f"{path}:{reason.lineno}: not JSON, or not all of it: {reason.msg}: {again}") from None
     try:
         cells = [Cell(*map(str, cell)) for cell in data["cells"]]
-        return Covered._made(data["machine"], cells)
+        return Covered.made(data["machine"], cells)
     except UsageError as reason:
         raise UsageError(f"{path}: {reason}") from None
     except (KeyError, TypeError, ValueError) as reason:

@@ -179,14 +179,16 @@ def table(summary: Summary, width: int) -> list[Line]:
         for result in summary.lost:
             lines.append(line(f"  {result.scenario}", BAD))
             lines += [line(f"    {text}") for text in harmless(str(result.lost)).splitlines()]
-    return [*lines, line(""), _verdict(summary)]
+    said, bad = verdict(summary)
+    return [*lines, line(""), line(said, BAD if bad else GOOD)]
 
 
-def _totals(summary: Summary) -> Iterator[Line]:
+def totals(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """The figures of a run: name, figure, what else there is to say of it, and its style."""
     totals = summary.totals
     wanted = totals.scenarios + len(summary.not_run)
     cases_skipped = sum(tally.skipped for tally in summary.sweeps)
-    rows = [
+    return [
         ("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN),
         *([("cases of sweeps", f"{totals.sweep_cases:,}", "", PLAIN)] if summary.sweeps else []),
         *([("skipped", f"{len(summary.skipped) + cases_skipped:,}", "which this CPU cannot run", PLAIN)]
@@ -200,6 +202,10 @@ def _totals(summary: Summary) -> Iterator[Line]:
         ("divergences: known", f"{totals.divergences_known:,}", "", KNOWN if totals.divergences_known else PLAIN),
         ("seconds", f"{totals.seconds:,.2f}", "", PLAIN),
     ]
+
+
+def _totals(summary: Summary) -> Iterator[Line]:
+    rows = totals(summary)
     column = max(len(figure) for _, figure, _, _ in rows)
     for name, figure, note, style in rows:
         yield Span(f"  {name:22}"), Span(f"{figure:>{column}}", style), Span(f" {note}" if note else "")
@@ -299,7 +305,8 @@ def _versions(known: Known) -> str:
     return f"; {erratum.machine}{span if since or until else ''}" if erratum.machine else ""
 
 
-def _verdict(summary: Summary) -> Line:
+def verdict(summary: Summary) -> tuple[str, bool]:
+    """What a run comes to, and whether that is bad."""
     totals = summary.totals
     if totals.divergences_new:
         failed = sum(any(is_new(d, summary.strict) for d in result.divergences) for result in summary.results)
@@ -316,4 +323,4 @@ def _verdict(summary: Summary) -> Line:
         text, style = "agreed, but for known errata", GOOD
     else:
         text, style = "agreed", GOOD
-    return line(text, style)
+    return text, style == BAD

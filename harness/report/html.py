@@ -1,0 +1,159 @@
+"""The `--html` file: a run as one page that needs nothing else, with each walk drawn as the grid that it is.
+
+A finding's walk has a row for each entry of L2's tables: the nested walk of that entry's own address, then the entry;
+and a last row for the page itself. The page is made of three files (harness/report/page) and of the values here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from harness.lockstep.errata import Erratum
+from harness.lockstep.signature import Signature
+from harness.model.access import Reached
+from harness.model.coverage import Cell
+from harness.model.entries import FRAME
+from harness.model.rules import RULES
+from harness.model.walk import FINAL, GUEST, NESTED
+from harness.report import coverage, output, words
+from harness.report.beside import Beside
+from harness.report.findings import Finding, findings, headline, place
+from harness.report.summary import Summary, describe_machine
+from harness.report.terminal import totals, verdict
+
+OPTION: Final = "--html"
+_DRAWN: Final = 500
+_EACH: Final = 3
+"""Walks that are drawn: so many in all, and of each signature so many at least. Others are like them."""
+_SEARCHED: Final = 400
+
+
+def check(path: Path) -> None:
+    """Before a run: raises UsageError, saying what to do, if `path` cannot be written."""
+    output.check_writable(path, OPTION)
+
+
+def write(path: Path, summary: Summary, errata: Iterable[Erratum] = ()) -> None:
+    """After a run: all of the file or nothing. Raises TwinwalkError if that fails after all."""
+    output.write(path, text(summary, errata))
+
+
+def text(summary: Summary, errata: Iterable[Erratum] = ()) -> str:
+    """The page."""
+    page = resources.files("harness.report") / "page"
+    data = json.dumps(document(summary, errata), ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    whole = (page / "page.html").read_text(encoding="utf-8")
+    parts = {"title": "results", "style": (page / "page.css").read_text(encoding="utf-8"),
+             "script": (page / "page.js").read_text(encoding="utf-8"), "data": data}
+    for name, part in parts.items():
+        whole = whole.replace(f"{{{{{name}}}}}", part, 1)
+    return whole
+
+
+def document(summary: Summary, errata: Iterable[Erratum] = ()) -> dict[str, Any]:
+    """What the page shows, in plain values."""
+    said, bad = verdict(summary)
+    return {
+        "verdict": said,
+        "bad": bad,
+        "machine": describe_machine(summary.machine),
+        "totals": [[name, figure, note] for name, figure, note, _ in totals(summary)],
+        "sweeps": [[one.name, *(f"{n:,}" for n in (one.done, one.total, one.pairs, one.pairs_total, one.triples,
+                                                   one.triples_total))] for one in summary.sweeps],
+        "findings": _findings(summary),
+        "lost": [{"scenario": one.scenario, "text": str(one.lost)} for one in summary.lost],
+        "known": [{"id": one.erratum.id, "title": one.erratum.title, "count": one.count, "scenarios": one.scenarios,
+                   "explanation": " ".join(one.erratum.explanation.split()), "reference": one.erratum.reference}
+                  for one in summary.known],
+        "coverage": _coverage(summary, errata),
+    }
+
+
+def _findings(summary: Summary) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    drawn: Counter[Signature] = Counter()
+    for result in summary.results:
+        scenario = summary.scenarios.get(result.scenario)
+        for one in findings(result.divergences):
+            if not one.is_new(summary.strict):
+                continue
+            has_walk = one.walk is not None and bool(one.walk.trail)
+            draw = has_walk and (len(out) < _DRAWN or drawn[one.signature] < _EACH)
+            drawn[one.signature] += draw
+            said = headline(one, scenario)
+            out.append({
+                "name": one.scenario, "family": one.scenario.partition("[")[0], "headline": said,
+                "place": place(one, scenario), "check": one.first.check, "field": one.first.field,
+                "rule": _rule(one), "values": [
+                    [f"{d.check} {d.field}", words.value(d, d.expected), words.value(d, d.observed), d.erratum or ""]
+                    for d in one.divergences],
+                "events": list(one.first.events), "grid": _grid(one) if draw else None,
+                "like": str(one.signature) if has_walk and not draw else "",
+                "search": " ".join((one.scenario, said, *one.signature)).lower()[:_SEARCHED],
+            })
+    return out
+
+
+def _rule(finding: Finding) -> list[str]:
+    name = finding.first.rule
+    if finding.walk is not None and finding.first.field in ("outcome", "value"):
+        name = finding.walk.rule
+    found = RULES.get(name)
+    return [found.id, found.reference, found.text] if found is not None else [name, "", ""]
+
+
+def _grid(finding: Finding) -> dict[str, Any]:
+    both = Beside(finding)
+    columns: dict[str, None] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for index, step in enumerate(both.steps):
+        purpose = step.level if step.dimension == GUEST else step.purpose
+        row = rows.setdefault(purpose, {
+            "label": "the page" if purpose == FINAL else purpose, "what": "", "nested": [], "guest": None})
+        if step.dimension == NESTED:
+            columns.setdefault(step.level)
+            row["nested"].append(_cell(both, index))
+            row["what"] = both.group(index)
+        else:
+            row["guest"] = _cell(both, index)
+    observed, expected = finding.observed, both.walk.outcome
+    return {
+        "columns": list(columns), "rows": list(rows.values()), "model": str(expected),
+        "machine": "the same" if observed is None else str(observed), "differs": observed is not None,
+        "why": both.mark.why,
+    }
+
+
+def _cell(both: Beside, index: int) -> dict[str, Any]:
+    step, (model, machine) = both.steps[index], both.rows[index]
+    types = both.finding.types[index : index + 1]
+    return {
+        "level": step.level, "at": f"{step.address:x}", "model": f"{model:x}",
+        "machine": None if machine is None else f"{machine:x}", "frame": f"{model & FRAME:x}",
+        "type": types[0] if types else "",
+        "differs": machine is not None and machine != model and both.wrong(index) is not None,
+        "first": index == both.mark.index,
+        "last": index == len(both.steps) - 1 and not isinstance(both.walk.outcome, Reached),
+    }
+
+
+def _coverage(summary: Summary, errata: Iterable[Erratum]) -> dict[str, Any]:
+    """How many cells of each rule were reached, of how many, by dimension and level."""
+    if summary.machine is None or not summary.cells:
+        return {"columns": [], "rows": []}
+    merged = coverage.merge([coverage.Covered.made(summary.machine, summary.cells)], errata)
+    of = Counter((cell.rule, _column(cell)) for cell in merged.reachable)
+    reached = Counter((cell.rule, _column(cell)) for cell in merged.reached)
+    columns = sorted({column for _, column in of})
+    rules = [rule for rule in RULES if any(name == rule for name, _ in of)]
+    return {"columns": columns, "rows": [
+        [rule, *([reached[rule, column], of[rule, column]] for column in columns)] for rule in rules]}
+
+
+def _column(cell: Cell) -> str:
+    return " ".join(filter(None, (cell.dimension, cell.level)))

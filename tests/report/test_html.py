@@ -1,0 +1,169 @@
+"""The page of a run: what is in it, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from harness.errors import MachineLost
+from harness.lockstep.driver import Result
+from harness.model.access import Access
+from harness.model.entries import RW
+from harness.report import html
+from harness.report.summary import Summary, summarize
+from tests.report.cases import NAME, SCENARIO, Case, divergence, erratum, extra_d, missing_a, result, went_through
+
+WRITE = Access(write=True)
+
+
+def _denied() -> tuple[Case, Any]:
+    """A write that the nested PTE of the page forbids, and that the machine lets through."""
+    case = Case()
+    at = case.final["pte"]
+    case.space.set(at, case.space.get(at) & ~RW)
+    return case, case.walk(WRITE)
+
+
+def _summary(*results: Result) -> Summary:
+    return summarize(None, [SCENARIO], results, [erratum()], 1.0)
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    case, walk = _denied()
+    other = Case()
+    read = other.walk()
+    return _summary(
+        result(went_through(case, walk)),
+        result(missing_a(other, other.final["pde"], read), scenario="ad/missing"),
+        result(extra_d(other, other.guest["pte"], read), scenario="ad/<b>extra</b>"),
+        result(divergence(check="C3", field="cr4", expected=1, observed=2), scenario="state/cr4"),
+        result(divergence(check="C4", field="level", rule="context.nested", expected=4, observed=5,
+                          events=("  VMRUN", "> run L2", "  #VMEXIT")), scenario="contexts/level"),
+        result(divergence(erratum="e1"), scenario="known"),
+        Result("gone", lost=MachineLost("it hangs", ["qemu"], "the log's </script> end")),
+    )
+
+
+def test_what_is_told(summary: Summary) -> None:
+    """New findings, each with its rule and its values; errata by their own; nothing of the machine is lost."""
+    told = html.document(summary)
+    assert [one["name"] for one in told["findings"]] == [NAME, "ad/missing", "ad/<b>extra</b>", "state/cr4",
+                                                        "contexts/level"]
+    assert told["bad"] and told["known"][0]["id"] == "e1" and told["lost"][0]["scenario"] == "gone"
+    first = told["findings"][0]
+    assert first["rule"][0] == "nested.write" and "15.25" in first["rule"][1]
+    assert first["values"][0][1].startswith("#NPF")
+
+
+def test_the_grid(summary: Summary) -> None:
+    """Five rows of four nested entries, four of them with the guest's; the walk stops at the last."""
+    grid = html.document(summary)["findings"][0]["grid"]
+    assert grid["columns"] == ["pml4e", "pdpte", "pde", "pte"]
+    assert [row["label"] for row in grid["rows"]] == ["pml4e", "pdpte", "pde", "pte", "the page"]
+    assert [len(row["nested"]) for row in grid["rows"]] == [4] * 5
+    assert [row["guest"] is not None for row in grid["rows"]] == [True] * 4 + [False]
+    cells = [cell for row in grid["rows"] for cell in [*row["nested"], row["guest"]] if cell]
+    assert [cell["last"] for cell in cells].count(True) == 1 and grid["rows"][4]["nested"][3]["last"]
+    assert grid["rows"][4]["nested"][3]["first"] and grid["differs"] and "R/W is 0" in grid["why"]
+
+
+def test_an_entry_that_differs(summary: Summary) -> None:
+    grid = html.document(summary)["findings"][1]["grid"]
+    differing = [cell for row in grid["rows"] for cell in [*row["nested"], row["guest"]] if cell and cell["differs"]]
+    assert len(differing) == 1 and int(differing[0]["model"], 16) ^ int(differing[0]["machine"], 16) == 0x20
+
+
+def test_it_is_one_page(summary: Summary) -> None:
+    """Nothing is fetched, nothing of a finding is markup, and the data is what `document` says."""
+    page = html.text(summary)
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
+    assert "<b>extra" not in page and page.count("</script>") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None and json.loads(data[1]) == json.loads(json.dumps(html.document(summary)))
+    assert "{{" not in page.replace(data[1], "")
+
+
+def test_ten_thousand_findings() -> None:
+    """Not every walk is drawn then; of those that are not it is said which they are like."""
+    case, walk = _denied()
+    finding = went_through(case, walk)
+    many = [result(finding, scenario=f"many[{n}]") for n in range(10_000)]
+    told = html.document(_summary(*many))["findings"]
+    assert len(told) == 10_000 and sum(one["grid"] is not None for one in told) == 500
+    assert told[-1]["like"] and len(html.text(_summary(*many))) < 20 << 20
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="no Chromium here: apt-get install chromium chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                 "--disable-dev-shm-usage", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+                 "--window-size=1400,1000"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+def _open(browser: webdriver.Chrome, path: Path, summary: Summary) -> None:
+    html.write(path, summary)
+    browser.get(path.as_uri())
+
+
+def _texts(browser: webdriver.Chrome, selector: str) -> list[str]:
+    return [one.text for one in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+
+@needs_browser
+def test_in_a_browser(browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
+    """It opens, shows the first walk, filters, goes on by keyboard, explains an entry; and the console stays silent."""
+    _open(browser, tmp_path / "page.html", summary)
+    assert len(_texts(browser, "#list button")) == 5
+    assert len(_texts(browser, ".grid .cell")) == 24
+    assert _texts(browser, ".cell.last") != [] and "nested.write" in _texts(browser, ".rule")[0]
+    field = browser.find_element(By.ID, "filter")
+    browser.find_element(By.TAG_NAME, "body").send_keys("/")
+    assert browser.switch_to.active_element == field
+    field.send_keys("extra")
+    assert [text.splitlines()[-1] for text in _texts(browser, "#list button")] == [
+        "ad/<b>extra</b> · C2 " + html.document(summary)["findings"][2]["field"]]
+    field.send_keys(Keys.BACKSPACE * 5 + Keys.ESCAPE)
+    assert len(_texts(browser, "#list button")) == 5
+    browser.find_element(By.CSS_SELECTOR, "#list button").send_keys("j")
+    assert _texts(browser, "#list button[aria-current=true]")[0].splitlines()[-1].startswith("ad/missing")
+    browser.find_element(By.CSS_SELECTOR, ".cell.differs").click()
+    assert any("1, machine 0" in text for text in _texts(browser, "#bits tr"))
+    browser.find_elements(By.CSS_SELECTOR, "#list button")[4].click()
+    assert _texts(browser, ".timeline li.here") == ["run L2"]
+    log = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    assert [one for one in log if one["level"] == "SEVERE"] == []
+
+
+@needs_browser
+def test_in_a_browser_at_ten_thousand(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    case, walk = _denied()
+    finding = went_through(case, walk)
+    _open(browser, tmp_path / "page.html", _summary(*(result(finding, scenario=f"many[{n}]") for n in range(10_000))))
+    assert _texts(browser, "#new-count") == ["10,000"] and len(_texts(browser, "#list button")) == 200
+    browser.find_element(By.ID, "filter").send_keys("many[9999]")
+    assert len(_texts(browser, "#list button")) == 1 and "drawn with the first" in _texts(browser, "#detail")[0]
