@@ -14,8 +14,10 @@ from harness.lockstep import instructions
 from harness.lockstep.delivery import Leave
 from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, SOFTWARE_WALK_OFFSET, STRING_WRITE_HALVES
 from harness.model import local_apic
-from harness.model.access import Access, ErrorCode
+from harness.model.access import Access, ErrorCode, NestedPageFault
+from harness.model.entries import FRAME
 from harness.model.vmcb import ExitCode
+from harness.model.walk import Walk
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -40,6 +42,15 @@ def check(spa: int, width: int, written: int | None = None, rmw: bool = False) -
 def cannot_be_emulated(l2: L2, reached: Sequence[tuple[int, int, int]]) -> bool:
     """By a quirk: whether the access of the bytes `reached` is of a device and ends otherwise."""
     return any(local_apic.has(spa) for spa, _, _ in reached) and instructions.cannot_be_emulated(l2)
+
+
+def fault(l2: L2, walk: Walk) -> Walk:
+    """`walk`, which faults; by a quirk, a nested fault of a device's page is told at its first byte."""
+    match walk.outcome:
+        case NestedPageFault(code, gpa) if code & ErrorCode.FINAL and local_apic.has(walk.trail[-1][4] & FRAME):
+            if gpa & _IN_PAGE and l2.state.quirks.has(SOFTWARE_WALK_OFFSET):
+                return walk._replace(outcome=NestedPageFault(code, gpa & ~_IN_PAGE))
+    return walk
 
 
 def string(l2: L2, kind: str, size: int, address: int, index: int) -> int:

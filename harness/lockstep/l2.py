@@ -237,7 +237,7 @@ class L2:
                 for done in walks[:-1]:
                     self._note(done, other_faulted=True)
                 self._note(walk)
-                self.fault(walk)
+                self.fault(devices.fault(self, walk))
             reached.append((self._own_memory(walk, f"an access of gVA {gva:#x}"), at, width))
         emulated = devices.cannot_be_emulated(self, reached)
         for walk in walks:

@@ -91,7 +91,7 @@ def available(kind: str, say: Say) -> tuple[list[Available], list[str]]:
             troubles.append(f"{name}: {reason}")
             if not release.known():
                 continue
-        packages = [_QEMU] if kind == "qemu" else release.names(_PATTERN)
+        packages = [_QEMU] if kind == "qemu" else _whole(release)
         for offer in release.offers(packages):
             one = Available(kind, _upstream(offer.version), release, offer)
             out.setdefault(one.name, one)
@@ -165,6 +165,14 @@ def _get(one: Available, say: Say) -> Fetched:
         if not folder.is_dir():
             raise LaunchFailed(f"cannot unpack {one.name} in {_root()}: {reason}; set XDG_CACHE_HOME") from None
     return Fetched(one.kind, _numbers((folder / "version").read_text()), path)
+
+
+def _whole(release: Release) -> list[str]:
+    """Its kernels' packages, but for those of which the mirror has lost a part: the modules, where they are a package
+    of their own."""
+    parts = set(release.names(_PATTERN.replace("image", "(image|binary|modules)")))
+    return [name for name in parts if name.startswith(_PARTS[0]) and (
+        name.replace("image", "binary", 1) not in parts or name.replace("image", "modules", 1) in parts)]
 
 
 def _packages(one: Available) -> Sequence[Offer]:

@@ -104,6 +104,20 @@ def test_a_version_is_found_and_fetched_once(mirror: Mirror, capsys: pytest.Capt
     ]
 
 
+def test_a_kernel_without_its_modules_is_none(mirror: Mirror) -> None:
+    """Mirrors drop the modules of an older version before its image."""
+    for name in (KERNEL, KERNEL.replace("image", "binary")):
+        mirror.package(name, "9.9.1-1", "image")
+    mirror.publish()
+    with pytest.raises(LaunchFailed, match=r"no mirror has kernel 9\.9; there are none"):
+        versions.fetch("kernel", "9.9", print)
+    mirror.package(KERNEL.replace("image", "modules"), "9.9.1-1", "modules")
+    mirror.publish()
+    stamp = mirror.root / "cache" / "twinwalk" / "apt" / "sid" / "updated"
+    os.utime(stamp, (0, 0))
+    assert versions.fetch("kernel", "9.9", print).version == (9, 9, 1)
+
+
 def test_without_the_mirror_what_was_fetched_works(mirror: Mirror) -> None:
     mirror.package(KERNEL, "9.9.1-1", "image")
     mirror.publish()
