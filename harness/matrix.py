@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--under", metavar="V",
                         help="the QEMU that plays the host of these kernels (default: the last of --qemu, else that on "
                              "PATH)")
+    parser.add_argument("--cpu", default="max", metavar="MODEL", help="the CPU of that host (default: max)")
     parser.add_argument("--budget", type=count, default=BUDGET, metavar="N",
                         help=f"cases of sweeps on each machine (default: {BUDGET}; 0 for none)")
     for name in _FILES:
@@ -56,13 +58,20 @@ def add(commands: Any) -> None:
     parser.set_defaults(command=_matrix)
 
 
-def machines(qemus: Sequence[str], kernels: Sequence[str], under: str | None) -> Iterator[Machine]:
-    """The columns, in their order."""
-    for name in qemus:
-        yield Machine(f"QEMU {Path(name).name}", Target("tcg", qemu=name, say=say))
-    for name in kernels:
-        host = replace(kvm_on_tcg.DEFAULT, kernel=Path(name))
-        yield Machine(f"KVM {Path(name).name}", Target("kvm-on-tcg", qemu=under, l0=host, say=say))
+def machines(qemus: Sequence[str], kernels: Sequence[str], under: str | None, cpu: str) -> Iterator[Machine]:
+    """The columns, in their order; several paths that end alike are numbered."""
+    seen: Counter[str] = Counter()
+
+    def named(layer: str, path: str) -> str:
+        name = f"{layer} {Path(path).name}"
+        seen[name] += 1
+        return name if seen[name] == 1 else f"{name} ({seen[name]})"
+
+    for one in qemus:
+        yield Machine(named("QEMU", one), Target("tcg", qemu=one, say=say))
+    for one in kernels:
+        host = replace(kvm_on_tcg.DEFAULT, kernel=Path(one))
+        yield Machine(named("KVM", one), Target("kvm-on-tcg", qemu=under, cpu=cpu, l0=host, say=say))
 
 
 def _matrix(options: argparse.Namespace) -> int:
@@ -75,7 +84,7 @@ def _matrix(options: argparse.Namespace) -> int:
     picked = selected(options.paths, options.expression)
     errata = errata_files.load(LIBRARY / "errata")
     columns: list[report.Column] = []
-    for one in machines(qemus, kernels, options.under or (qemus[-1] if qemus else None)):
+    for one in machines(qemus, kernels, options.under or (qemus[-1] if qemus else None), options.cpu):
         say(f"{one.name} ...")
         columns.append(column(one, picked.scenarios, picked.sweeps, options.budget, errata))
         say(f"{one.name}: {columns[-1].failed.partition(chr(10))[0] or _told(columns[-1])}")
