@@ -102,7 +102,8 @@ all.
 - Accessed and dirty bits of a walk that faults. What a completed nested walk set stays set; of the rest the model has a
   set, not a tolerance: `Liberties` names each kind of room (`nested_cut`, `guest_cut`, `page_not_reached`,
   `other_page`), and a machine's profile says whether it takes it always, sometimes or never. A bit that is set where it
-  may not be, or missing where it must be, is a divergence.
+  may not be, or missing where it must be, is a divergence. A processor may also set accessed bits of entries that no
+  access needs (`speculates`).
 - Translations that were changed since: what a TLB may still hold is a set too (`caches` in the profile;
   [litmus.md](litmus.md)).
 - Fields of the VMCB that an exit does not define (`Prediction.free`), bit by bit: EXITINFO1 and 2 where no value is
