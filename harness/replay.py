@@ -85,11 +85,11 @@ def _export(path: Path, bundle: Bundle, folder: Path) -> int:
     image = guests.load_image(guests.build_l1())
     cpu = _cpu(path, machine)
     kind = _one(path, machine, "machine", str, _LIBERTIES.__contains__)
-    case, code = export_c.export(bundle, Compiler(image, cpu), Twin(image, cpu, _LIBERTIES[kind]))
+    case, code, la57 = export_c.export(bundle, Compiler(image, cpu), Twin(image, cpu, _LIBERTIES[kind]))
     model = _one(path, bundle.about.target, "cpu", str, lambda v: _MODEL.fullmatch(v))
     values = {"HEAD": export_c.head(bundle, harmless(describe_machine(machine))), "CASE": case,
               "ACCEL": "tcg" if kind == "tcg" else "kvm", "CPU": model if kind == "tcg" else "host",
-              "LOW": image.low_end, "MEGABYTES": image.ram_bytes >> 20}
+              "LA57": int(la57), "LOW": image.low_end, "MEGABYTES": image.ram_bytes >> 20}
     texts = {name: export_c.fill((guests.SOURCES / "export" / name).read_text(encoding="utf-8"), values)
              for name in ("test.c", "start.S", "Makefile")}
     texts["start.S"] += code

@@ -151,6 +151,7 @@ class _Queue:
         """Handed out; of the first one `_results` are there."""
         self._results: list[Result] = []
         self._doubts: list[_Doubt] = []
+        self._sifted = False
 
     def more(self) -> bool:
         """Whether anything is left; what was handed out without a result is handed out again."""
@@ -168,7 +169,8 @@ class _Queue:
                 yield from compiler.batch(batch)
             else:
                 program = compiler.compile(batch[0])
-                rehearse(twin, program, expectations=compiler.usual)
+                if not self._sifted:
+                    rehearse(twin, program, expectations=compiler.usual)
                 yield program
 
     def sift(self, compiler: Compiler, twin: Twin, hazards: Hazards) -> Iterator[Done]:
@@ -185,7 +187,7 @@ class _Queue:
                     yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)
             if fits:
                 fitting.append(tuple(fits))
-        self._todo = deque(fitting)
+        self._todo, self._sifted = deque(fitting), True
 
     def next(self) -> Scenario:
         """The scenario that is next, handed out without a program."""

@@ -22,8 +22,10 @@ from harness.scenario.shrink import bare, candidates, cost, without_chunks
 from harness.session import Done, Session, Unit
 from harness.target import Target
 
+_FIRST: Final = 8
 _BATCH: Final = 64
-"""Candidates in one round trip; where each that shows it costs a boot, they are tried one by one."""
+"""Candidates in one round trip: at first, where bold cuts often succeed, and at most. Where each that shows it costs a
+boot, they are tried one by one."""
 _ALONE: Final = 10
 """Times that a finding is tried alone: first on a fresh boot, then on the same one."""
 _BOOTS: Final = 3
@@ -165,9 +167,9 @@ def shrink(trials: Trials, wanted: Signature, scenario: Scenario, repeated: Repe
     current = bare(scenario)
     if not repeated.seen or not _accepts(trials, wanted, [current], repeated):
         return scenario
-    size = 1 if wanted.check == LOST or repeated.fresh else _BATCH
+    alone = wanted.check == LOST or repeated.fresh
     while not trials.spent():
-        for batch in _batches(candidates(current), size):
+        for batch in _batches(candidates(current), alone):
             if found := _accepts(trials, wanted, batch, repeated):
                 current = min(found, key=cost)
                 break
@@ -178,9 +180,11 @@ def shrink(trials: Trials, wanted: Signature, scenario: Scenario, repeated: Repe
     return current
 
 
-def _batches(scenarios: Iterator[Scenario], size: int) -> Iterator[list[Scenario]]:
+def _batches(scenarios: Iterator[Scenario], alone: bool) -> Iterator[list[Scenario]]:
+    size = 1 if alone else _FIRST
     while batch := list(islice(scenarios, size)):
         yield batch
+        size = size if alone else min(_BATCH, 2 * size)
 
 
 def _accepts(trials: Trials, wanted: Signature, batch: Sequence[Scenario], repeated: Repeated) -> list[Scenario]:

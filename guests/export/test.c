@@ -9,7 +9,10 @@ enum {
 	DEBUG_EXIT = 0xf4,	/* -device isa-debug-exit,iobase=0xf4 */
 };
 
+enum mode { PAE, LEGACY, OFF };	/* L1's at VMRUN, where it is not long mode */
+
 void run_l2(uint64_t vmcb);
+void run_l2_from_32(uint64_t vmcb, enum mode mode);
 extern uint8_t host_save[];
 extern uint64_t l2_registers[6];
 

@@ -127,7 +127,7 @@ def _probes(context: Context, prediction: Prediction, record: Record) -> Iterato
     if not same_course(prediction, record):
         refusal = prediction.refused or record.exitcode & 0xFFFF_FFFF == 0xFFFF_FFFF
         yield _at(context, prediction, done, "C3" if refusal else "C1", "outcome",
-                  _predicted_outcome(prediction, done), _observed_outcome(record, done))
+                  predicted_outcome(prediction, done), _observed_outcome(record, done))
 
 
 def check_counter(record: Record, offset: int, got: int, wide: bool) -> tuple[int, int]:
@@ -145,7 +145,8 @@ def check_counter(record: Record, offset: int, got: int, wide: bool) -> tuple[in
     return low, got
 
 
-def _predicted_outcome(prediction: Prediction, index: int) -> str:
+def predicted_outcome(prediction: Prediction, index: int) -> str:
+    """What must become of the probe of that index, in words."""
     if prediction.refused:
         return "VMEXIT_INVALID"
     walk = prediction.walks.get(index)

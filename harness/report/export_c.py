@@ -13,9 +13,11 @@ from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.lockstep import stub
+from harness.lockstep.compare import predicted_outcome
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.signature import LOST
 from harness.lockstep.twin import Twin
+from harness.model.registers import CR4
 from harness.model.vmcb import FIELDS, ExitCode
 from harness.report.bundle import Bundle
 from harness.report.words import entry_address
@@ -30,8 +32,10 @@ _RAX: Final = {1: "%al", 2: "%ax", 4: "%eax", 8: "%rax"}
 _LOADS: Final = {"cr0": "SET(cr0, {})", "cr4": "SET(cr4, {})", "efer": "write_msr(MSR_EFER, {})",
                  "pat": "write_msr(MSR_PAT, {})", "dr7": "SET(dr7, {})", "pkru": "set_pkru({})"}
 _OWN: Final = {"l1.cr0": "READ(cr0)", "l1.cr4": "READ(cr4)", "l1.efer": "read_msr(MSR_EFER)",
-               "l1.pat": "read_msr(MSR_PAT)"}
+               "l1.pat": "read_msr(MSR_PAT)", "l1.dr6": "READ(dr6)", "l1.dr7": "READ(dr7) & 0xff"}
 """L1's registers, as its C reads them."""
+_MODES: Final = {"PAE": "PAE", "32-bit": "LEGACY", "off": "OFF"}
+"""L1's modes outside of long mode, as test.c names them."""
 _NUMBERS: Final = {number: name for name, number in HOST_REGISTERS.items()}
 _SIMPLE: Final = {
     "invlpg": "invlpg ({di})", "rdcr0": "mov %cr0, {ax}", "rdcr2": "mov %cr2, {ax}", "rdcr3": "mov %cr3, {ax}",
@@ -40,9 +44,18 @@ _SIMPLE: Final = {
     "wrdr7": "mov {ax}, %dr7", "vmrun": "vmrun {ax}", "vmload": "vmload {ax}", "vmsave": "vmsave {ax}", "stgi": "stgi",
     "clgi": "clgi", "cpuid": "cpuid", "wbinvd": "wbinvd", "invd": "invd", "hlt": "hlt", "vmmcall": "vmmcall",
     "pause": "pause", "undefined": "ud2", "breakpoint": "int3", "icebp": ".byte 0xf1", "intn": "int $13",
-    "rdpmc": "rdpmc", "monitor": "monitor", "mwait": "mwait", "rsm": "rsm", "skinit": "skinit", "clts": "clts",
+    "rdpmc": "rdpmc", "monitor": "monitor {ax}, %ecx, %edx", "mwait": "mwait %eax, %ecx", "rsm": "rsm",
+    "skinit": "skinit %eax", "clts": "clts", "rdcr8": "mov %cr8, {ax}", "wrcr8": "mov {ax}, %cr8", "xsetbv": "xsetbv",
+    "iret": "iret", "lldt": "lldt %ax", "ltr": "ltr %ax", "smsw": "smsw %eax", "lmsw": "lmsw %ax",
+    "rdldtr": "sldt %eax", "rdtr": "str %eax", "rdrsp": "mov {sp}, {ax}", "wrrsp": "mov {ax}, {sp}",
+    "invlpga": "invlpga {ax}, %ecx", "divide": "div %ecx", "lar": "lar %eax, %edx", "rdtsc": "rdtsc",
+    "rdtscp": "rdtscp",
 }
-"""Probes that are one instruction, whose exits tell all."""
+"""Probes that are one instruction."""
+_FIRST: Final = {"monitor": ("xor %ecx, %ecx", "xor %edx, %edx"), "mwait": ("xor %ecx, %ecx",),
+                 "divide": ("xor %edx, %edx", "xor %ecx, %ecx"), "lar": ("xor %edx, %edx",)}
+_THEN: Final = {"lar": ("mov {dx}, {ax}",), **dict.fromkeys(("cpuid", "pause", "wbinvd"), ("xor %eax, %eax",))}
+"""What goes before such an instruction, and what behind it."""
 
 
 @dataclass
@@ -55,9 +68,9 @@ class _Test:
     code: list[str] = field(default_factory=list)
 
 
-def export(bundle: Bundle, compiler: Compiler, twin: Twin) -> tuple[str, str]:
-    """The statements that take the place of @CASE@ in test.c, and L2's code for start.S. Raises UsageError, saying
-    why, for what such a test cannot hold."""
+def export(bundle: Bundle, compiler: Compiler, twin: Twin) -> tuple[str, str, bool]:
+    """The statements that take the place of @CASE@ in test.c, L2's code for start.S, and whether L1 has LA57. Raises
+    UsageError, saying why, for what such a test cannot hold."""
     about = bundle.about
     if bundle.before or about.kind.startswith("depends"):
         raise _cannot("it depends on what ran before it")
@@ -65,8 +78,6 @@ def export(bundle: Bundle, compiler: Compiler, twin: Twin) -> tuple[str, str]:
         raise _cannot("what a hypervisor under L1 does inside is not seen by L1")
     program = compiler.compile(bundle.scenario)
     world = program.world
-    if world.host_mode.name != "4-level":
-        raise _cannot(f"L1 would have to run VMRUN in mode {world.host_mode.name!r}, and it knows 4-level paging only")
     if world.mode.real:
         raise _cannot("L2 would have to run in real mode")
     test = _Test()
@@ -75,7 +86,7 @@ def export(bundle: Bundle, compiler: Compiler, twin: Twin) -> tuple[str, str]:
     body = "\n".join([*test.names, "", "static void test(void)", "{",
                       *(f"\t{text}".rstrip() for text in test.body), "}", ""])
     head = "\n".join(test.set_up)
-    return f"{head}\n{body}", "\n".join(test.code) + "\n"
+    return f"{head}\n{body}", "\n".join(test.code) + "\n", world.host_mode.name == "5-level"
 
 
 def _cannot(why: str) -> UsageError:
@@ -141,7 +152,8 @@ class _Course:
     def _op(self, step: Step) -> None:
         if step.code == "HOST":
             name = _NUMBERS[step.arg]
-            self.test.body.append(f"{_LOADS[name].format(hex(step.b))};\t/* L1's {name.upper()} */")
+            value = step.b | (CR4.LA57 if name == "cr4" and self.world.host_mode.name == "5-level" else 0)
+            self.test.body.append(f"{_LOADS[name].format(hex(value))};\t/* L1's {name.upper()} */")
         elif step.code == "INVLPGA":
             self.test.body.append(f"invlpga({step.a:#x}, {step.arg:#x});")
         elif step.code == "WRITE" and not self._is_rip(step):
@@ -191,7 +203,7 @@ class _Course:
 
     def _vmrun(self, step: Step, first: int) -> None:
         probes = step.probes[first:]
-        n = self.number
+        n, mode = self.number, _MODES.get(self.world.host_mode.name)
         self.test.code += [f"/* VMRUN {n} */", "\t.code64" if self.wide else "\t.code32",
                            f"\t.globl l2_{n}, l2_{n}_end", f"l2_{n}:"]
         for index, probe in enumerate(probes, first):
@@ -204,7 +216,7 @@ class _Course:
             "", f"/* VMRUN {n} */",
             f"copy(L2_CODE, l2_{n}, l2_{n}_end);",
             f"put({step.a + FIELDS['rip'].offset:#x}, {step.b & ~(PAGE - 1):#x}, 8);\t/* rip: L2's code page */",
-            f"run_l2({step.a:#x});",
+            f"run_l2({step.a:#x});" if not mode else f"run_l2_from_32({step.a:#x}, {mode});",
         ]
 
     def _code(self, probe: WireProbe, index: int, page: int) -> Iterator[str]:
@@ -227,7 +239,13 @@ class _Course:
             before = [f"mov {sp}, {dx}", f"lea {native}({di}), {sp}" if kind == "push" else f"mov {di}, {sp}"]
             text, after = f"{kind} {ax}", [f"mov {dx}, {sp}"]
         elif kind in _SIMPLE:
-            text = _SIMPLE[kind].format(di=di, ax=ax)
+            names = {"di": di, "ax": ax, "dx": dx, "sp": sp}
+            before, after = list(_FIRST.get(kind, ())), [one.format(**names) for one in _THEN.get(kind, ())]
+            text = _SIMPLE[kind].format(**names)
+        elif kind in ("in", "out"):
+            operands = ["%dx", _RAX[size]]
+            before, after = ["mov %edi, %edx"], ["xor %eax, %eax"]
+            text = f"{kind} {', '.join(operands if kind == 'in' else operands[::-1])}"
         elif kind in ("rdmsr", "wrmsr"):
             before = ["mov %edi, %ecx"]
             before += ["mov %rax, %rdx", "shr $32, %rdx"] if kind == "wrmsr" and self.wide else []
@@ -253,6 +271,7 @@ class _Course:
     def _checks(self, prediction: Prediction, step: Step) -> None:
         vmcb, free = step.a, prediction.free
         area = self.twin.vmcb
+        self._follows(prediction)
         checked = ["exitcode"]
         if not prediction.refused:
             checked += [name for name in ("exitinfo1", "exitinfo2") if prediction.exitcode == ExitCode.NPF
@@ -265,8 +284,8 @@ class _Course:
                 if mask and FIELDS[name].width <= 8:
                     out.append(f'check("{name}", get({vmcb + FIELDS[name].offset:#x}, {FIELDS[name].width}), '
                                f"{self._value(name, area[name], prediction, step)}, {mask:#x});")
-            elif name in _OWN:
-                out.append(f'check("{name}", {_OWN[name]}, {prediction.host[name[3:]]:#x}, ~0ull);')
+            elif name in _OWN and self.world.host_mode.name not in _MODES:
+                out.append(f'check("{name}", {_OWN[name]}, {prediction.host.get(name[3:], 0):#x}, ~0ull);')
             elif name.startswith(("entry at ", "memory at ")):
                 out.append(self._memory(name, prediction))
             elif name == "value" or any(name == probe.kind for probe in step.probes):
@@ -274,6 +293,15 @@ class _Course:
             elif name != "outcome":
                 raise _cannot(f"its {name} is not seen by such a test")
         self.test.body += out
+
+    def _follows(self, prediction: Prediction) -> None:
+        """Raises UsageError if what the machine did before has a part in what was expected."""
+        first = self.found[0] if self.found else {"field": ""}
+        name, wanted = str(first["field"]), first.get("expected")
+        now = predicted_outcome(prediction, self.probe) if name == "outcome" else (
+            hex(self.twin.vmcb[name]) if name in FIELDS else wanted)
+        if wanted is not None and wanted != now:
+            raise _cannot("what the manual asks for there follows from what the machine had done wrong before")
 
     def _value(self, name: str, value: int, prediction: Prediction, step: Step) -> str:
         """A field as C has it: RIP is where this test's own code has the access."""
@@ -299,7 +327,7 @@ class _Course:
         probe = int(one["probe"])
         if probe not in prediction.results:
             raise _cannot("the probe whose value is wrong is not done by then")
-        mask = (1 << 8 * (8 if self.wide else 4)) - 1
+        mask = (1 << 8 * (8 if self.wide and self.world.host_mode.name not in _MODES else 4)) - 1
         return f'check("{name} of probe {probe}", l2_registers[3], {prediction.results[probe]:#x}, {mask:#x});'
 
 
