@@ -1,4 +1,4 @@
-"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `replay`, `fetch`, `matrix`, `bisect`, `bench`."""
+"""The command line: `twinwalk run`, `list`, `coverage`, `doctor`, `fuzz`, `replay`, `fetch`, `matrix` and more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bisect, bundling, fetching, matrix, replay
+from harness import bisect, bundling, fetching, fuzzing, matrix, replay
 from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write all cells as JSON")
     coverage.set_defaults(command=_coverage)
 
+    fuzzing.add(commands)
     replay.add(commands)
     fetching.add(commands)
     matrix.add(commands)

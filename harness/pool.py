@@ -35,7 +35,7 @@ _SHARE: Final = 200
 """Scenarios that are worth another worker's boot."""
 _END_TIMEOUT: Final = 3.0
 _THEIRS: Final = {signal.SIGINT, signal.SIGTERM}
-_FORK: Final = multiprocessing.get_context("fork")
+FORK: Final = multiprocessing.get_context("fork")
 """Workers begin with all that was read and planned; they are there before a report begins threads."""
 
 
@@ -60,8 +60,8 @@ class _Worker:
     """A process, and this end of its pipe. `unit` is what it does, and `number` that unit's; None while it waits."""
 
     def __init__(self, session: Session) -> None:
-        self.pipe, theirs = _FORK.Pipe()
-        self.process: ForkProcess = _FORK.Process(target=_work, args=(session, theirs, os.getpid()), daemon=True)
+        self.pipe, theirs = FORK.Pipe()
+        self.process: ForkProcess = FORK.Process(target=_work, args=(session, theirs, os.getpid()), daemon=True)
         self.number = 0
         self.unit: Unit | None = None
         self.process.start()

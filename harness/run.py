@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from harness.errors import UsageError
 from harness.lockstep.coverage import Coverage
@@ -15,15 +15,37 @@ from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature
 from harness.lockstep.tally import Tally
 from harness.machine.l1 import Identity
+from harness.model.registers import Cpu
 from harness.pool import Pool
 from harness.report.findings import signatures
 from harness.scenario.ops import Scenario
 from harness.session import MAX_LOST, Done, Session, Unit
-from harness.sweeping import Plan
 from harness.target import Target
 
 _UNIT: Final = 100
 """Scenarios, or cases of sweeps, that a machine does in one go: tenths of a second."""
+
+
+class Cases(Protocol):
+    """Where cases come from, beside scenarios: those of sweeps (harness.sweeping), generated programs
+    (harness.fuzzing)."""
+
+    @property
+    def made_for(self) -> Cpu | None:
+        """See harness.session.Unit."""
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """How far each kind of them came."""
+
+    def batches(self) -> Iterator[tuple[Scenario, ...]]:
+        """Cases that share a world."""
+
+    def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
+        """Count a result; whether there is more to say of it."""
+
+    def close(self) -> None:
+        """At the end of the run, however it came."""
 
 
 @dataclass
@@ -68,11 +90,13 @@ def run(
     strict: bool = False,
     on_result: Callable[[Result], None] = lambda result: None,
     outcome: Outcome | None = None,
-    sweeps: Plan | None = None,
+    sweeps: Cases | None = None,
     jobs: int = 1,
     careful: bool = True,
+    max_lost: int = MAX_LOST,
 ) -> Outcome:
-    """Run `scenarios`, then the cases of `sweeps`, on `target`. `on_result` sees each result as it comes;
+    """Run `scenarios`, then the cases of `sweeps`, on `target`, until the machine was lost `max_lost` times.
+    `on_result` sees each result as it comes;
     `outcome`, if given, is filled as the run goes, so that an interrupted one keeps what was checked.
     `strict` counts known errata as divergences, for `fail_fast`. With `jobs` machines at once results, and
     their order, are the same as with one. Unless `careful`, what a machine is known not to survive is run as well.
@@ -111,7 +135,7 @@ def run(
             try:
                 for done in source.run(_units(scenarios, sweeps)):
                     take(done)
-                    if losses == MAX_LOST:
+                    if losses == max_lost:
                         break
                     result = done.result
                     if fail_fast and (result.lost or any(strict or d.erratum is None for d in result.divergences)):
@@ -131,15 +155,17 @@ def run(
     return out
 
 
-def _units(scenarios: Sequence[Scenario], sweeps: Plan | None) -> Iterator[Unit]:
+def _units(scenarios: Sequence[Scenario], sweeps: Cases | None) -> Iterator[Unit]:
     """The work, in its order, cut into units: the same cuts for any number of machines."""
     for at in range(0, len(scenarios), _UNIT):
         yield Unit(tuple((scenario,) for scenario in scenarios[at : at + _UNIT]), cases=False)
+    if sweeps is None:
+        return
     batches: list[tuple[Scenario, ...]] = []
-    for batch in sweeps.batches() if sweeps is not None else ():
+    for batch in sweeps.batches():
         batches.append(batch)
         if sum(map(len, batches)) >= _UNIT:
-            yield Unit(tuple(batches), cases=True)
+            yield Unit(tuple(batches), cases=True, made_for=sweeps.made_for)
             batches = []
     if batches:
-        yield Unit(tuple(batches), cases=True)
+        yield Unit(tuple(batches), cases=True, made_for=sweeps.made_for)

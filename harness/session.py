@@ -23,6 +23,7 @@ from harness.lockstep.hazards import Hazards
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
+from harness.model.registers import Cpu
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, Program
 from harness.target import Target
@@ -33,11 +34,13 @@ MAX_LOST: Final = 5
 
 class Unit(NamedTuple):
     """Work that is done in one go. Each batch is one scenario or, with `cases`, cases of sweeps that share a world.
-    With `doubtful` what makes no sense is skipped; else it is an error."""
+    With `doubtful` what makes no sense is skipped; else it is an error. They were rehearsed for the CPU that they are
+    `made_for`, if there is one."""
 
     batches: tuple[tuple[Scenario, ...], ...]
     cases: bool
     doubtful: bool = False
+    made_for: Cpu | None = None
 
 
 class Done(NamedTuple):
@@ -101,7 +104,8 @@ class Session:
                 lost = MachineLost(f"it could not be started again: {failed}")
                 yield Done(scenario, Result(scenario.name, lost=lost), unit.cases)
                 continue
-            if not sifted and (hazards or unit.doubtful or not compiler.usual):
+            strange = not compiler.usual and compiler.cpu != unit.made_for
+            if not sifted and (hazards or unit.doubtful or strange):
                 yield from queue.sift(compiler, twin, hazards)
             sifted = True
             for result in lockstep.run(queue.programs(compiler, twin)):

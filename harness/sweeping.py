@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from harness.errors import UsageError
 from harness.lockstep.driver import Result
 from harness.lockstep.tally import Tally
+from harness.model.registers import Cpu
 from harness.scenario.cover import Coverage, sequence
 from harness.scenario.ops import Scenario
 from harness.scenario.program import world_key
@@ -176,6 +177,11 @@ class Plan:
         }
         self.cases = sum(one.left for one in self._sweeps.values())
         """How many cases are to be run."""
+
+    @property
+    def made_for(self) -> Cpu | None:
+        """None of them was rehearsed."""
+        return None
 
     @property
     def tallies(self) -> list[Tally]:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TextIO
 
@@ -80,7 +80,7 @@ class Watch:
     def __init__(
         self, scenarios: Iterable[Scenario], strict: bool = False, screen: Screen | None = None, cases: int = 0
     ) -> None:
-        """`cases` of sweeps follow on `scenarios`."""
+        """`cases` of sweeps follow on `scenarios`; with neither there are programs, nobody knows how many."""
         self.screen = screen if screen is not None else Screen()
         self._scenarios = {scenario.name: scenario for scenario in scenarios}
         self._cases = cases
@@ -98,10 +98,11 @@ class Watch:
                 TextColumn("{task.fields[found]}"), TimeElapsedColumn(), console=self.screen.console,
                 transient=True, refresh_per_second=_REFRESH, redirect_stdout=False, redirect_stderr=False,
             )
-            self._task = self._progress.add_task("checking", total=self._total, found="")
+            self._task = self._progress.add_task("checking", total=self._total or None, found="")
         else:
             cases = f" and {self._cases:,} cases of sweeps" if self._cases else ""
-            self.screen.show([line(f"checking {len(self._scenarios)} scenarios{cases}")])
+            what = f"{len(self._scenarios)} scenarios{cases}" if self._total else "generated programs"
+            self.screen.show([line(f"checking {what}")])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -151,8 +152,8 @@ class Watch:
         tenth = total >= 100 and self._done * 10 // total > (self._done - 1) * 10 // total
         if tenth or now - self._spoken > _QUIET:
             self._spoken = now
-            self.screen.show([line(f"{self._done} of {total} scenarios, divergences: {self._found()}, "
-                                   f"{now - self._begun:.1f} s")])
+            done = f"{self._done} of {total} scenarios" if total else f"{self._done:,} programs"
+            self.screen.show([line(f"{done}, divergences: {self._found()}, {now - self._begun:.1f} s")])
 
 
 def show(summary: Summary, screen: Screen | None = None) -> None:
@@ -161,14 +162,15 @@ def show(summary: Summary, screen: Screen | None = None) -> None:
     screen.show(table(summary, screen.width))
 
 
-def table(summary: Summary, width: int) -> list[Line]:
-    """The machine, the totals, the errata that were met, the machines that were lost, the verdict."""
+def table(summary: Summary, width: int, found: Sequence[Line] = ()) -> list[Line]:
+    """The machine, the totals, the errata that were met, the machines that were lost, the verdict. `found` is what is
+    new, where somebody else has more to say of it."""
     lines = wrap(describe_machine(summary.machine), width, "machine  ")
     lines += [line(""), *_totals(summary)]
     lines += _sweeps(summary)
     lines += _stale(summary)
     lines += _skipped(summary, width)
-    lines += _kinds(summary, width)
+    lines += found or _kinds(summary, width)
     if summary.known:
         lines += [line(""), line(_known_heading(summary), HEAD)]
         for known in summary.known:
@@ -189,8 +191,9 @@ def totals(summary: Summary) -> list[tuple[str, str, str, str]]:
     wanted = totals.scenarios + len(summary.not_run)
     cases_skipped = sum(tally.skipped for tally in summary.sweeps)
     return [
-        ("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN),
-        *([("cases of sweeps", f"{totals.sweep_cases:,}", "", PLAIN)] if summary.sweeps else []),
+        *([("scenarios", f"{totals.scenarios:,}", f"of {wanted:,}" if summary.not_run else "", PLAIN)]
+          if _are_sweeps(summary) or not summary.sweeps else [("programs", f"{totals.sweep_cases:,}", "", PLAIN)]),
+        *([("cases of sweeps", f"{totals.sweep_cases:,}", "", PLAIN)] if _are_sweeps(summary) else []),
         *([("skipped", f"{len(summary.skipped) + cases_skipped:,}", "which this CPU cannot run", PLAIN)]
           if summary.skipped or cases_skipped else []),
         ("VMRUNs checked", f"{totals.vmruns:,}", "", PLAIN),
@@ -211,9 +214,14 @@ def _totals(summary: Summary) -> Iterator[Line]:
         yield Span(f"  {name:22}"), Span(f"{figure:>{column}}", style), Span(f" {note}" if note else "")
 
 
+def _are_sweeps(summary: Summary) -> bool:
+    """Whether cases are those of sweeps; generated programs are of none, and nobody knows how many there are."""
+    return any(tally.total for tally in summary.sweeps)
+
+
 def _sweeps(summary: Summary) -> list[Line]:
     """How much of each sweep was done: cases, and pairs and triples of values, of how many."""
-    if not summary.sweeps:
+    if not _are_sweeps(summary):
         return []
     rows = [("Sweeps", "cases done", "of", "pairs", "of", "triples", "of")]
     for tally in summary.sweeps:

@@ -1,0 +1,217 @@
+"""`twinwalk fuzz`: generated programs until a budget is spent; what they show is told once for each signature."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from harness import bundling
+from harness.bundling import Setup
+from harness.campaign import Campaign
+from harness.errors import TwinwalkError, UsageError
+from harness.lockstep import errata as errata_files
+from harness.lockstep.compare import Divergence
+from harness.lockstep.driver import Result
+from harness.lockstep.signature import of_loss
+from harness.lockstep.tally import Tally
+from harness.machine import guests
+from harness.maker import Batch, End, Maker
+from harness.model.coverage import Cell
+from harness.model.registers import Cpu
+from harness.model.universe import universe
+from harness.options import LIBRARY, add_mode, add_target, is_pipelined, targeted
+from harness.report import bundle, catches, jsonfile, output, terminal
+from harness.report.catches import Hunt
+from harness.report.findings import findings, kind
+from harness.report.summary import summarize
+from harness.run import Outcome, run
+from harness.scenario import files, writer
+from harness.scenario.ops import Scenario
+from harness.steering import CPU, NAME
+
+MAX_LOST: Final = 50
+"""Machines that a run may lose: each is a finding, and costs a boot."""
+_KEPT: Final = 20
+"""Results of one signature that are kept whole; more are counted."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run goes on: `programs`, or `seconds` since the first of them was checked."""
+
+    programs: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Budget:
+        """An option's value: `20s`, `5m` or `1000`."""
+        match = re.fullmatch(r"(\d[\d_]*)([smh]?)", text)
+        if match is None or not (number := int(match[1])):
+            raise argparse.ArgumentTypeError(f"{text!r} is no budget: write seconds as 20s (or 5m, 1h), or a number of "
+                                             "programs as 1000")
+        return cls(seconds=number * {"s": 1, "m": 60, "h": 3600}[match[2]]) if match[2] else cls(programs=number)
+
+
+def add(commands: Any) -> None:
+    """Add the command to those of the command line."""
+    parser = commands.add_parser("fuzz", help="check generated programs, until a budget is spent")
+    add_target(parser)
+    add_mode(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which programs are made (default: 0)")
+    parser.add_argument("--budget", type=Budget.of, default=Budget(seconds=60), metavar="20s|1000",
+                        help="seconds, or programs (default: 60s)")
+    parser.add_argument("--corpus", type=Path, metavar="DIR",
+                        help="run the programs in DIR first, and keep there what reaches what none did before")
+    parser.add_argument("--journal", type=Path, metavar="FILE",
+                        help="take down each program that was checked; the same command goes on behind them")
+    parser.add_argument("--bundles", type=Path, metavar="FOLDER",
+                        help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.set_defaults(command=command)
+
+
+class Programs:
+    """Generated programs as `run` takes them (harness.run.Cases)."""
+
+    made_for: Cpu | None = CPU
+
+    def __init__(
+        self, campaign: Campaign, seed: int, budget: Budget, corpus: Path | None = None, kept: int = _KEPT
+    ) -> None:
+        self._campaign, self._seed, self._budget, self._corpus = campaign, seed, budget, corpus
+        self._kept = kept
+        self._tally = Tally(NAME, 0)
+        self._deadline: float | None = None
+        self._maker: Maker | None = None
+        self.left_off = 0
+        self.cells: set[Cell] = set(campaign.reached)
+
+    @property
+    def tallies(self) -> list[Tally]:
+        return [self._tally]
+
+    def batches(self) -> Iterator[tuple[Scenario, ...]]:
+        campaign, left = self._campaign, self._budget.programs
+        earlier = _read(self._corpus) if self._corpus and campaign.fresh else []
+        self._maker = Maker(guests.load_image(guests.build_l1()), self._seed, campaign.reached, campaign.first, earlier)
+        self._maker.__enter__()
+        for item in self._maker.made():
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return
+            if isinstance(item, End):
+                campaign.block(item.block, item.programs, item.cells)
+                continue
+            self.cells |= item.cells
+            self._keep(item)
+            todo = tuple(one for one in item.programs if one.name not in campaign.done)[:left]
+            if left is not None:
+                left -= len(todo)
+            if todo:
+                yield todo
+            if left == 0:
+                return
+
+    def _keep(self, batch: Batch) -> None:
+        if self._corpus is None:
+            return
+        for one in batch.programs:
+            path = self._corpus / writer.file_name(one)
+            if one.name in batch.new and not path.exists():
+                output.write(path, writer.text(one))
+
+    def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
+        if self._deadline is None and self._budget.seconds is not None:
+            self._deadline = time.monotonic() + self._budget.seconds
+        self._leave_off(result)
+        more = self._tally.add(result, strict)
+        found = [one for one in findings(result.divergences) if one.is_new(strict)]
+        if result.lost is not None:
+            signature, what = of_loss(result.lost), f"The machine was lost: {result.lost.reason}"
+        elif found:
+            signature, what = found[0].signature, kind(found[0])
+        else:
+            self._campaign.agreed(scenario.name)
+            return more
+        self._campaign.caught(scenario, signature, what)
+        return self._campaign.catches[signature].count <= self._kept
+
+    def _leave_off(self, result: Result) -> None:
+        """A machine that went another way by a known erratum may come where the model does not follow: that the rest
+        was not checked is counted, and says nothing of the machine."""
+        found = result.divergences
+        if len(found) > 1 and _is_course(found[-1]) and all(one.erratum for one in found[:-1]):
+            found.pop()
+            self.left_off += 1
+
+    def close(self) -> None:
+        if self._maker is not None:
+            self._maker.__exit__(None, None, None)
+            self._maker = None
+
+
+def _is_course(one: Divergence) -> bool:
+    return one.rule == "lockstep" and one.field == "course"
+
+
+def _read(corpus: Path) -> list[Scenario]:
+    """The programs of a corpus, if there are any. Raises UsageError for what is none."""
+    if not any(corpus.glob("*.toml")):
+        return []
+    return [replace(one, name=f"{NAME}[corpus,{one.name}]") for one in files.load([corpus])]
+
+
+def command(options: argparse.Namespace) -> int:
+    """Returns the exit code: as that of `run`."""
+    if options.json:
+        jsonfile.check(options.json)
+    if options.corpus:
+        try:
+            options.corpus.mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            raise UsageError(f"--corpus {options.corpus}: {reason.strerror}") from None
+    if options.bundles:
+        bundle.check_folder(options.bundles, "--bundles")
+    target = targeted(options).chosen()
+    errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
+    outcome = Outcome()
+    interrupted: BaseException | None = None
+    with Campaign(options.journal, options.seed, " ".join(target.arguments())) as campaign:
+        programs = Programs(campaign, options.seed, options.budget, options.corpus)
+        try:
+            with terminal.Watch([]) as watch:
+                def take(result: Result) -> None:
+                    watch.result(result, outcome.cases.get(result.scenario))
+
+                run(target, [], errata, is_pipelined(options, target), on_result=take, outcome=outcome, sweeps=programs,
+                    jobs=options.jobs or 1, max_lost=MAX_LOST)
+        except (KeyboardInterrupt, TwinwalkError) as reason:
+            if not programs.tallies[0].done:
+                raise
+            interrupted = reason  # what was checked is reported all the same
+    (tally,) = programs.tallies
+    summary = summarize(outcome.identity, outcome.cases.values(), outcome.results, errata, outcome.seconds,
+                        cells=outcome.coverage.cells, sweeps=[tally])
+    hunt = Hunt(options.seed, tally.done, campaign.before, programs.left_off, tally.skipped, len(programs.cells),
+                len(universe(CPU).reachable), tuple(campaign.catches.values()))
+    screen = terminal.Screen()
+    screen.show(terminal.table(summary, screen.width, catches.table(hunt, screen.width)))
+    if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
+        setup = Setup(target, errata, is_pipelined(options, target), False)
+        summary = bundling.of_run(setup, summary, outcome.before, _command(), options.bundles)
+    if options.json:
+        output.write(options.json, catches.text(hunt, summary))
+    if interrupted is not None:
+        raise interrupted
+    return outcome.exit_code()
+
+
+def _command() -> str:
+    """The command line, as it can be given again."""
+    return shlex.join(["./twinwalk", *sys.argv[1:]])
