@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bisect, bundling, fetching, fuzzing, matrix, replay
+from harness import bisect, bundling, fetching, fuzzing, matrix, observing, replay
 from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
@@ -33,7 +33,8 @@ INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 agreed, 1 divergence, 2 wrong use, 3 machine lost, 130 Ctrl-C."""
-    options = _parser().parse_args(argv)
+    given, behind = observing.split(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(given, argparse.Namespace(behind=behind))
     try:
         return int(options.command(options))
     except TwinwalkError as error:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     fetching.add(commands)
     matrix.add(commands)
     bisect.add(commands)
+    observing.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     add_target(doctor)
     doctor.set_defaults(command=_doctor)

@@ -92,7 +92,7 @@ def check_enter(context: Context, expected: tuple[bytes, bytes], first: int, rec
         yield _plain(context, "C3", "first probe", first, record.first_probe, "lockstep")
     control, save = record.control, record.save
     if (control, save) != expected:
-        for name, want, got in _fields((expected[0], control), (expected[1], save), {}):
+        for name, want, got in differing_fields((expected[0], control), (expected[1], save), {}):
             yield _plain(context, "C3", f"vmcb.{name} before VMRUN", want, got, "lockstep")
 
 
@@ -181,12 +181,12 @@ def _state(context: Context, prediction: Prediction, record: Record) -> Iterator
         return
     walk = prediction.walks.get(prediction.next_probe)
     faulted = walk is not None and not isinstance(walk.outcome, Reached)
-    for name, want, got in _fields((prediction.control, control), (prediction.save, save), prediction.free):
+    for name, want, got in differing_fields((prediction.control, control), (prediction.save, save), prediction.free):
         check = "C1" if faulted and name in ("exitinfo1", "exitinfo2") else "C3"
         yield _at(context, prediction, prediction.next_probe, check, name, want, got)
 
 
-def _fields(
+def differing_fields(
     control: tuple[bytes, bytes], save: tuple[bytes, bytes], free: Mapping[str, int]
 ) -> Iterator[tuple[str, int, int]]:
     """Fields that differ, as (name, expected, observed); bytes that are in no field by their offset."""

@@ -51,6 +51,12 @@ def build_l0(name: str) -> Path:
     return _build(name, [folder / f"{name}.c"], [folder / "call.h"], _FLAGS, None)
 
 
+def build_linux(name: str) -> Path:
+    """A program for a Linux L2: `memory` works on its memory. Raises LaunchFailed."""
+    calls = SOURCES / "l0"
+    return _build(name, [SOURCES / "linux" / f"{name}.c"], [calls / "call.h"], (*_FLAGS, "-I", str(calls)), None)
+
+
 def _build(
     name: str, sources: Sequence[Path], others: Sequence[Path], flags: Sequence[str], compiler: str | None
 ) -> Path:

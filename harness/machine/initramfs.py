@@ -40,45 +40,50 @@ def build(kernel: Kernel, l1: Path, l0_qemu: str, parameters: Iterable[str],
         options[owner].append(value)
     files: dict[str, bytes] = {
         "init": (guests.SOURCES / "l0" / "init").read_bytes(),
-        "bin/busybox": _busybox(say).read_bytes(),
+        "bin/busybox": busybox(say).read_bytes(),
         "bin/pages": guests.build_l0("pages").read_bytes(),
         "bin/follow": guests.build_l0("follow").read_bytes(),
         "l1.elf": l1.read_bytes(),
         "modules/list": "".join(f"{name} {' '.join(options.get(name, ()))}\n" for name in modules).encode(),
         **{f"modules/{name}.ko": data for name, data in modules.items()},
     }
-    paths = qemu_files(l0_qemu)
+    return archive("l0", files, qemu_files(l0_qemu))
+
+
+def archive(kind: str, files: Mapping[str, bytes], paths: Mapping[str, Path]) -> Path:
+    """An initramfs of `files` and of those at `paths`, by their places in it; made if there is none like it yet. Each
+    `kind` has its own place in the cache. Raises LaunchFailed."""
     digest = hashlib.sha256()
     for name, data in files.items():
         digest.update(b"%s\0%d\0" % (name.encode(), len(data)) + data)
     for name, path in paths.items():
         about = path.stat()
         digest.update(f"{name}\0{path}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
-    target = guests.cache_dir() / f"l0-{digest.hexdigest()[:20]}.cpio"
+    target = guests.cache_dir() / f"{kind}-{digest.hexdigest()[:20]}.cpio"
     try:
         if target.exists():
             os.utime(target)
             return target
-        _write(target, files | {name: path.read_bytes() for name, path in paths.items()})
+        _write(target, {**files, **{name: path.read_bytes() for name, path in paths.items()}})
     except OSError as reason:
-        raise LaunchFailed(f"cannot write L0's root {target}: {reason.strerror}; set XDG_CACHE_HOME") from None
+        raise LaunchFailed(f"cannot write the initramfs {target}: {reason.strerror}; set XDG_CACHE_HOME") from None
     return target
 
 
 def _write(target: Path, files: Mapping[str, bytes]) -> None:
-    archive = Archive()
-    archive.device("dev/console", 5, 1)
+    root = Archive()
+    root.device("dev/console", 5, 1)
     for folder in ("proc", "sys", "tmp"):
-        archive.folder(folder)
+        root.folder(folder)
     for name, data in files.items():
-        archive.add(name, data)
+        root.add(name, data)
     scratch = target.with_suffix(f".{os.getpid()}.new")
     try:
-        scratch.write_bytes(archive.finish())
+        scratch.write_bytes(root.finish())
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
-    old = sorted(target.parent.glob("l0-*.cpio"), key=lambda path: path.stat().st_mtime)
+    old = sorted(target.parent.glob(f"{target.name.partition('-')[0]}-*.cpio"), key=lambda path: path.stat().st_mtime)
     for path in old[:-_KEEP]:
         path.unlink(missing_ok=True)
 
@@ -114,7 +119,7 @@ def l0_qemu() -> str:
         raise
 
 
-def _busybox(say: Callable[[str], None]) -> Path:
+def busybox(say: Callable[[str], None]) -> Path:
     """A static busybox: the host's, or the distribution's package."""
     if (found := shutil.which("busybox")) and _is_static(Path(found)):
         return Path(found)

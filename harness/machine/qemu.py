@@ -129,6 +129,14 @@ class Qemu:
         except _GONE as reason:
             raise self.lost(f"QEMU's monitor failed at {name}: {reason}") from None
 
+    def events(self) -> list[dict[str, Any]]:
+        """What QEMU has told of its own accord since it was last asked."""
+        assert self._monitor is not None
+        with suppress(*_GONE):
+            self._monitor.cmd("query-status")  # what came before the answer has been read then
+            return [dict(event) for event in self._monitor.get_events()]
+        return []
+
     def microcode(self) -> int:
         """The patch level that the CPU reports in MSR 8Bh; 0 where it has none."""
         assert self._monitor is not None

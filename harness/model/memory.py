@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 _MAP_NORESERVE: Final = 0x4000  # Linux; the mmap module of 3.11 does not name it
 
@@ -24,6 +24,14 @@ class Memory:
         self._pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self.bytes = memoryview(self._pages)
         self.words = self.bytes.cast("Q")
+
+    @classmethod
+    def over(cls, view: memoryview) -> Self:
+        """Memory that is already there, from sPA 0 on: a machine's own."""
+        self = cls.__new__(cls)
+        self.bytes = view
+        self.words = view.cast("Q")
+        return self
 
     def write(self, address: int, value: int, width: int) -> None:
         """Store the low `width` bytes of `value`, little-endian, at sPA `address`."""

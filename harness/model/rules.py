@@ -239,6 +239,18 @@ _TLB: Final = (
 
 _OF_KVM: Final = (("", "KVM's, not the manual's: counted by entries"),)
 
+_BY_STOPS: Final = (("", "checked at each #VMEXIT of a foreign L1 (observe.md)"),)
+
+_OBSERVED: Final = (
+    Rule("vmrun.legal", "15.5.1", "VMRUN is not refused where none of its checks fails.", _BY_STOPS),
+    Rule("exit.saved", "15.6, 15.7.2, 15.20",
+         "The state that #VMEXIT saves is one that the processor can be in; EVENTINJ.V is 0 then, and EXITINTINFO has "
+         "an event of a type that there is.", _BY_STOPS),
+    Rule("exit.control", "15.6",
+         "#VMEXIT writes the exit's own fields of the control area and the state that VMRUN loads; nothing else in the "
+         "VMCB changes.", _BY_STOPS),
+)
+
 _CONTEXT: Final = (
     Rule("context.direct-l1", "",
          "While L1 runs on a host whose nested paging is usable, its MMU context is a direct map of L1-physical "
@@ -264,7 +276,7 @@ _LOCKSTEP: Final = (
          "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
 )
 
-_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_TLB, *_CONTEXT, *_LOCKSTEP)
+_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_TLB, *_OBSERVED, *_CONTEXT, *_LOCKSTEP)
 
 RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in _ALL}
 """Every rule by its id."""

@@ -61,8 +61,8 @@ def test_every_rule_in_the_table_is_used() -> None:
 
 
 def test_no_id_is_there_twice() -> None:
-    groups = (rules._WALK, rules._MEMORY, rules._EXIT, rules._VMRUN, rules._COMPUTED, rules._TLB, rules._CONTEXT,
-              rules._LOCKSTEP)
+    groups = (rules._WALK, rules._MEMORY, rules._EXIT, rules._VMRUN, rules._COMPUTED, rules._TLB, rules._OBSERVED,
+              rules._CONTEXT, rules._LOCKSTEP)
     assert sum(map(len, groups)) == len(RULES)
 
 

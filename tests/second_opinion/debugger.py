@@ -13,14 +13,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from harness.machine import qemu
+from harness.machine.gdb import Gdb
 from harness.model.registers import CR0, CR4, EFER
 
 RAM: Final = 16 << 20
 TABLES: Final = 1 << 20
 """Where tables may stand: above the machine's ROMs."""
-
-_REGISTERS: Final = ("cr0", "cr3", "cr4", "efer")
-_CHUNK: Final = 0x800
 
 
 class Debugger:
@@ -31,58 +29,35 @@ class Debugger:
         gdb, qmp = (f"unix:{path},server=on,wait=off" for path in self._paths)
         args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", "max", "-gdb", gdb, "-qmp", qmp]
         self._qemu = qemu.Qemu(qemu.find(None), args, RAM)
-        self._gdb, self._qmp = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        self._stub, self._qmp = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
 
     def __enter__(self) -> Self:
         self._qemu.__enter__()
-        for end, path in zip((self._gdb, self._qmp), self._paths, strict=True):
+        for end, path in zip((self._stub, self._qmp), self._paths, strict=True):
             end.settimeout(30)
             end.connect(str(path))
         self._answers = self._qmp.makefile("rb")
         self._answers.readline()
         self._commands([{"execute": "qmp_capabilities"}])
-        description = re.sub(r"<!--.*?-->", "", self._feature("i386-64bit.xml"), flags=re.DOTALL)
-        names = re.findall(r'<reg name="(\w+)"', description)
-        self._numbers = {name: names.index(name) for name in _REGISTERS}
+        self._gdb = Gdb(self._stub, self._qemu.lost)
         self.words = memoryview(mmap.mmap(self._qemu.memory_fd, RAM)).cast("Q")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._answers.close()
         self._qmp.close()
-        self._gdb.close()
+        self._stub.close()
         self._qemu.__exit__(kind, error, at)
-
-    def _packet(self, text: str) -> str:
-        data = text.encode()
-        self._gdb.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
-        answer = b""
-        while not re.fullmatch(rb"\+?\$[^#]*#..", answer, re.DOTALL):
-            answer += self._gdb.recv(4096)
-        self._gdb.sendall(b"+")
-        return answer.lstrip(b"+")[1:-3].decode(errors="replace")
-
-    def _feature(self, name: str) -> str:
-        """A file of the stub's target description; registers are numbered in the order they stand in it."""
-        text, more = "", True
-        while more:
-            answer = self._packet(f"qXfer:features:read:{name}:{len(text):x},{_CHUNK:x}")
-            more, text = answer[0] == "m", text + answer[1:]
-        return text
-
-    def _set(self, name: str, value: int) -> None:
-        answer = self._packet(f"P{self._numbers[name]:x}={value.to_bytes(8, 'little').hex()}")
-        assert answer == "OK", f"the gdb stub does not take {name}: {answer!r}"
 
     def enter(self, cr4: int, efer: int, cr3: int) -> None:
         """Paging on with these registers. EFER.LMA is LME here, as the CPU itself would have it."""
-        self._set("cr0", CR0.PE | CR0.ET)
-        self._set("efer", efer & ~EFER.LMA)
-        self._set("cr4", cr4 & ~CR4.LA57)
-        self._set("cr4", cr4)
-        self._set("cr3", cr3)
-        self._set("cr0", CR0.PE | CR0.ET | CR0.PG | CR0.WP)
-        self._set("efer", efer | (EFER.LMA if efer & EFER.LME else 0))
+        self._gdb.set_register("cr0", CR0.PE | CR0.ET)
+        self._gdb.set_register("efer", efer & ~EFER.LMA)
+        self._gdb.set_register("cr4", cr4 & ~CR4.LA57)
+        self._gdb.set_register("cr4", cr4)
+        self._gdb.set_register("cr3", cr3)
+        self._gdb.set_register("cr0", CR0.PE | CR0.ET | CR0.PG | CR0.WP)
+        self._gdb.set_register("efer", efer | (EFER.LMA if efer & EFER.LME else 0))
         text = self._monitor("info registers")[0]
         now = {name: int(value, 16) for name, value in re.findall(r"(CR\d|EFER) ?=(\w+)", text)}
         wanted = now["CR3"] == cr3 and now["CR4"] == cr4 and now["CR0"] & CR0.PG

@@ -1,0 +1,158 @@
+"""`twinwalk observe`: a foreign hypervisor as L1, held against the model at each VMRUN and each #VMEXIT."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from harness.errors import MachineLost, UsageError
+from harness.lockstep import errata as errata_files
+from harness.lockstep.driver import Result
+from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.observe import Observer, Seen
+from harness.lockstep.signature import signature
+from harness.machine import observed
+from harness.machine.observed import MAX_MEMORY, Foreign, Options
+from harness.options import LIBRARY, positive
+from harness.report import jsonfile, terminal
+from harness.report.findings import findings
+from harness.report.styled import Line, harmless, line, wrap
+from harness.report.summary import is_new, summarize
+from harness.report.walks import draw
+from harness.scenario import files
+from harness.target import say
+from harness.wire.stop import Stop
+
+LINUX: Final = "linux"
+
+_EXITS: Final = 12
+"""Sorts of exits in the table."""
+_TOLD: Final = 10.0
+"""Seconds between two lines of progress."""
+
+
+def add(commands: Any) -> None:
+    """The command, to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "observe", help="check a hypervisor of any kind, which runs as L1 on QEMU's own SVM",
+        usage="twinwalk observe (linux | --kernel FILE [--initrd FILE] [--append TEXT]) [options] [-- QEMU ARGS]",
+        epilog="exit codes as for `run`. An L1 that ends without any VMRUN is a lost machine: 3.",
+    )
+    parser.add_argument("what", nargs="?", choices=[LINUX], help="the distribution's kernel with its KVM as L1, and "
+                        "the same kernel as L2")
+    parser.add_argument("--kernel", type=Path, metavar="FILE", help="L1: a multiboot, PVH or Linux image")
+    parser.add_argument("--initrd", type=Path, metavar="FILE", help="its initrd, or a multiboot module")
+    parser.add_argument("--append", default="", metavar="TEXT", help="its command line")
+    parser.add_argument("--qemu", metavar="PATH", help="the QEMU to use: a path, or a version such as 10.0")
+    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+    parser.add_argument("--memory", type=positive, default=1024, metavar="MIB", help="L1's RAM (default: 1024)")
+    parser.add_argument("--wait", type=positive, default=120, metavar="SECONDS",
+                        help="give up where there is no VMRUN for that long at first (default: 120)")
+    parser.add_argument("--seconds", type=positive, metavar="N", help="end after so long, whatever L1 does")
+    parser.add_argument("--vmruns", type=positive, metavar="N", help="end after so many VMRUNs")
+    parser.add_argument("--strict", action="store_true", help="count known errata as divergences")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, as `run` does")
+    parser.set_defaults(command=_observe)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The command line's own arguments, and those behind --, which are QEMU's."""
+    argv = list(argv)
+    at = argv.index("--") if argv[:1] == ["observe"] and "--" in argv else len(argv)
+    return argv[:at], tuple(argv[at + 1 :])
+
+
+def _options(options: argparse.Namespace) -> tuple[str, Options]:
+    """What to observe, and its name in reports. Raises UsageError."""
+    linux, args = options.what == LINUX, options.behind
+    if options.memory > MAX_MEMORY:
+        raise UsageError(f"--memory {options.memory}: at most {MAX_MEMORY} MiB, which is RAM in one piece")
+    common = {"qemu": options.qemu, "cpu": options.cpu, "memory": options.memory, "wait": float(options.wait)}
+    if linux:
+        if options.kernel or options.initrd or options.append:
+            raise UsageError("observe linux brings its own kernel: --kernel, --initrd and --append do not go with it")
+        from harness.machine import linux as images
+
+        kernel, initrd, append = images.build(say)
+        return LINUX, Options(kernel, initrd, append, args=args, **common)
+    if options.kernel is None and not args:
+        raise UsageError("say what to observe: `linux`, --kernel FILE, or a disk in arguments for QEMU behind --")
+    name = options.kernel.name if options.kernel else "L1"
+    return name, Options(options.kernel, options.initrd, options.append, args=args, **common)
+
+
+def _observe(options: argparse.Namespace) -> int:
+    if options.json:
+        jsonfile.check(options.json)
+    errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
+    name, wanted = _options(options)
+    screen = terminal.Screen()
+    with observed.start(wanted, say) as machine:
+        result, seen, seconds, interrupted = _watch(name, machine, errata, options, screen)
+        identity, ended = machine.identity, machine.ended
+    summary = summarize(identity, [], [result], errata, seconds, options.strict)
+    terminal.show(summary, screen)
+    screen.show(figures(seen, ended, seconds, screen.width))
+    if options.json:
+        jsonfile.write(options.json, summary)
+    if interrupted is not None:
+        raise interrupted
+    return 3 if result.lost is not None else int(summary.totals.divergences_new > 0)
+
+
+def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse.Namespace, screen: terminal.Screen
+           ) -> tuple[Result, Seen, float, KeyboardInterrupt | None]:
+    """All stops; what is new is shown at once, the first of its sort. Raises MachineLost where there was no VMRUN."""
+    observer = Observer(name, machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+    seen, result, interrupted = observer.seen, Result(name), None
+    begun = told = time.monotonic()
+    shown = set()
+
+    def more() -> bool:
+        return not (options.vmruns and seen.vmruns >= options.vmruns and not observer.inside) and not (
+            options.seconds and time.monotonic() - begun > options.seconds)
+
+    try:
+        for stop in machine.stops(observer.plausible, more):
+            for one in findings(observer.stop(stop)):
+                if one.is_new(options.strict) and signature(one.first) not in shown:
+                    shown.add(signature(one.first))
+                    screen.show([*draw(one, None, screen.width), line("")])
+            if time.monotonic() - told > _TOLD:
+                told = time.monotonic()
+                screen.show([_progress(stop, seen, told - begun, options.strict)])
+    except MachineLost as lost:
+        if not seen.vmruns:
+            raise
+        result.lost = lost
+    except KeyboardInterrupt as reason:
+        interrupted = reason
+    result.vmruns, result.table_bytes, result.divergences = seen.vmruns, seen.table_bytes, seen.divergences
+    return result, seen, time.monotonic() - begun, interrupted
+
+
+def _progress(stop: Stop, seen: Seen, seconds: float, strict: bool) -> Line:
+    new = sum(is_new(one, strict) for one in seen.divergences)
+    return line(f"{seen.vmruns:,} VMRUNs, {seen.vmruns * 2 / seconds:,.0f} stops a second, divergences: {new} new, "
+                f"{len(seen.divergences) - new} known, {seconds:.0f} s")
+
+
+def figures(seen: Seen, ended: str, seconds: float, width: int) -> Iterator[Line]:
+    """What the table of a run has no place for."""
+    stops = seen.vmruns + sum(seen.exits.values())
+    yield line("")
+    yield line(f"{stops:,} stops, {stops / seconds:,.0f} a second; {seen.refused:,} VMRUNs refused, as they must be")
+    named = [f"{count:,} {name}" for name, count in seen.exits.most_common(_EXITS)]
+    rest = sum(seen.exits.values()) - sum(count for _, count in seen.exits.most_common(_EXITS))
+    yield from wrap(", ".join([*named, *([f"{rest:,} others"] if rest else [])]), width, "exits: ")
+    yield from wrap(", ".join(f"{count:,} of {name}" for name, count in seen.by_signature.most_common(_EXITS)), width,
+                    "divergences: ") if seen.by_signature else ()
+    notes = [(seen.unpaired, "VMRUNs or #VMEXITs whose other half was not seen"),
+             (seen.elsewhere, "walks that lead out of L1's RAM: not judged"),
+             (seen.overtaken, "faults while another processor changed tables: not judged")]
+    yield from (line(f"{count:,} {what}") for count, what in notes if count)
+    if ended:
+        yield from wrap(harmless(f"L1 ended: {ended}"), width)

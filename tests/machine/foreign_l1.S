@@ -1,0 +1,186 @@
+/*
+ * A hypervisor that knows nothing of twinwalk: PVH, long mode, nested paging. Its L2 shares its tables, and makes
+ * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
+ * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `l` waits a while before
+ * the first VMRUN. It ends by a reset.
+ */
+	.set ROUNDS, 25
+	.set HOLE, 0x3fe00000		/* the gPA that is mapped on demand, to PAGE */
+	.set PAGE, 0x1000000
+	.set NOWHERE, 0x40000000	/* a gVA that L2's tables do not have */
+
+	.section .note.pvh, "a", @note
+	.long 4, 4, 18
+	.asciz "Xen"
+	.long start
+
+	.text
+	.code32
+	.globl start
+start:
+	cli
+	mov 24(%ebx), %esi		/* hvm_start_info.cmdline_paddr */
+	mov (%esi), %al
+	mov %al, letter
+	mov $stack_top, %esp
+	movl $(pdpt + 7), pml4
+	movl $(pd + 7), pdpt
+	movl $(npdpt + 7), npml4
+	movl $(npd + 7), npdpt
+	mov $0x87, %eax			/* P, RW, US, PS */
+	xor %ecx, %ecx
+1:	mov %eax, pd(, %ecx, 8)
+	mov %eax, npd(, %ecx, 8)
+	add $0x200000, %eax
+	inc %ecx
+	cmp $512, %ecx
+	jne 1b
+	movl $0, npd + (HOLE >> 21) * 8
+	mov $0x20, %eax
+	mov %eax, %cr4
+	mov $pml4, %eax
+	mov %eax, %cr3
+	mov $0xc0000080, %ecx
+	rdmsr
+	or $0x1900, %eax		/* LME, NXE, SVME */
+	wrmsr
+	mov $0x80010031, %eax
+	mov %eax, %cr0
+	lgdt gdt_pointer
+	ljmp $8, $long
+
+	.code64
+long:	mov $stack_top, %esp
+	mov $16, %eax
+	mov %eax, %ds
+	mov %eax, %es
+	mov %eax, %ss
+	mov letter, %al
+	cmp $'n', %al
+	je reset
+hang:	cmp $'h', %al
+	je hang
+
+	mov %eax, %ebx
+	mov $host_save, %eax
+	xor %edx, %edx
+	mov $0xc0010117, %ecx		/* VM_HSAVE_PA */
+	wrmsr
+	cmp $'l', %bl
+	jne 2f
+	call idle
+2:	mov $vmcb, %ebp
+	cmpb $'r', letter
+	jne fill
+	mov %rbp, %rax
+	clgi
+	vmrun
+	stgi
+fill:
+	movl $(1 << 14), 0x08(%rbp)	/* #PF */
+	movl $(1 << 18), 0x0c(%rbp)	/* CPUID */
+	movl $3, 0x10(%rbp)		/* VMRUN, VMMCALL */
+	movl $1, 0x58(%rbp)
+	movl $1, 0x90(%rbp)
+	movl $npml4, 0xb0(%rbp)
+	movw $8, 0x410(%rbp)
+	movw $0x29b, 0x412(%rbp)
+	movl $-1, 0x414(%rbp)
+	movw $16, 0x420(%rbp)
+	movw $0xc93, 0x422(%rbp)
+	movl $-1, 0x424(%rbp)
+	movl $0x1d00, 0x4d0(%rbp)	/* EFER: SVME, NXE, LMA, LME */
+	movl $0x20, 0x548(%rbp)
+	movl $pml4, 0x550(%rbp)
+	mov $0x80010031, %eax
+	mov %rax, 0x558(%rbp)
+	movl $0x400, 0x560(%rbp)
+	movl $0xffff0ff0, %eax
+	mov %rax, 0x568(%rbp)
+	movl $2, 0x570(%rbp)
+	movl $l2, 0x578(%rbp)
+	movl $l2_stack_top, 0x5d8(%rbp)
+	mov $0x00070406, %eax
+	mov %rax, 0x668(%rbp)
+	mov $ROUNDS, %ebx
+
+run:	mov %rbp, %rax
+	clgi
+	vmrun
+	stgi
+	movb $0, 0x5c(%rbp)
+	mov 0x70(%rbp), %eax
+	cmp $0x400, %eax
+	je npf
+	cmp $0x72, %eax
+	je cpuid_exit
+	cmp $0x4e, %eax
+	je pf
+	cmp $0x81, %eax
+	jne reset
+	addl $3, 0x578(%rbp)		/* VMMCALL ends a round */
+	movl $0, npd + (HOLE >> 21) * 8
+	cmpb $'f', letter
+	je 1f
+	movb $1, 0x5c(%rbp)
+1:	dec %ebx
+	jnz run
+reset:	mov $0x3f8, %edx
+	mov $message, %esi
+	mov $message_end - message, %ecx
+	rep outsb
+	mov $0xfe, %al
+	out %al, $0x64
+1:	jmp 1b
+
+npf:	mov $PAGE + 0x85, %eax		/* first read-only */
+	testb $2, 0x78(%rbp)
+	jz 1f
+	or $2, %eax
+1:	mov %eax, npd + (HOLE >> 21) * 8
+	jmp run
+cpuid_exit:
+	addl $2, 0x578(%rbp)
+	jmp run
+pf:	addl $8, 0x578(%rbp)
+	jmp run
+
+l2:	mov HOLE, %ecx
+	cpuid
+	movl $1, HOLE
+	mov NOWHERE, %rcx		/* eight bytes */
+	vmmcall
+	jmp l2
+
+	.balign 4096			/* code is slow in a page with a breakpoint */
+idle:	mov $400000000, %ecx
+1:	dec %ecx
+	jnz 1b
+	ret
+
+	.section .rodata
+message: .ascii "the foreign L1 is done\n"
+message_end:
+
+	.data
+	.balign 8
+gdt:	.quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
+gdt_pointer:
+	.short gdt_pointer - gdt - 1
+	.long gdt
+letter:	.byte 0
+
+	.bss
+	.balign 4096
+pml4:	.skip 4096
+pdpt:	.skip 4096
+pd:	.skip 4096
+npml4:	.skip 4096
+npdpt:	.skip 4096
+npd:	.skip 4096
+vmcb:	.skip 4096
+host_save: .skip 4096
+	.skip 4096
+stack_top:
+	.skip 4096
+l2_stack_top:

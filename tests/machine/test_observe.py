@@ -1,0 +1,172 @@
+"""`twinwalk observe` of a hypervisor that knows nothing of it: foreign_l1.S, without symbols."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.errors import LaunchFailed, MachineLost
+from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.observe import Observer, Seen
+from harness.machine import observed, vmruns
+from harness.machine.observed import Options
+from harness.model.memory import Memory
+from harness.model.vmcb import Vmcb
+from harness.wire.stop import ENTER, Stop
+from tests.machine.foreign_l1 import build
+from tests.machine.processes import gone, named, unique
+
+pytestmark = pytest.mark.guest
+
+ROUNDS = 25
+MEMORY = 64
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("foreign"))
+
+
+def watch(kernel: Path | None, errata: list[Erratum], letter: str = "x", args: tuple[str, ...] = (),
+          tamper: dict[int, object] | None = None) -> tuple[Seen, str]:
+    """All that is seen of it, and how it ended. `tamper` has what is done to memory at which VMRUN."""
+    with observed.start(Options(kernel, append=letter, memory=MEMORY, wait=20, args=args)) as machine:
+        observer = Observer("foreign", machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+        for stop in machine.stops(observer.plausible):
+            observer.stop(stop)
+            if stop.kind == ENTER and tamper and (change := tamper.get(observer.seen.vmruns)):
+                assert callable(change)
+                change(Memory.over(machine.memory), stop)
+        return observer.seen, machine.ended
+
+
+class TestRight:
+    def test_all_of_it(self, foreign: Path, errata: list[Erratum]) -> None:
+        seen, ended = watch(foreign, errata)
+        assert seen.divergences == [] and seen.vmruns == 5 * ROUNDS and not seen.unpaired and not seen.elsewhere
+        assert seen.exits == {"VMEXIT_NPF": 2 * ROUNDS, "VMEXIT_CPUID": ROUNDS, "VMEXIT_#PF": ROUNDS,
+                              "VMEXIT_VMMCALL": ROUNDS}
+        assert seen.table_bytes and "reset" in ended
+
+    def test_several_processors(self, foreign: Path, errata: list[Erratum]) -> None:
+        """The breakpoint at VMRUN stays where it is: it is stepped over."""
+        seen, _ = watch(foreign, errata, args=("-smp", "2"))
+        assert seen.divergences == [] and seen.vmruns == 5 * ROUNDS and not seen.unpaired
+
+    def test_a_refusal(self, foreign: Path, errata: list[Erratum]) -> None:
+        seen, _ = watch(foreign, errata, "r")
+        assert seen.refused == 1 and seen.vmruns == 5 * ROUNDS + 1
+        assert {one.erratum for one in seen.divergences} <= {"qemu-tcg-invalid-high-half"}
+
+    def test_found_in_memory(self, foreign: Path, errata: list[Erratum], monkeypatch: pytest.MonkeyPatch) -> None:
+        """An image that says nothing of where its VMRUN is: L1's own tables do, once it has enabled SVM."""
+        monkeypatch.setattr(vmruns, "in_elf", lambda path: set())
+        monkeypatch.setattr(observed, "_POLL", 0.05)
+        with observed.start(Options(foreign, append="l", memory=MEMORY, wait=20)) as machine:
+            observer = Observer("foreign", machine.memory, machine.cpu)
+            for stop in machine.stops(observer.plausible):
+                observer.stop(stop)
+            assert observer.seen.vmruns > ROUNDS and not observer.seen.divergences
+
+
+class TestFindings:
+    def test_a_flush_forgotten(self, foreign: Path, errata: list[Erratum]) -> None:
+        seen, _ = watch(foreign, errata, "f")
+        assert {(one.check, one.field, one.rule) for one in seen.divergences} == {("L1", "tlb_control", "tlb.control")}
+        assert len(seen.divergences) == ROUNDS - 1
+
+    @pytest.mark.parametrize(("bits", "check"), [(1 << 9, "C2"), (1 << 52, "C2")])
+    def test_a_table_changed_while_l2_runs(self, bits: int, check: str, foreign: Path, errata: list[Erratum]) -> None:
+        """As a machine that sets bits which it must not."""
+        def change(memory: Memory, stop: Stop) -> None:
+            vmcb = Vmcb(memory, stop.host["rax"])
+            pdpt = memory.words[vmcb["ncr3"] >> 3] & ~0xFFF
+            table = memory.words[pdpt >> 3] & ~0xFFF
+            memory.words[(table >> 3) + 5] |= bits
+
+        seen, _ = watch(foreign, errata, tamper={7: change})
+        assert [(one.check, one.op, one.rule) for one in seen.divergences] == [(check, 6, "ad")]
+
+    def test_a_field_changed_while_l2_runs(self, foreign: Path, errata: list[Erratum]) -> None:
+        def change(memory: Memory, stop: Stop) -> None:
+            Vmcb(memory, stop.host["rax"])["tsc_offset"] = 5
+
+        seen, _ = watch(foreign, errata, tamper={9: change})
+        assert [(one.check, one.field, one.op) for one in seen.divergences] == [("C3", "tsc_offset", 8)]
+
+
+class TestEnds:
+    """What is no hypervisor, or cannot be read."""
+
+    def test_no_vmrun(self, foreign: Path) -> None:
+        with pytest.raises(MachineLost, match="ended without any VMRUN: it reset") as caught:
+            watch(foreign, [], "n")
+        assert "the foreign L1 is done" in caught.value.log and caught.value.exit_code == 3
+
+    def test_hangs(self, foreign: Path) -> None:
+        name = unique()
+        with pytest.raises(MachineLost, match="no VMRUN in 1 s"), observed.start(
+                Options(foreign, append="h", memory=MEMORY, wait=1, args=("-name", name))) as machine:
+            list(machine.stops(lambda stop: True))
+        assert gone(name, 5)
+
+    def test_qemu_ends(self, foreign: Path) -> None:
+        name = unique()
+        with observed.start(Options(foreign, append="h", memory=MEMORY, args=("-name", name))) as machine:
+            os.kill(named(name)[0], signal.SIGKILL)
+            with pytest.raises(MachineLost, match=r"QEMU ended|has gone"):
+                list(machine.stops(lambda stop: True))
+
+    def test_files(self, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["observe", "--kernel", str(tmp_path / "none")]) == 2
+        assert "--kernel" in capsys.readouterr().err
+        assert cli.main(["observe", "--kernel", str(foreign), "--initrd", str(tmp_path)]) == 2
+        assert cli.main(["observe"]) == 2
+        assert cli.main(["observe", "linux", "--kernel", str(foreign)]) == 2
+        assert cli.main(["observe", "--kernel", str(foreign), "--memory", "4096"]) == 2
+        assert cli.main(["observe", "--kernel", str(foreign), "--json", str(tmp_path / "no" / "x")]) == 2
+
+    def test_no_kernel(self, tmp_path: Path) -> None:
+        """QEMU takes anything for a kernel, or says why not."""
+        text = tmp_path / "kernel"
+        text.write_bytes(b"no kernel\n" * 200)
+        with pytest.raises((LaunchFailed, MachineLost)):
+            watch(text, [])
+
+
+class TestCommand:
+    def test_right(self, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        target = tmp_path / "out.json"
+        argv = ["observe", "--kernel", str(foreign), "--memory", str(MEMORY), "--json", str(target)]
+        assert cli.main([*argv, "--append", "x", "--vmruns", "10", "--", "-icount", "shift=3,sleep=off"]) == 0
+        text = capsys.readouterr().out
+        assert "agreed" in text and "20 stops" in text
+        assert json.loads(target.read_text())["totals"]["vmruns"] == 10
+        assert cli.main([*argv, "--append", "f"]) == 1
+        text = capsys.readouterr().out
+        assert "a flush of ASID 1" in text and "24 of L1 tlb_control" in text
+        assert json.loads(target.read_text())["totals"]["divergences_new"] == 24
+
+
+class TestVmruns:
+    def test_in_elf(self, foreign: Path, kernel: Path, tmp_path: Path) -> None:
+        assert len(vmruns.in_elf(foreign)) == 2
+        assert len(vmruns.in_elf(kernel)) >= 2
+        for data in (b"", b"\x7fELF", foreign.read_bytes()[:100]):
+            (tmp_path / "x").write_bytes(data)
+            assert vmruns.in_elf(tmp_path / "x") == set()
+
+    def test_in_memory(self, tmp_path: Path) -> None:
+        """Across chunks, and nothing of holes."""
+        with (tmp_path / "ram").open("w+b") as file:
+            file.truncate(64 << 20)
+            for at in (0, (4 << 20) - 2, (4 << 20) + 1, 40 << 20):
+                file.seek(at)
+                file.write(vmruns.VMRUN)
+            file.flush()
+            assert list(vmruns.in_memory(file.fileno(), 64 << 20)) == [0, (4 << 20) - 2, (4 << 20) + 1, 40 << 20]
