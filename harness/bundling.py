@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from harness import far
 from harness.errors import TwinwalkError
-from harness.lockstep.compare import Context, Divergence
+from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature, of_loss
 from harness.model.rules import RULES
-from harness.report import records
 from harness.report.bundle import About, Bundle, write
 from harness.report.findings import Finding, findings, headline
 from harness.report.jsonfile import divergence
@@ -25,10 +25,9 @@ from harness.report.summary import Summary, identity_of
 from harness.report.walks import draw
 from harness.scenario.ops import Scenario
 from harness.scenario.shrink import bare
-from harness.session import Session, Unit
+from harness.session import Unit
 from harness.shrinking import Repeated, Trials, repeat, shrink
 from harness.target import Target
-from harness.wire.records import Record
 
 _MAX_RECORDS: Final = 1000
 
@@ -70,20 +69,13 @@ class Seen(NamedTuple):
 def watch(setup: Setup, scenario: Scenario, before: Sequence[Scenario]) -> Seen:
     """Run `scenario` on a fresh boot behind those `before`, and take down all that L1 posts of it. Raises LaunchFailed
     if the machine cannot be started."""
-    seen: list[Mapping[str, Any]] = []
-    begun = False
-
-    def witness(context: Context, record: Record) -> None:
-        if begun and len(seen) < _MAX_RECORDS:
-            seen.append(records.plain(record, context.op))
-
-    with Session(setup.target, setup.errata, setup.pipelined, witness) as session:
+    with far.session(setup.target, setup.errata, setup.pipelined, _MAX_RECORDS) as session:
         if before:
             for _ in session.work(Unit(tuple((bare(one),) for one in before), cases=False, doubtful=True)):
                 pass
-        begun = True
+        session.seen.clear()
         (done, *_) = session.work(Unit(((bare(scenario),),), cases=False, doubtful=True))
-        return Seen(done.result, seen, identity_of(session.identity) or {})
+        return Seen(done.result, session.seen, identity_of(session.identity) or {})
 
 
 def make(

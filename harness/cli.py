@@ -15,7 +15,7 @@ from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
-from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, targeted
+from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, local, targeted
 from harness.pool import jobs_for
 from harness.report import bundle, html, jsonfile, junit, output, terminal
 from harness.report.journal import Journal
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.bundles:
         bundle.check_folder(options.bundles, "--bundles")
     picked, target = selected(options.paths, options.expression), targeted(options).chosen()
-    scenarios, plan = picked.scenarios, _plan(options, target.machine, picked.sweeps)
+    scenarios, plan = picked.scenarios, _plan(options, target.label, picked.sweeps)
     pipelined = is_pipelined(options, target)
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
@@ -216,7 +216,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from harness.doctor import examine
 
     works = True
-    for finding in examine(targeted(options)):
+    for finding in examine(local(options)):
         print(finding)
         needed = "tcg" if options.machine == AUTO else options.machine
         works = works and (finding.ok or finding.machine not in ("all", needed))
@@ -226,7 +226,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from harness.bench import bench
 
-    for figure in bench(targeted(options).chosen(), options.pairs, LIBRARY):
+    for figure in bench(local(options).chosen(), options.pairs, LIBRARY):
         print(figure, flush=True)
     return 0
 

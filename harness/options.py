@@ -8,6 +8,7 @@ from typing import Final
 
 from harness.errors import UsageError
 from harness.machine import kvm_on_tcg
+from harness.machine.address import FORM, SCHEME, Address, parse
 from harness.target import AUTO, MACHINES, Target, say
 
 LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
@@ -15,10 +16,11 @@ LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
 
 def add_target(parser: argparse.ArgumentParser) -> None:
     """What is to be tested: see `targeted`."""
-    parser.add_argument("--machine", choices=[AUTO, *MACHINES], default=AUTO,
+    parser.add_argument("--machine", type=machine_name, default=AUTO, metavar="MACHINE",
                         help="where L1 runs: on this AMD host's KVM (kvm), on KVM on an AMD host that QEMU plays "
                              "(kvm-on-tcg), or on QEMU's own SVM (tcg). The default, auto, is the first of them that "
-                             "works here; but tcg where only something of QEMU is given")
+                             "works here; but tcg where only something of QEMU is given. On another host: "
+                             f"{FORM}")
     parser.add_argument("--qemu", metavar="PATH",
                         help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
@@ -38,9 +40,38 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def targeted(options: argparse.Namespace) -> Target:
     """The target that `add_target`'s options ask for. Raises UsageError for such as do not go together."""
     host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
-    if options.machine in ("kvm", "tcg") and host != kvm_on_tcg.DEFAULT:
+    address, kind = place(options.machine)
+    if kind in ("kvm", "tcg") and host != kvm_on_tcg.DEFAULT:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
-    return Target(options.machine, options.qemu, options.cpu, tuple(options.qemu_arg), host, say)
+    return Target(kind, options.qemu, options.cpu, tuple(options.qemu_arg), host, say, address)
+
+
+def local(options: argparse.Namespace) -> Target:
+    """As `targeted`, for what is done on this host alone."""
+    target = targeted(options)
+    if target.host:
+        raise UsageError(f"--machine {target.label}: this is done here only: log in there, and run it there")
+    return target
+
+
+def machine_name(text: str) -> str:
+    """The value of --machine, as it is."""
+    try:
+        place(text)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from None
+    return text
+
+
+def place(text: str) -> tuple[Address | None, str]:
+    """Host and kind of machine, by the value of --machine; another host is one with KVM unless it says otherwise.
+    Raises ValueError."""
+    address, kind = parse(text) if text.startswith(SCHEME) else (None, text)
+    known = MACHINES if address else (AUTO, *MACHINES)
+    kind = kind or "kvm"
+    if kind not in known:
+        raise ValueError(f"there is no machine {kind!r}: it is one of {', '.join(known)}, or {FORM}")
+    return address, kind
 
 
 def add_mode(parser: argparse.ArgumentParser) -> None:

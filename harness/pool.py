@@ -19,14 +19,16 @@ from multiprocessing.context import ForkProcess
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from harness import far
 from harness.errors import TwinwalkError, WorkerLost
+from harness.far import AnySession
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
 from harness.machine.l1 import Identity
 from harness.machine.qemu import die_with
 from harness.model.coverage import Cell
-from harness.session import Done, Session, Unit
+from harness.session import Done, Unit
 from harness.target import Target
 
 _AHEAD: Final = 16
@@ -42,7 +44,7 @@ FORK: Final = multiprocessing.get_context("fork")
 def jobs_for(target: Target, work: int) -> int:
     """How many machines at once are best for that many scenarios. Each takes two cores: L1 does not sleep while it
     waits. Where a host is played as well, QEMU has enough to do with one."""
-    if target.machine != "tcg":
+    if target.machine != "tcg" or target.host:  # whose cores are not known
         return 1
     return max(1, min(len(os.sched_getaffinity(0)) // 2, work // _SHARE))
 
@@ -59,7 +61,7 @@ class _Answer(NamedTuple):
 class _Worker:
     """A process, and this end of its pipe. `unit` is what it does, and `number` that unit's; None while it waits."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: AnySession) -> None:
         self.pipe, theirs = FORK.Pipe()
         self.process: ForkProcess = FORK.Process(target=_work, args=(session, theirs, os.getpid()), daemon=True)
         self.number = 0
@@ -94,7 +96,7 @@ class Pool:
     """A context manager: workers, machines and all are gone at the block's end. Otherwise like a session."""
 
     def __init__(self, jobs: int, target: Target, errata: Sequence[Erratum], pipelined: bool) -> None:
-        self._jobs, self._session = jobs, Session(target, errata, pipelined)
+        self._jobs, self._session = jobs, far.session(target, errata, pipelined)
         self._workers: list[_Worker] = []
         self._answers: dict[int, tuple[Unit, _Answer]] = {}
         self._due = 0
@@ -175,7 +177,7 @@ class Pool:
             raise answer.error
 
 
-def _work(session: Session, pipe: Connection, parent: int) -> None:
+def _work(session: AnySession, pipe: Connection, parent: int) -> None:
     """A worker: does units until it is ended. Ctrl-C is for the parent, which ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())

@@ -15,14 +15,17 @@ from typing import Any, Final
 
 import pytest
 
+from harness import far
 from harness.errors import LaunchFailed, TwinwalkError, UsageError
+from harness.far import AnySession
 from harness.lockstep import errata
-from harness.options import LIBRARY, targeted
+from harness.machine.address import FORM
+from harness.options import LIBRARY, machine_name, targeted
 from harness.report.junit import failure
 from harness.report.summary import describe_machine, errata_of, identity_of
 from harness.scenario import files
 from harness.scenario.ops import Scenario
-from harness.session import Done, Session, Unit
+from harness.session import Done, Unit
 from harness.target import AUTO, MACHINES
 
 _NEEDS: Final = {"la57": "5-level paging", "page1g": "pages of 1G", "pku": "protection keys"}
@@ -30,8 +33,8 @@ _NEEDS: Final = {"la57": "5-level paging", "page1g": "pages of 1G", "pku": "prot
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("twinwalk", "nested paging, held against a model")
-    group.addoption("--twinwalk-machine", choices=[AUTO, *MACHINES], metavar="MACHINE",
-                    help="collect scenario files, and run them there: " + ", ".join([AUTO, *MACHINES]))
+    group.addoption("--twinwalk-machine", type=machine_name, metavar="MACHINE",
+                    help="collect scenario files, and run them there: " + ", ".join([AUTO, *MACHINES, FORM]))
     group.addoption("--twinwalk-qemu", metavar="PATH", help="as `twinwalk run --qemu`")
     group.addoption("--twinwalk-cpu", metavar="MODEL", default="max", help="as `twinwalk run --cpu`")
     group.addoption("--twinwalk-kernel", type=Path, metavar="PATH", help="as `twinwalk run --kernel`")
@@ -123,13 +126,14 @@ class _Machine:
             kernel=get("--twinwalk-kernel"), modules=get("--twinwalk-modules"), kvm_param=[], l1_pages="2m")
         self._stack = ExitStack()
         self._failed: LaunchFailed | None = None
-        self._session: Session | None = None
+        self._session: AnySession | None = None
 
     @property
-    def session(self) -> Session:
+    def session(self) -> AnySession:
         if self._session is None:
             target = targeted(self._options).chosen()
-            self._session = self._stack.enter_context(Session(target, errata.load(LIBRARY / "errata"), pipelined=False))
+            self._session = far.session(target, errata.load(LIBRARY / "errata"), pipelined=False)
+            self._stack.enter_context(self._session)
         return self._session
 
     def run(self, scenario: Scenario) -> Iterator[Done]:

@@ -15,7 +15,7 @@ from harness.lockstep.signature import LOST
 from harness.lockstep.twin import Twin
 from harness.machine import guests, kvm, kvm_on_tcg, tcg
 from harness.model.registers import Cpu
-from harness.options import LIBRARY, add_target
+from harness.options import LIBRARY, add_target, place
 from harness.report import export_c, output, terminal
 from harness.report.bundle import Bundle, read
 from harness.report.findings import findings
@@ -122,7 +122,8 @@ def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:
     """What to replay on: what is said, else a machine like the bundle's. Programs and what is handed to them are never
     the bundle's, which may come from anybody: those must be named. Raises UsageError."""
     theirs = bundle.about.target
-    machine = options.machine or _one(path, theirs, "machine", str, lambda v: v in MACHINES)
+    address, machine = place(options.machine) if options.machine else (
+        None, _one(path, theirs, "machine", str, lambda v: v in MACHINES))
     cpu = options.cpu or _one(path, theirs, "cpu", str, lambda v: _MODEL.fullmatch(v))
     pages = options.l1_pages or "2m"
     parameters = tuple(options.kvm_param)
@@ -133,7 +134,7 @@ def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:
     elif options.kernel or options.modules or parameters or options.l1_pages:
         raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
     host = kvm_on_tcg.Options(options.kernel, options.modules, parameters, pages)
-    return Target(machine, options.qemu, cpu, tuple(options.qemu_arg), host, say)
+    return Target(machine, options.qemu, cpu, tuple(options.qemu_arg), host, say, address)
 
 
 def _one(path: Path, target: Mapping[str, Any], name: str, wanted: type, holds: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from harness import far
 from harness.errors import UsageError
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Result
@@ -19,7 +20,7 @@ from harness.model.registers import Cpu
 from harness.pool import Pool
 from harness.report.findings import signatures
 from harness.scenario.ops import Scenario
-from harness.session import MAX_LOST, Done, Session, Unit
+from harness.session import MAX_LOST, Done, Unit
 from harness.target import Target
 
 _UNIT: Final = 100
@@ -129,7 +130,8 @@ def run(
         latest.append(scenario)
         on_result(result)
 
-    source = Pool(jobs, target, errata, pipelined) if jobs > 1 else Session(target, errata, pipelined, careful=careful)
+    source = (Pool(jobs, target, errata, pipelined) if jobs > 1 else
+              far.session(target, errata, pipelined, careful=careful))
     try:
         with source:
             try:

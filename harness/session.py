@@ -7,26 +7,28 @@ What comes of a unit depends on nothing else: not on the units before it, not on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from harness.errors import LaunchFailed, MachineLost, UsageError
-from harness.lockstep.compare import Divergence
+from harness.lockstep.compare import Context, Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Lockstep, Result, Witness
+from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.hazards import Hazards
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
 from harness.model.registers import Cpu
+from harness.report import records
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, Program
 from harness.target import Target
+from harness.wire.records import Record
 
 MAX_LOST: Final = 5
 """Reboots before a run is given up."""
@@ -62,16 +64,16 @@ class _Running(NamedTuple):
 
 
 class Session:
-    """A context manager: the machine is gone at the block's end. `identity` is None until it came up first. `witness`
-    is shown every record of a VMRUN."""
+    """A context manager: the machine is gone at the block's end. `identity` is None until it came up first. `seen` has
+    the records of VMRUNs in plain values, the first `keep` of them since it was emptied."""
 
     def __init__(
-        self, target: Target, errata: Sequence[Erratum], pipelined: bool, witness: Witness | None = None,
-        careful: bool = True,
+        self, target: Target, errata: Sequence[Erratum], pipelined: bool, keep: int = 0, careful: bool = True,
     ) -> None:
         """Unless `careful`, what the machine is known not to survive is tried all the same."""
-        self._target, self._errata, self._pipelined, self._witness = target, errata, pipelined, witness
-        self._careful = careful
+        self._target, self._errata, self._pipelined, self._careful = target, errata, pipelined, careful
+        self._keep = keep
+        self.seen: list[Mapping[str, Any]] = []
         self._machine = ExitStack()
         self._running: _Running | None = None
         self.identity: Identity | None = None
@@ -129,10 +131,14 @@ class Session:
         known = of_layers(self._errata, machine.identity.layers)
         twin = Twin(machine.image, machine.cpu, machine.liberties)
         lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
-                            _contexts(machine), self._witness)
+                            _contexts(machine), self._take_down if self._keep else None)
         hazards = Hazards((one.hazard, one.id) for one in known if one.hazard and self._careful)
         self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin, hazards)
         return self._running
+
+    def _take_down(self, context: Context, record: Record) -> None:
+        if len(self.seen) < self._keep:
+            self.seen.append(records.plain(record, context.op))
 
     def shut_down(self) -> None:
         """The next unit begins on a machine that is booted for it."""

@@ -14,12 +14,13 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from harness import far
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import LOST, Signature
 from harness.report.findings import signatures
 from harness.scenario.ops import Scenario
 from harness.scenario.shrink import bare, candidates, cost, without_chunks
-from harness.session import Done, Session, Unit
+from harness.session import Done, Unit
 from harness.target import Target
 
 _FIRST: Final = 8
@@ -80,7 +81,7 @@ class Trials:
     """Tries scenarios for a signature, on a machine of its own: a context manager. `tries` and `boots` count."""
 
     def __init__(self, target: Target, errata: Sequence[Erratum], pipelined: bool, strict: bool) -> None:
-        self._session = Session(target, errata, pipelined)
+        self._session = far.session(target, errata, pipelined)
         self._strict = strict
         self.tries = self.boots = 0
 

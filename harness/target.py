@@ -10,6 +10,7 @@ from typing import Final
 
 from harness.errors import LaunchFailed
 from harness.machine import kvm, kvm_on_tcg, tcg
+from harness.machine.address import SCHEME, Address
 from harness.machine.l1 import L1Machine
 
 
@@ -33,6 +34,13 @@ class Target:
     qemu_args: tuple[str, ...] = ()
     l0: kvm_on_tcg.Options = kvm_on_tcg.DEFAULT
     say: Callable[[str], None] = lambda text: None
+    host: Address | None = None
+    """Where it is; None is here."""
+
+    @property
+    def label(self) -> str:
+        """As --machine has it."""
+        return f"{SCHEME}{self.host}/{self.machine}" if self.host else self.machine
 
     def chosen(self) -> Target:
         """With `auto` made one of MACHINES: what is given of L0 means KVM, else what is given of QEMU means QEMU.
@@ -63,7 +71,7 @@ class Target:
 
     def arguments(self) -> list[str]:
         """The command line's options that make this target."""
-        options: list[tuple[str, object]] = [("--machine", self.machine), ("--cpu", self.cpu), ("--qemu", self.qemu)]
+        options: list[tuple[str, object]] = [("--machine", self.label), ("--cpu", self.cpu), ("--qemu", self.qemu)]
         options += [("--qemu-arg", arg) for arg in self.qemu_args]
         if self.machine == "kvm-on-tcg":
             options += [("--kernel", self.l0.kernel), ("--modules", self.l0.modules), ("--l1-pages", self.l0.pages)]

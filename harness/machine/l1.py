@@ -49,6 +49,8 @@ class Identity:
     asids: int = 0
     svm_features: int = 0
     features: tuple[str, ...] = ()
+    host: str = ""
+    """The host that it was on, where that is another one than this."""
 
 
 class L1Machine:
