@@ -15,7 +15,7 @@ import harness.lockstep
 import harness.model
 
 
-def _modules() -> Iterator[ModuleType]:
+def modules() -> Iterator[ModuleType]:
     for package in (harness.model, harness.lockstep):
         for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             yield importlib.import_module(found.name)
@@ -44,7 +44,7 @@ def plant(patch: pytest.MonkeyPatch, name: str, old: str, new: str, number: int 
             continue
         if isinstance(real, type) and not name.startswith("lockstep"):
             continue  # values must stay what isinstance() takes them for
-        for user in _modules():
+        for user in modules():
             if vars(user).get(key) is real:
                 patch.setattr(user, key, theirs)
                 planted += 1
