@@ -144,7 +144,7 @@ class FarSession:
 
     def _connect(self) -> None:
         """With all that is given out. Raises LaunchFailed."""
-        from harness.machine.ssh import Far, Gone
+        from harness.machine.ssh import Far, Gone, Unreachable
 
         self._far = Far(self._host, _THERE)
         self._messages = self._far.messages()
@@ -156,7 +156,7 @@ class FarSession:
                 self._far.tell(one.message())
         except Gone as reason:
             self._drop()
-            raise LaunchFailed(f"{self._host}: nothing could be run there: {reason}") from None
+            raise Unreachable(f"{self._host}: nothing could be run there: {reason}") from None
 
     def _hear(self) -> Done | None:
         from harness.machine.ssh import Gone

@@ -68,7 +68,8 @@ def place(text: str) -> tuple[Address | None, str]:
     Raises ValueError."""
     address, kind = parse(text) if text.startswith(SCHEME) else (None, text)
     known = MACHINES if address else (AUTO, *MACHINES)
-    kind = kind or "kvm"
+    if address and not kind:
+        kind = "kvm"
     if kind not in known:
         raise ValueError(f"there is no machine {kind!r}: it is one of {', '.join(known)}, or {FORM}")
     return address, kind

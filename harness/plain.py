@@ -73,10 +73,10 @@ def _record(wanted: Any) -> _Reader:
     def read(value: Any) -> Any:
         if not readers:
             readers.extend(_reader(hints[name]) for name in names)
-        name, *rest = _list(value)
-        if name != wanted.__name__ or len(rest) != len(readers):
+        parts = _list(value)
+        if len(parts) != len(readers) + 1 or parts[0] != wanted.__name__:
             _refuse(wanted, value)
-        return wanted(*(one(part) for one, part in zip(readers, rest, strict=True)))
+        return wanted(*(one(part) for one, part in zip(readers, parts[1:], strict=True)))
 
     return read
 
