@@ -28,6 +28,12 @@ from harness.wire.stop import Stop
 
 LINUX: Final = "linux"
 
+_TIME: Final = ("-icount", "shift=3,sleep=on")
+"""Time goes by instructions: else most exits are timers', since stops make L1 and L2 slow. With sleep=off each stop
+would take them to the next timer's end: they would get nowhere."""
+
+_CONSOLE: Final = 8
+"""Lines of the console that are shown."""
 _EXITS: Final = 12
 """Sorts of exits in the table."""
 _TOLD: Final = 10.0
@@ -77,7 +83,7 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
         from harness.machine import linux as images
 
         kernel, initrd, append = images.build(say)
-        return LINUX, Options(kernel, initrd, append, args=args, **common)
+        return LINUX, Options(kernel, initrd, append, args=(*_TIME, *args), **common)
     if options.kernel is None and not args:
         raise UsageError("say what to observe: `linux`, --kernel FILE, or a disk in arguments for QEMU behind --")
     name = options.kernel.name if options.kernel else "L1"
@@ -92,10 +98,11 @@ def _observe(options: argparse.Namespace) -> int:
     screen = terminal.Screen()
     with observed.start(wanted, say) as machine:
         result, seen, seconds, interrupted = _watch(name, machine, errata, options, screen)
-        identity, ended = machine.identity, machine.ended
+        identity, ended, console = machine.identity, machine.ended, machine.console()
     summary = summarize(identity, [], [result], errata, seconds, options.strict)
     terminal.show(summary, screen)
     screen.show(figures(seen, ended, seconds, screen.width))
+    screen.show([line(f"console: {harmless(text)}") for text in console.splitlines()[-_CONSOLE:]])
     if options.json:
         jsonfile.write(options.json, summary)
     if interrupted is not None:

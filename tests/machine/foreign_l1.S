@@ -2,7 +2,7 @@
  * A hypervisor that knows nothing of twinwalk: PVH, long mode, nested paging. Its L2 shares its tables, and makes
  * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
  * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `l` waits a while before
- * the first VMRUN. It ends by a reset.
+ * the first VMRUN, `e` never ends. It ends by a reset.
  */
 	.set ROUNDS, 25
 	.set HOLE, 0x3fe00000		/* the gPA that is mapped on demand, to PAGE */
@@ -103,6 +103,9 @@ fill:
 	mov $0x00070406, %eax
 	mov %rax, 0x668(%rbp)
 	mov $ROUNDS, %ebx
+	cmpb $'e', letter
+	jne run
+	mov $-1, %ebx
 
 run:	mov %rbp, %rax
 	clgi

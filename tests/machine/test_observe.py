@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,9 @@ from harness.machine.observed import Options
 from harness.model.memory import Memory
 from harness.model.vmcb import Vmcb
 from harness.wire.stop import ENTER, Stop
+from tests.conftest import ROOT
 from tests.machine.foreign_l1 import build
-from tests.machine.processes import gone, named, unique
+from tests.machine.processes import gone, named, unique, wait_for
 
 pytestmark = pytest.mark.guest
 
@@ -145,12 +149,33 @@ class TestCommand:
         argv = ["observe", "--kernel", str(foreign), "--memory", str(MEMORY), "--json", str(target)]
         assert cli.main([*argv, "--append", "x", "--vmruns", "10", "--", "-icount", "shift=3,sleep=off"]) == 0
         text = capsys.readouterr().out
-        assert "agreed" in text and "20 stops" in text
+        assert "agreed" in text and "20 stops" in text and "console: " not in text
         assert json.loads(target.read_text())["totals"]["vmruns"] == 10
         assert cli.main([*argv, "--append", "f"]) == 1
         text = capsys.readouterr().out
+        assert "console: the foreign L1 is done" in text
         assert "a flush of ASID 1" in text and "24 of L1 tlb_control" in text
         assert json.loads(target.read_text())["totals"]["divergences_new"] == 24
+
+
+    def test_interrupted(self, foreign: Path, tmp_path: Path) -> None:
+        """What was seen is told and written; nothing is left running."""
+        target, name = tmp_path / "out.json", unique()
+        argv = [sys.executable, "-m", "harness.cli", "observe", "--kernel", str(foreign), "--memory", str(MEMORY),
+                "--append", "e", "--json", str(target), "--", "-name", name]
+        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            wait_for(name)
+            time.sleep(3)
+            process.send_signal(signal.SIGINT)
+            text, _ = process.communicate(timeout=30)
+        assert process.returncode == 130 and "stops," in text
+        assert json.loads(target.read_text())["totals"]["vmruns"] > 10
+        assert gone(name, 5)
+
+    def test_seconds(self, foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["observe", "--kernel", str(foreign), "--memory", str(MEMORY), "--append", "e", "--seconds", "2"]
+        assert cli.main(argv) == 0
+        assert "agreed" in capsys.readouterr().out
 
 
 class TestVmruns:
