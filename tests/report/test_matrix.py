@@ -15,6 +15,7 @@ from harness.lockstep.tally import Tally
 from harness.report import matrix
 from harness.report.matrix import Cell, Column, Matrix
 from harness.report.summary import summarize
+from tests.conftest import ROOT
 from tests.report.cases import SCENARIO, divergence
 
 TCG = (("qemu-tcg", (7, 2)),)
@@ -103,3 +104,15 @@ def test_a_column_is_made_of_a_run() -> None:
 
 def test_states() -> None:
     assert [str(Cell(matrix.SHOWS, 7)), str(Cell(matrix.ABSENT)), str(Cell(matrix.UNTESTED))] == ["7", "-", "x"]
+
+
+def test_the_repositorys_own_is_explained(errata: list[Erratum]) -> None:
+    """docs/matrix.md: at least three QEMUs and three kernels in which every finding is an erratum of the library's."""
+    text = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
+    head, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    new = [row for row in rows if row[0].strip().startswith("new: ")]
+    assert {row[0].strip() for row in rows if row not in new} <= {erratum.id for erratum in errata}
+    clean = [name.strip() for at, name in enumerate(head) if at > 1 and all(row[at].strip() in "-x" for row in new)]
+    for layer in ("QEMU ", "KVM "):
+        assert sum(name.startswith(layer) for name in clean) >= 3, clean
+    assert "twinwalk matrix --qemu" in text and "not tested:" not in text
