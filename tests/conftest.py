@@ -111,6 +111,8 @@ def machines() -> Iterator[Machines]:
 def machine(machines: Machines) -> Iterator[tcg.TcgMachine]:
     """A booted machine, warm from the last test, as scenarios find it; booted anew if that test broke it."""
     yield machines.get()
-    if not machines.in_step():
+    if machines.in_step():
+        machines.get().rest()  # L1 spins while it waits, and tests that have no use for it would have one core less
+    else:
         machines.discard()
 

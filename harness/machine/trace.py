@@ -267,8 +267,12 @@ class Trace:
 
 
 def capability(files: Files) -> Capability:
-    """What this L0 can do: kvm_amd's parameter npt; la57 in /proc/cpuinfo is there only if the kernel uses it."""
-    npt = files.read("/sys/module/kvm_amd/parameters/npt").strip() in (b"1", b"Y")
+    """What this L0 can do: kvm_amd's parameter npt; la57 in /proc/cpuinfo is there only if the kernel uses it. Raises
+    Unobservable."""
+    try:
+        npt = files.read("/sys/module/kvm_amd/parameters/npt").strip() in (b"1", b"Y")
+    except FileNotFoundError:
+        raise Unobservable("kvm_amd is not loaded") from None
     return Capability(npt, 5 if b" la57 " in files.read("/proc/cpuinfo").replace(b"\n", b" ") else 4)
 
 

@@ -127,4 +127,4 @@ def test_exit_code_3(argv: list[str], reason: str, capsys: pytest.CaptureFixture
 
 def test_every_error_says_its_exit_code() -> None:
     assert {e.__name__: e.exit_code for e in TwinwalkError.__subclasses__()} == {
-        "UsageError": 2, "LaunchFailed": 3, "MachineLost": 3, "WorkerLost": 3}
+        "UsageError": 2, "LaunchFailed": 3, "MachineLost": 3, "WorkerLost": 3, "ConnectionLost": 3}

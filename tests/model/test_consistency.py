@@ -35,7 +35,7 @@ def test_legal() -> None:
 
 def test_each_check_has_its_rule() -> None:
     """Each is in the table of rules, none twice; and a VMCB that breaks several breaks all of them."""
-    assert {check.rule for check in CHECKS} == {rule for rule in RULES if rule.startswith("vmrun.")}
+    assert {check.rule for check in CHECKS} == {rule for rule in RULES if rule.startswith("vmrun.")} - {"vmrun.legal"}
     assert len({check.rule for check in CHECKS}) == len(CHECKS)
     broken = list(violations(vmcb(efer=0, asid=0, cr0=CR0.NW), HOST, Cpu(), Memory(8).words))
     assert broken == ["vmrun.efer-svme", "vmrun.cr0-nw", "vmrun.asid"]
