@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, here, pieces, qemu, versions
-from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.errors import LaunchFailed
+from harness.machine import guests, here, qemu, versions
+from harness.machine.l1 import Identity, Layer
+from harness.machine.local import LocalMachine
 from harness.machine.trace import Trace, Unobservable
 from harness.model.liberties import Liberties
-from harness.wire.image import Image
 
 LIBERTIES: Final = Liberties(speculates=True)
 """KVM's, as on kvm-on-tcg, and those of a processor that runs ahead: it walks L2's own tables for accesses that are
@@ -29,37 +28,12 @@ _INSTEAD: Final = "use --machine kvm-on-tcg, which needs no AMD processor"
 _BOOT_TIMEOUT: Final = 10.0
 
 
-class KvmMachine(L1Machine):
+class KvmMachine(LocalMachine):
     """L1 in QEMU on this host's KVM."""
 
-    def __init__(self, process: qemu.Qemu, image: Image, identity: Identity) -> None:
-        super().__init__(image, pieces.of_runs(process.memory_fd, image.ram_end, image.pieces), identity, LIBERTIES)
-        self._process = process
-
-    def boot(self) -> None:
-        """Let L1 run until it says hello. Raises LaunchFailed if it does not."""
-        self._process.command("cont")
-        start = time.monotonic()
-        while (hello := self.channel.hello()) is None:
-            if self._process.exit_status() is not None:
-                raise LaunchFailed(f"QEMU exited while L1 booted: {self._process.log_tail()}")
-            if time.monotonic() - start > _BOOT_TIMEOUT * here.SLOWER:
-                raise LaunchFailed(
-                    f"L1 did not come up in {_BOOT_TIMEOUT * here.SLOWER:.0f} s; started as: "
-                    f"{' '.join(self._process.argv)}\n{self.channel.panic()} {self._process.log_tail()}"
-                )
-            time.sleep(0.001)
-        self.greet(hello)
+    def boot(self, seconds: float = _BOOT_TIMEOUT * here.SLOWER) -> None:
+        super().boot(seconds)
         self.channel.spare()
-
-    def _see_whether_it_lives(self, waited: float) -> None:
-        status = self._process.exit_status()
-        if status is not None:
-            how = f"exited with status {status}" if status else "ended: L1 reset the machine, by a triple fault perhaps"
-            raise self.lost(f"QEMU {how}")
-
-    def _lost(self, reason: str) -> MachineLost:
-        return self._process.lost(reason)
 
 
 def why_not() -> tuple[str, str]:
@@ -106,7 +80,7 @@ def start(
         identity = Identity("kvm", path, version, cpu_model, (Layer("kvm", kernel), here.processor()), release, kernel,
                             microcode=here.microcode())
         trace, contexts = _observe(process, stack)
-        machine = KvmMachine(process, image, replace(identity, contexts=contexts))
+        machine = KvmMachine(process, image, replace(identity, contexts=contexts), LIBERTIES)
         machine.trace = trace
         stack.callback(machine.close)
         machine.boot()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
-from harness.errors import LaunchFailed, MachineLost
-from harness.machine import guests, pieces, qemu, versions
-from harness.machine.l1 import Identity, L1Machine, Layer
+from harness.errors import LaunchFailed
+from harness.machine import guests, qemu, versions
+from harness.machine.l1 import Identity, Layer
+from harness.machine.local import LocalMachine
 from harness.machine.paced import PacedChannel
 from harness.model.liberties import Caches, Liberties, Takes
 from harness.wire.image import Image
@@ -24,45 +24,22 @@ walks the page's own gPA, and those of an access's first page before it walks th
 _BOOT_TIMEOUT: Final = 8.0
 
 
-class TcgMachine(L1Machine):
+class TcgMachine(LocalMachine):
     """L1 right on QEMU."""
 
     def __init__(self, process: qemu.Qemu, image: Image, cpu_model: str) -> None:
         version = qemu.version(process.binary)
         identity = Identity("tcg", process.binary, version, cpu_model, (Layer("qemu-tcg", version),))
-        memory = pieces.of_runs(process.memory_fd, image.ram_end, image.pieces)
-        super().__init__(image, memory, identity, LIBERTIES)
-        self.channel = self._paced = PacedChannel(memory, image, process.stop, process.go_on)
-        self._process = process
+        super().__init__(process, image, identity, LIBERTIES)
+        self.channel = self._paced = PacedChannel(self.memory, image, process.stop, process.go_on)
 
-    def boot(self) -> None:
-        """Let L1 run until it says hello. Raises LaunchFailed if it does not."""
+    def boot(self, seconds: float = _BOOT_TIMEOUT) -> None:
         check_cpu(self._process, self.identity.cpu_model)
         self.identity = replace(self.identity, microcode=self._process.microcode())
-        self._process.command("cont")
-        start = time.monotonic()
-        while (hello := self.channel.hello()) is None:
-            if self._process.exit_status() is not None:
-                raise LaunchFailed(f"QEMU exited while L1 booted: {self._process.log_tail()}")
-            if time.monotonic() - start > _BOOT_TIMEOUT:
-                raise LaunchFailed(
-                    f"L1 did not come up in {_BOOT_TIMEOUT:.0f} s; started as: {' '.join(self._process.argv)}\n"
-                    f"{self.channel.panic()} {self._process.log_tail()}"
-                )
-            time.sleep(0.001)
-        self.greet(hello)
+        super().boot(seconds)
 
     def rest(self) -> None:
         self._paced.rest()
-
-    def _see_whether_it_lives(self, waited: float) -> None:
-        status = self._process.exit_status()
-        if status is not None:
-            how = f"exited with status {status}" if status else "ended: L1 reset the machine, by a triple fault perhaps"
-            raise self.lost(f"QEMU {how}")
-
-    def _lost(self, reason: str) -> MachineLost:
-        return self._process.lost(reason)
 
 
 def check_cpu(process: qemu.Qemu, cpu_model: str) -> None:
