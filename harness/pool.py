@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from types import TracebackType
@@ -47,6 +47,16 @@ def jobs_for(target: Target, work: int) -> int:
     if target.machine != "tcg" or target.host:  # whose cores are not known
         return 1
     return max(1, min(len(os.sched_getaffinity(0)) // 2, work // _SHARE))
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _THEIRS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Answer(NamedTuple):
@@ -106,12 +116,9 @@ class Pool:
 
     def __enter__(self) -> Self:
         try:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _THEIRS)  # until a worker knows what to do with them
-            try:
+            with _later():  # until a worker knows what to do with them
                 for _ in range(self._jobs):
                     self._workers.append(_Worker(self._session))
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except BaseException:
             self._end()
             raise
@@ -142,7 +149,8 @@ class Pool:
                 assert isinstance(pipe, Connection)
                 worker = busy[pipe]
                 assert worker.unit is not None
-                self._answers[worker.number], worker.unit = (worker.unit, worker.answer()), None
+                with _later():
+                    self._answers[worker.number], worker.unit = (worker.unit, worker.answer()), None
             self._give(todo)
             if self._due in self._answers:
                 yield from self._tell()
