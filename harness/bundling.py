@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from harness import far
+from harness import far, places
 from harness.errors import TwinwalkError
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
@@ -143,7 +143,7 @@ def of_run(
         scenario = summary.scenarios[one.scenario]
         try:
             path = make(setup, one.signature, scenario, before.get(one.scenario, ()), command, folder)
-            setup.target.say(f"it is in {path}: try it with `./twinwalk replay {shlex.quote(str(path))}`")
+            setup.target.say(f"it is in {path}: try it with `{places.command()} replay {shlex.quote(str(path))}`")
             one = replace(one, bundle=str(path))
         except TwinwalkError as reason:
             setup.target.say(f"no bundle of it: {reason}")

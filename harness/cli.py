@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bisect, bundling, fetching, fuzzing, matrix, observing, replay
+from harness import bisect, bundling, fetching, fuzzing, matrix, observing, places, replay, usage
 from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
@@ -34,7 +33,9 @@ INTERRUPTED: Final = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 agreed, 1 divergence, 2 wrong use, 3 machine lost, 130 Ctrl-C."""
     given, behind = observing.split(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(given, argparse.Namespace(behind=behind))
+    ours = parser()
+    usage.complete(ours)
+    options = ours.parse_args(given, argparse.Namespace(behind=behind))
     try:
         return int(options.command(options))
     except TwinwalkError as error:
@@ -47,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="twinwalk",
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
+    ours = argparse.ArgumentParser(
+        prog="twinwalk", formatter_class=usage.Help,
         description="Checks nested paging: a model of the AMD64 MMU in lockstep with real guests.",
         epilog="exit codes: 0 agreed or known errata only, 1 a new divergence, 2 wrong use, 3 a machine was lost "
                "or could not be started; `replay` has its own: see its --help. `./twinwalk setup` and `./twinwalk "
-               "test` belong to the checkout.",
+               "test` belong to the checkout.\n\nexamples:\n\n" + "\n".join(usage.examples("")),
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = ours.add_subparsers(required=True, metavar="COMMAND")
 
     runner = commands.add_parser("run", help="run scenarios in lockstep")
     selection(runner)
@@ -104,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--pairs", type=int, default=100_000, metavar="N",
                        help="VMRUN/#VMEXIT pairs to check in each mode (default: 100000)")
     bench.set_defaults(command=_bench)
-    return parser
+    usage.add(commands)
+    usage.add_examples(commands)
+    return ours
 
 
 def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) -> Plan | None:
@@ -151,9 +155,9 @@ def _run(options: argparse.Namespace) -> int:
     terminal.show(summary)
     if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
         setup = Setup(target, errata, pipelined, options.strict)
-        summary = bundling.of_run(setup, summary, outcome.before, _command(), options.bundles)
+        summary = bundling.of_run(setup, summary, outcome.before, places.again(), options.bundles)
     elif summary.found:
-        print(f"bundles of what is new: {_command()} --bundles FOLDER")
+        print(f"bundles of what is new: {places.again()} --bundles FOLDER")
     if options.junit:
         try:
             junit.write(options.junit, summary)
@@ -167,11 +171,6 @@ def _run(options: argparse.Namespace) -> int:
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code(options.strict)
-
-
-def _command() -> str:
-    """The command line, as it can be given again."""
-    return shlex.join(["./twinwalk", *sys.argv[1:]])
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from harness import places
 from harness.errors import TwinwalkError
 from harness.machine import guests, kernel, kvm, qemu, versions
 from harness.target import Target
@@ -37,7 +38,7 @@ def examine(target: Target) -> Iterator[Finding]:
     yield Finding("all", "processors", cores >= 2, str(cores), "runs, but slowly: the guest and the checker share one")
     compiler = os.environ.get("CC") or "gcc"
     yield Finding("all", "C compiler", shutil.which(compiler) is not None, shutil.which(compiler) or f"no {compiler}",
-                  "run `./twinwalk setup`, or set CC")
+                  f"{places.remedy('gcc binutils')}, or set CC")
     try:
         yield Finding("all", "guest image", True, str(guests.build_l1()))
     except TwinwalkError as error:
@@ -52,7 +53,7 @@ def _tcg(target: Target) -> Iterator[Finding]:
         path = versions.find_qemu(target.qemu, target.say)
         number = ".".join(map(str, qemu.version(path)))
     except TwinwalkError as error:
-        yield Finding("tcg", "QEMU", False, str(error), "run `./twinwalk setup`, or give one with --qemu")
+        yield Finding("tcg", "QEMU", False, str(error), f"{places.remedy('qemu-system-x86')}, or give one with --qemu")
         return
     yield Finding("tcg", "QEMU", True, f"{number} at {path}")
     try:

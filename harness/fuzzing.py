@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from harness import bundling
+from harness import bundling, places
 from harness.bundling import Setup
 from harness.campaign import Campaign
 from harness.errors import TwinwalkError, UsageError
@@ -204,14 +202,9 @@ def command(options: argparse.Namespace) -> int:
     screen.show(terminal.table(summary, screen.width, catches.table(hunt, screen.width)))
     if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
         setup = Setup(target, errata, is_pipelined(options, target), False)
-        summary = bundling.of_run(setup, summary, outcome.before, _command(), options.bundles)
+        summary = bundling.of_run(setup, summary, outcome.before, places.again(), options.bundles)
     if options.json:
         output.write(options.json, catches.text(hunt, summary))
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code()
-
-
-def _command() -> str:
-    """The command line, as it can be given again."""
-    return shlex.join(["./twinwalk", *sys.argv[1:]])

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from harness import places
 from harness.errors import UsageError
 from harness.machine import kvm_on_tcg
 from harness.machine.address import FORM, SCHEME, Address, parse
 from harness.target import AUTO, MACHINES, Target, say
 
-LIBRARY: Final = Path(__file__).resolve().parents[1] / "scenarios"
+LIBRARY: Final = places.folder("scenarios")
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

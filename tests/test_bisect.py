@@ -157,7 +157,7 @@ def test_what_a_fetched_kernel_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tree / "boot").mkdir(parents=True)
     (tree / "version").write_text("9.9.1")
     (tree / "boot" / "vmlinuz-9.9.1").touch()
-    options = cli._parser().parse_args(["bisect", "x", "--kernel", "9.9..9.10", "--cpu", "max,-cx16"])
+    options = cli.parser().parse_args(["bisect", "x", "--kernel", "9.9..9.10", "--cpu", "max,-cx16"])
     target = bisect._target(options, "kernel", str(tree))
     assert (target.l0.kernel, target.l0.modules) == (tree / "boot" / "vmlinuz-9.9.1", tree)
     assert (target.machine, target.cpu) == ("kvm-on-tcg", "max,-cx16")

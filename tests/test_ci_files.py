@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import _parser
+from harness.cli import parser
 from tests.conftest import ROOT
 
 CI = ROOT / "docs" / "ci"
@@ -21,7 +21,7 @@ def test_commands(name: str) -> None:
     commands = re.findall(r"\./twinwalk ([a-z][^|;`\n]*)", (CI / name).read_text(encoding="utf-8"))
     assert commands
     for command in commands:
-        _parser().parse_args(command.replace("$BUILD", "build").split())
+        parser().parse_args(command.replace("$BUILD", "build").split())
 
 
 def _cron(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.cli import _parser
+from harness.cli import parser
 from harness.errors import UsageError
 from harness.options import targeted
 from harness.scenario import files, sweepfiles
@@ -277,7 +277,7 @@ def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: p
     """What is given says which machine is meant."""
     monkeypatch.setattr("harness.machine.kvm.why_not", lambda: ("no SVM", "another host"))
     monkeypatch.setattr("harness.machine.kvm_on_tcg.prepare", lambda say: (Path("kernel"), Path("root")))
-    options = _parser().parse_args(["run", *arguments])
+    options = parser().parse_args(["run", *arguments])
     if machine is None:
         with pytest.raises(UsageError, match="are for --machine kvm-on-tcg"):
             targeted(options)
@@ -288,7 +288,7 @@ def test_which_machine(arguments: list[str], machine: str | None, monkeypatch: p
 def test_this_host_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.machine.kvm.why_not", lambda: ("", ""))
     for arguments, machine in (([], "kvm"), (["--kernel", "bzImage"], "kvm-on-tcg"), (["--qemu", "/opt/qemu"], "tcg")):
-        assert targeted(_parser().parse_args(["run", *arguments])).chosen().machine == machine
+        assert targeted(parser().parse_args(["run", *arguments])).chosen().machine == machine
 
 
 @pytest.mark.parametrize("missing", ["apt", "package", "busybox", "cache"])
@@ -313,7 +313,7 @@ def test_without_a_kernel_it_is_tcg_and_the_reason_is_told(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     if missing == "cache":
         (cache / "twinwalk").write_text("a file where the folder should be")
-    assert targeted(_parser().parse_args(["run"])).chosen().machine == "tcg"
+    assert targeted(parser().parse_args(["run"])).chosen().machine == "tcg"
     told = capsys.readouterr().err
     assert "no KVM is tested, only QEMU (--machine tcg)" in told
     assert "--kernel" in told

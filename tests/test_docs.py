@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import observing
-from harness.cli import _parser
+from harness.cli import parser
 from tests.conftest import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,7 +28,7 @@ def test_commands(path: Path) -> None:
     for arguments in commands(path):
         if arguments[0] not in _LAUNCHERS:
             try:
-                _parser().parse_args(observing.split(arguments)[0])
+                parser().parse_args(observing.split(arguments)[0])
             except SystemExit:
                 pytest.fail(f"{path.relative_to(ROOT)}: twinwalk has no such command: {' '.join(arguments)}")
 

@@ -52,7 +52,7 @@ def _files() -> Iterator[tuple[str, Path]]:
         try:
             listed = distribution(name).files or ()
         except PackageNotFoundError:
-            raise LaunchFailed(f"the Python package {name} is not installed here: run `./twinwalk setup`") from None
+            raise LaunchFailed(f"the Python package {name} is not installed here: install it with pip") from None
         for one in listed:
             if one.suffix == ".py" and ".." not in one.parts:
                 yield f"{PACKAGES}/{one}", Path(str(one.locate()))

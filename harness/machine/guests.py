@@ -14,11 +14,12 @@ from typing import Final
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
+from harness import places
 from harness.errors import LaunchFailed
 from harness.wire.header import c_header
 from harness.wire.image import Image
 
-SOURCES: Final = Path(__file__).resolve().parents[2] / "guests"
+SOURCES: Final = places.folder("guests")
 
 _FLAGS: Final = (
     "-std=gnu11", "-O2", "-g", "-m64", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-stack-protector",
@@ -80,7 +81,7 @@ def _build(
                 raise LaunchFailed(f"the guest does not build: {' '.join(argv)}\n{done.stderr}")
             output.replace(target)  # atomic: test workers may build at the same time
     except FileNotFoundError:
-        raise LaunchFailed(f"no compiler {command!r}: run `./twinwalk setup`, or set CC") from None
+        raise LaunchFailed(f"no compiler {command!r}: {places.remedy('gcc binutils')}, or set CC") from None
     except OSError as reason:
         raise LaunchFailed(f"cannot build the guest in {target.parent}: {reason}; set XDG_CACHE_HOME") from None
     return target

@@ -20,6 +20,7 @@ from typing import IO, Any, Final, Self
 from qemu.qmp import ExecuteError, QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
+from harness import places
 from harness.errors import LaunchFailed, MachineLost
 
 OLDEST: Final = (5, 2)
@@ -39,7 +40,7 @@ def find(binary: str | None) -> str:
     path = shutil.which(wanted)
     if path is None:
         hint = ("give the path of an executable, or a version such as 10.0" if binary else
-                "run `./twinwalk setup`, or give one with --qemu")
+                f"{places.remedy('qemu-system-x86')}, or give one with --qemu")
         raise LaunchFailed(f"no QEMU at {wanted!r}: {hint}")
     return str(Path(path).absolute())
 

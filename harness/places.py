@@ -1,0 +1,37 @@
+"""Where twinwalk's own files are, and what the command is called: in a checkout, and installed from a wheel.
+
+A checkout has guests/ and scenarios/ beside harness/; a wheel has them inside of it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Final
+
+_PACKAGE: Final = Path(__file__).resolve().parent
+_LAUNCHER: Final = _PACKAGE.parent / "twinwalk"
+
+
+def folder(name: str) -> Path:
+    """The folder `guests` or `scenarios`."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def command() -> str:
+    """What one types: the launcher in a checkout, else the script that was installed."""
+    return "./twinwalk" if _LAUNCHER.is_file() else "twinwalk"
+
+
+def again() -> str:
+    """This process's command line, as it can be given again."""
+    return shlex.join([command(), *sys.argv[1:]])
+
+
+def remedy(packages: str) -> str:
+    """How to get programs that are missing; `packages` are Debian's names."""
+    if _LAUNCHER.is_file():
+        return "run `./twinwalk setup`"
+    return f"install it (on Debian and Ubuntu: apt-get install --no-install-recommends {packages})"
