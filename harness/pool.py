@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Final, NamedTuple, Self
 
 from harness import far
@@ -51,12 +51,20 @@ def jobs_for(target: Target, work: int) -> int:
 
 @contextmanager
 def _later() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _THEIRS)
+    """Ctrl-C waits until the block is done, whichever thread of this process is told of it."""
+    came = False
+
+    def comes(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, comes)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Answer(NamedTuple):
@@ -116,9 +124,12 @@ class Pool:
 
     def __enter__(self) -> Self:
         try:
-            with _later():  # until a worker knows what to do with them
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _THEIRS)  # until a worker knows what to do with them
+            try:
                 for _ in range(self._jobs):
                     self._workers.append(_Worker(self._session))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except BaseException:
             self._end()
             raise

@@ -258,7 +258,7 @@ class TestRun:
         """No terminal: plain text, no escape sequences, nothing on stderr."""
         done = subprocess.run([sys.executable, "-m", "harness.cli", "run", *TCG, str(good)],
                               capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", timeout=60, check=False)
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         assert "\x1b" not in done.stdout + done.stderr
 

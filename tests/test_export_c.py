@@ -51,7 +51,7 @@ def build_and_run(folder: Path, program: str = "qemu-system-x86_64") -> tuple[in
     built = subprocess.run(["make", "-s"], cwd=folder, env=environment, capture_output=True, text=True)
     assert (built.returncode, built.stderr) == (0, ""), built.stderr
     ran = subprocess.run(["make", "-s", "run", f"QEMU={program}"], cwd=folder, env=environment, capture_output=True,
-                         text=True, timeout=60)
+                         text=True, timeout=240)
     return ran.returncode, ran.stdout
 
 

@@ -28,7 +28,7 @@ SHOWN: Final = 12
 
 _BEHIND: Final = 3
 _KEPT: Final = 4096
-_TIMEOUT: Final = 5.0
+_TIMEOUT: Final = 15.0
 _NAP: Final = 200e-6
 _INVALID: Final = 0xFFFF_FFFF
 _ENCRYPTION: Final = 46

@@ -31,8 +31,8 @@ _BOOT_TIMEOUT: Final = 10.0
 class KvmMachine(LocalMachine):
     """L1 in QEMU on this host's KVM."""
 
-    def boot(self, seconds: float = _BOOT_TIMEOUT * here.SLOWER) -> None:
-        super().boot(seconds)
+    def start(self) -> None:
+        self.boot(_BOOT_TIMEOUT * here.SLOWER)
         self.channel.spare()
 
 
@@ -83,7 +83,7 @@ def start(
         machine = KvmMachine(process, image, replace(identity, contexts=contexts), LIBERTIES)
         machine.trace = trace
         stack.callback(machine.close)
-        machine.boot()
+        machine.start()
         yield machine
 
 

@@ -21,7 +21,7 @@ nothing over VMRUN or #VMEXIT, which load CR3. It sets accessed bits as it goes 
 walks the page's own gPA, and those of an access's first page before it walks the second. The manual permits it all
 (mmu_translate() and cpu_x86_update_cr3() in target/i386, 7.2 to 11)."""
 
-_BOOT_TIMEOUT: Final = 8.0
+_BOOT_TIMEOUT: Final = 20.0
 
 
 class TcgMachine(LocalMachine):
@@ -33,10 +33,10 @@ class TcgMachine(LocalMachine):
         super().__init__(process, image, identity, LIBERTIES)
         self.channel = self._paced = PacedChannel(self.memory, image, process.stop, process.go_on)
 
-    def boot(self, seconds: float = _BOOT_TIMEOUT) -> None:
+    def start(self) -> None:
         check_cpu(self._process, self.identity.cpu_model)
         self.identity = replace(self.identity, microcode=self._process.microcode())
-        super().boot(seconds)
+        self.boot(_BOOT_TIMEOUT)
 
     def rest(self) -> None:
         self._paced.rest()
@@ -68,7 +68,7 @@ def start(
     with qemu.Qemu(path, args, image.ram_bytes) as process:
         machine = TcgMachine(process, image, cpu_model)
         try:
-            machine.boot()
+            machine.start()
             yield machine
         finally:
             machine.close()

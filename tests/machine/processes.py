@@ -36,7 +36,7 @@ def gone(name: str, seconds: float) -> bool:
     return True
 
 
-def wait_for(name: str, seconds: float = 20) -> int:
+def wait_for(name: str, seconds: float = 60) -> int:
     """The pid of the QEMU of that name, once it is there."""
     end = time.monotonic() + seconds
     while not (found := named(name)):

@@ -115,7 +115,7 @@ class Sshd:
                     found.append(int(entry.name))
         return found
 
-    def clean(self, seconds: float = 15.0) -> bool:
+    def clean(self, seconds: float = 60.0) -> bool:
         """Whether no process and no folder is left, within that time."""
         end = time.monotonic() + seconds
         while self.processes() or self.left():

@@ -36,7 +36,7 @@ def failure(name: str = "", extra: tuple[str, ...] = (), **options: Any) -> str:
     with pytest.raises(LaunchFailed) as caught, kvm_on_tcg.start(extra=extra, options=Options(**options)):
         pass
     assert caught.value.exit_code == 3
-    assert not name or gone(name, 5)
+    assert not name or gone(name, 60)
     return str(caught.value)
 
 
@@ -101,7 +101,7 @@ def test_a_module_that_does_not_load(tmp_path: Path, linux: kernel.Kernel) -> No
     name, start = unique(), time.monotonic()
     text = failure(name, ("-name", name), kernel=linux.image,
                    modules=modules_without(linux, tmp_path, "kvm_amd", other))
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 240
     assert "the module kvm_amd does not load" in text and "it was started as" in text
 
 
@@ -109,7 +109,7 @@ def test_a_module_that_does_not_load(tmp_path: Path, linux: kernel.Kernel) -> No
 def test_a_kernel_that_panics(linux: kernel.Kernel) -> None:
     name, start = unique(), time.monotonic()
     text = failure(name, ("-name", name, "-append", "console=ttyS0 panic=-1 quiet rdinit=/nowhere root=/dev/none"))
-    assert time.monotonic() - start < 60  # the panic ends it, no time-out
+    assert time.monotonic() - start < 240  # the panic ends it, no time-out
     assert "Kernel panic" in text and "try another kernel" in text and "--cpu max,-cx16" in text.splitlines()[-1]
 
 
@@ -146,7 +146,7 @@ def own(linux: kernel.Kernel) -> Iterator[tuple[kvm_on_tcg.KvmOnTcgMachine, str]
     name = unique()
     with kvm_on_tcg.start(extra=["-name", name], options=Options(pages="4k")) as machine:
         yield machine, name
-    assert gone(name, 5)
+    assert gone(name, 60)
 
 
 @pytest.mark.guest
@@ -163,7 +163,7 @@ def test_pages_of_4k_and_a_qemu_killed_in_l0_and_l0_killed(own: tuple[kvm_on_tcg
     start = time.monotonic()
     (result,) = lockstep.run([program])
     assert result.lost is not None and "QEMU in L0 ended with status 137" in result.lost.reason
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
     os.kill(wait_for(name), signal.SIGKILL)
     with pytest.raises(MachineLost, match="status -9"):
         machine.l0.run("true")
@@ -186,4 +186,4 @@ def test_no_orphan(linux: kernel.Kernel) -> None:
     wait_for(name)
     victim.kill()
     victim.wait()
-    assert gone(name, 5)
+    assert gone(name, 60)

@@ -56,7 +56,7 @@ def _refused(server: Sshd, machine: str = "") -> str:
     return errors
 
 
-def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, what
@@ -260,7 +260,7 @@ class TestBroken:
         assert any("qemu" in line for line in server.processes()) and server.left()
         assert (server.scratch / server.left()[0]).stat().st_mode & 0o777 == 0o700
         process.send_signal(number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
         if number == signal.SIGINT:
             assert process.returncode == 130
             assert json.loads(result.read_text())["totals"]["scenarios"] >= 5
