@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 from harness.model.intercepts import INTERCEPTS
 from harness.scenario.ops import MEMORY, Change, EntryOp, HostOp, InvlpgaOp, Op, Probe, UseOp, VmcbOp
 from harness.scenario.program import LONG_ONLY, NOT_REAL
-from harness.scenario.world import PAGES, World
+from harness.scenario.world import ALIASES, PAGES, World
 
 T = TypeVar("T")
 
@@ -79,6 +79,8 @@ class Ground:
         kinds: dict[str, list[str]] = {"guest": [], "nested": [], "tables": [], "system": []}
         for name in world.entries:
             dimension, what, _ = name.split(".")
+            if what in ALIASES or what == "alt-a":
+                continue
             kind = "system" if what in OWN + SYSTEM else "tables" if what not in PAGES else dimension
             kinds[kind].append(name)
         return cls(world, *(tuple(kinds[kind]) for kind in ("guest", "nested", "tables", "system")))

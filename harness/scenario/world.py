@@ -16,6 +16,9 @@ with A and D set from the start.
 Each dimension has one table more, that nothing points to at first: `alt`, and `nested-alt`. Put in the place of any
 table above a to d, the root included, it maps a to b, b to c and so on; `nested-alt` also gPAs of L2's tables to `alt`.
 
+Four gPAs more lead to page a by other entries of its nested tables, or by the last entry of one, so that one table is
+reached by two ways and in each of its halves: see ALIASES.
+
 `device` is the frame of L1's local APIC, which is no RAM.
 
 With gPAs of less than 40 bits (a CPU that has no more, a mode that makes no more) root entry 0 of the
@@ -41,6 +44,10 @@ from harness.wire.layout import MAILBOX_CODE
 PAGES: Final = ("a", "b", "c", "d")
 DEVICE: Final = "device"
 """The frame of L1's local APIC."""
+
+ALIASES: Final = {"last": 0x1FF << 12, "near": 1 << 21, "half": 1 << 29, "far": 1 << 30}
+"""gPAs that L1 maps to page a too, by the bits in which they are not page a's; of `last` they are all 1. What of the way
+there is the same are the same entries, and tables that are missing are page a's own."""
 
 REGION: Final = 1 << 21
 _TEST_PT: Final = 0x91
@@ -195,10 +202,14 @@ def build(
     if tables:
         tables.alternative(spa["alt"], gpa["alt"], {gva[page]: gpa[other] for page, other in others.items()}, {})
     if nested:
+        _add_aliases(nested, gpa, spa, nested_shift)
         spa["nested-alt"] = arena.page()
         mapped = {gpa[page]: spa[other] for page, other in others.items()}
         nested.alternative(spa["nested-alt"], spa["nested-alt"], mapped,
                            {gpa[name]: spa["alt"] for name in names})
+        for level in nested.fmt.levels:
+            index = gpa["a"] >> level.shift & nested.fmt.index_mask
+            nested.entries[f"nested.alt-a.{level.name}"] = spa["nested-alt"] + (index << nested.fmt.entry_shift)
 
     (spa if nested else gpa)[DEVICE] = local_apic.BASE
     maps = {"msrpm": system - 2 * PAGE, "iopm": system - 5 * PAGE}
@@ -244,6 +255,18 @@ def _regions(image: Image, mode: modes.Mode, host_mode: modes.HostMode, nested: 
     wide = host_mode.wide if nested else mode.paging and (mode.long or bool(mode.cr4 & CR4.PAE))
     long = not host_mode.narrow if nested else mode.long
     return image.arena if long else image.low_arena, image.data if wide else image.low_data
+
+
+def _add_aliases(nested: Tables, gpa: dict[str, int], spa: dict[str, int], shift: int) -> None:
+    """Map ALIASES to page a, in its own tables; the tables on the way to it get names."""
+    spa["nested-root"] = nested.root
+    ways = {level.name: nested.entries[f"nested.a.{level.name}"] for level in nested.fmt.levels if level.shift >= shift}
+    for name, at in list(ways.items())[1:]:
+        spa[f"nested-{name.removesuffix('e')}"] = at & ~0xFFF
+    for name, bits in ALIASES.items():
+        gpa[name] = gpa["a"] | bits if name == "last" else gpa["a"] ^ bits
+        own = next((n for n, level in enumerate(nested.fmt.levels) if (gpa[name] ^ gpa["a"]) >> level.shift), 0)
+        nested.map(gpa[name], spa["a"], shift, f"nested.{name}", tables=[at & ~0xFFF for at in list(ways.values())[own + 1:]])
 
 
 def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tuple[int, int]:
