@@ -46,8 +46,8 @@ DEVICE: Final = "device"
 """The frame of L1's local APIC."""
 
 ALIASES: Final = {"last": 0x1FF << 12, "near": 1 << 21, "half": 1 << 29, "far": 1 << 30}
-"""gPAs that L1 maps to page a too, by the bits in which they are not page a's; of `last` they are all 1. What of the way
-there is the same are the same entries, and tables that are missing are page a's own."""
+"""gPAs that L1 maps to page a too, by the bits in which they are not page a's; of `last` they are all 1. Entries that
+the ways have in common are the same ones, and tables that are missing are page a's own."""
 
 REGION: Final = 1 << 21
 _TEST_PT: Final = 0x91
@@ -266,7 +266,8 @@ def _add_aliases(nested: Tables, gpa: dict[str, int], spa: dict[str, int], shift
     for name, bits in ALIASES.items():
         gpa[name] = gpa["a"] | bits if name == "last" else gpa["a"] ^ bits
         own = next((n for n, level in enumerate(nested.fmt.levels) if (gpa[name] ^ gpa["a"]) >> level.shift), 0)
-        nested.map(gpa[name], spa["a"], shift, f"nested.{name}", tables=[at & ~0xFFF for at in list(ways.values())[own + 1:]])
+        below = [at & ~0xFFF for at in list(ways.values())[own + 1:]]
+        nested.map(gpa[name], spa["a"], shift, f"nested.{name}", tables=below)
 
 
 def _next(region: int, inside: int, shift: int, flip: int, regions: int) -> tuple[int, int]:
