@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -21,7 +22,7 @@ from harness.model.walk import Walk
 from harness.wire.image import Region
 from harness.wire.layout import VMLOADED, VMRUN_RAISED
 from harness.wire.program import WireProbe
-from harness.wire.records import Record
+from harness.wire.records import Record, host_registers
 
 _MASK64: Final = (1 << 64) - 1
 _SELECTORS: Final = ("es", "cs", "ss", "ds")
@@ -247,23 +248,30 @@ def _walk_through(prediction: Prediction, address: int) -> Walk | None:
 
 def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[Divergence]:
     """L1's own registers, and L2's that pass through."""
-    before, after = record.before, record.after
-    wanted = dict(zip(_RESTORED, _restored(before), strict=True)) | prediction.host
-    if before["tsc"] and after["tsc"] - before["tsc"] & _MASK64 > _FAR:
-        yield _plain(context, "C3", "l1.tsc", before["tsc"], after["tsc"], "exit.host")
-    read = after["all_read"]
-    if not wanted.items() <= after.items():
-        for name, want in wanted.items():
-            if after[name] != want and (read or name not in DEAR):
-                yield _plain(context, "C3", f"l1.{name}", want, after[name], "exit.host")
-    if read and after["dr7"] & 0xFF:
-        yield _plain(context, "C3", "l1.dr7", after["dr7"] & ~0xFF, after["dr7"], "exit.host-dr7")
+    registers, begin, end = record.around
+    if begin and end - begin & _MASK64 > _FAR:
+        yield _plain(context, "C3", "l1.tsc", begin, end, "exit.host")
+    for difference in _host_differences(tuple(prediction.host.items()), registers):
+        yield _plain(context, "C3", *difference)
     if same_course(prediction, record):
         regs = record.regs
         if not prediction.regs.items() <= regs.items():
             for name, want in prediction.regs.items():
                 if regs[name] != want:
                     yield _plain(context, "C3", f"l2.{name}", want, regs[name], "exit.registers")
+
+
+@lru_cache(maxsize=1000)
+def _host_differences(predicted: tuple[tuple[str, int], ...], registers: bytes) -> list[tuple[str, int, int, str]]:
+    """Of L1's own registers, which are the same nearly always: field, what it must be, what it is, and the rule."""
+    before, after = host_registers(registers)
+    wanted = dict(zip(_RESTORED, _restored(before), strict=True)) | dict(predicted)
+    read = after["all_read"]
+    wrong = [(f"l1.{name}", want, after[name], "exit.host") for name, want in wanted.items()
+             if after[name] != want and (read or name not in DEAR)]
+    if read and after["dr7"] & 0xFF:
+        wrong.append(("l1.dr7", after["dr7"] & ~0xFF, after["dr7"], "exit.host-dr7"))
+    return wrong
 
 
 def check_sync(context: Context, record: Record) -> Iterator[Divergence]:

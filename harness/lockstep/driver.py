@@ -13,7 +13,7 @@ from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.errata import Erratum, explain, quirks_of
+from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
 from harness.lockstep.twin import Twin
@@ -97,8 +97,9 @@ class Lockstep:
         self._contexts = contexts
         self._witness = witness
         self._enter = b"", b""
-        self._errata = [erratum for erratum in errata if erratum.checks]
+        self._errata = Known(errata)
         self._quirks = quirks_of(errata)
+        self._actives: dict[tuple[str, ...], Active] = {}
         self._channel = channel
         self._twin = twin
         self._strict = strict
@@ -212,7 +213,7 @@ class Lockstep:
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
             found = self._exit(context, prediction, record)
-            if found and prediction.stale:
+            if found and prediction.unsearched:
                 prediction = twin.predict_again(prediction, vmcb, step, seen=record)
                 found = self._exit(context, prediction, record)
             if self._coverage is not None:
@@ -345,12 +346,17 @@ class Lockstep:
 
         def agrees(names: Iterable[str]) -> bool:
             nonlocal prediction, active
-            active = Active(names)
+            active = self._active(tuple(names))
+            active.played = set()
             try:
-                prediction = self._twin.predict_again(prediction, vmcb, step, active, record)
+                prediction = self._twin.predict_again(prediction, vmcb, step, active, record, search=False)
+                found = self._exit(context, prediction, record)
+                if found and prediction.unsearched:
+                    prediction = self._twin.predict_again(prediction, vmcb, step, active, record)
+                    found = self._exit(context, prediction, record)
             except UsageError:  # a course that cannot be followed is not the one that the machine took
                 return False
-            return all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata))
+            return all(one.erratum for one in explain(found, self._errata))
 
         # In a fixed order, so that the verdict is the same whatever was before. One that did not come into
         # play is not needed, which nearly always leaves one.
@@ -369,6 +375,12 @@ class Lockstep:
         if not current:
             agrees(needed)
         return prediction, "+".join(quirks[name] for name in needed)
+
+    def _active(self, names: tuple[str, ...]) -> Active:
+        """One for each combination: translations are remembered by it."""
+        if names not in self._actives:
+            self._actives[names] = Active(names)
+        return self._actives[names]
 
     def _blame_tlb(
         self, context: Context, prediction: Prediction, found: list[Divergence], record: Record, vmcb: bytes, step: Step

@@ -27,6 +27,7 @@ _KEYS: Final = {"id": str, "title": str, "machine": str, "since": str, "until": 
                 "rules": list, "differs": list, "observed": str, "expected": str, "explanation": str,
                 "reference": str, "consequences": bool, "quirk": str, "surfaces": bool,
                 "unreachable": list, "severity": str, "shown": list, "fixed": list, "hazard": str, "below": bool}
+_MAX_ABOUT: Final = 10_000
 _REQUIRED: Final = ("id", "title", "machine", "explanation", "reference")
 
 
@@ -92,17 +93,37 @@ class Erratum:
 
     def matches(self, divergence: Divergence) -> bool:
         """Whether the predicate holds for `divergence`."""
-        if divergence.check not in self.checks:
-            return False
-        if not any(fnmatchcase(divergence.field, pattern) for pattern in self.fields):
-            return False
-        if not any(fnmatchcase(divergence.rule, pattern) for pattern in self.rules):
+        if not _is_about(self, divergence.check, divergence.field, divergence.rule):
             return False
         expected, observed = divergence.expected, divergence.observed
         numbers = isinstance(expected, int) and isinstance(observed, int)
         if self.differs and not (numbers and int(expected) ^ int(observed) in self.differs):
             return False
         return bool(re.search(self.expected, _text(expected)) and re.search(self.observed, _text(observed)))
+
+
+def _is_about(erratum: Erratum, check: str, field: str, rule: str) -> bool:
+    return (check in erratum.checks and any(fnmatchcase(field, pattern) for pattern in erratum.fields)
+            and any(fnmatchcase(rule, pattern) for pattern in erratum.rules))
+
+
+class Known:
+    """The errata of a machine, as far as they have predicates: which of them may explain a divergence is looked up by
+    what that is about."""
+
+    def __init__(self, errata: Iterable[Erratum]) -> None:
+        self._errata = [erratum for erratum in errata if erratum.checks]
+        self._about: dict[tuple[str, str, str], tuple[Erratum, ...]] = {}
+
+    def about(self, divergence: Divergence) -> tuple[Erratum, ...]:
+        """Those that are about its check, field and rule."""
+        key = divergence.check, divergence.field, divergence.rule
+        found = self._about.get(key)
+        if found is None:
+            if len(self._about) >= _MAX_ABOUT:
+                self._about.clear()
+            found = self._about[key] = tuple(erratum for erratum in self._errata if _is_about(erratum, *key))
+        return found
 
 
 def of_layers(errata: Iterable[Erratum], layers: Sequence[tuple[str, Version]]) -> list[Erratum]:
@@ -134,12 +155,14 @@ def _text(value: int | str) -> str:
     return value if isinstance(value, str) else f"{value:#x}"
 
 
-def explain(found: Sequence[Divergence], errata: Sequence[Erratum]) -> list[Divergence]:
+def explain(found: Sequence[Divergence], errata: Known) -> list[Divergence]:
     """`found`, of one scenario, each with the id of the erratum that explains it, if one does."""
+    if not found:
+        return []
     out = []
     causes: list[tuple[Divergence, Erratum]] = []
     for divergence in found:
-        for erratum in errata:
+        for erratum in errata.about(divergence):
             if erratum.matches(divergence):
                 causes.append((divergence, erratum))
                 divergence = divergence.explained_by(erratum.id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from harness.errors import UsageError
@@ -16,7 +16,7 @@ from harness.lockstep.quirks import (
     RMW_READS_FIRST,
     V_IRQ_AT_PRIORITY,
 )
-from harness.lockstep.state import Entered, State
+from harness.lockstep.state import Own, State
 from harness.model import dirty, events, local_apic, vmrun
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.dirty import Update
@@ -38,7 +38,7 @@ _IMPLICIT_READ = Access(implicit=True)
 _LAR_SEES = 0x00F0_FF00
 """What LAR returns of a descriptor's upper half (volume 3, LAR)."""
 _MASK64 = (1 << 64) - 1
-_MAX_ENTERED = 1000
+_MAX_ENTERED = 100
 
 
 def joined(walks: list[Walk]) -> Walk:
@@ -108,31 +108,42 @@ class L2:
     def enter(self) -> None:
         """L2's own accesses: fetch of its code, use of its mailbox. A fault of the first is the
         scenario's business; one of the others would make L2 itself fault at places nobody names."""
-        state = self.state
+        state, words = self.state, self.state.memory.words
         code = self.regs.rip + self.base & _MASK64
-        key = (state.quirks.names, self.paging, code, self.step.c, self.regs.cpl)
-        words = state.memory.words
-        known = state.entered.get(key)
-        if known is not None and all(words[index] == word for index, word in known.words.items()):
+        key = code, self.step.c, self.regs.cpl
+        own = state.own.get(key)
+        known = own.made.get(own.read(words)) if own is not None else None
+        if known is not None:
             self.out.accesses += known.accesses
+            for index, old, new in known.changed:
+                state.changed(self.out, index << 3, old)
+                words[index] = new
             state.quirks.played |= known.played
             return
         before, state.quirks.played = state.quirks.played, set()
+        met: dict[int, int] = {}
         try:
-            self._use_own_pages(code)
-            if len(state.entered) >= _MAX_ENTERED:
-                state.entered.clear()
-            state.entered[key] = Entered.of(words, self.out.accesses[-2:], state.quirks.played)
+            self._use_own_page(code, _FETCH, met)
+            written = self._use_own_page(self.step.c, _WRITE, met)
+            if not isinstance(written.outcome, Reached):
+                raise UsageError(f"L2 cannot use its own mailbox any more: {written.outcome}")
+            if own is None or own.indices != tuple(met) or len(own.made) >= _MAX_ENTERED:
+                own = state.own[key] = Own(tuple(met))
+            own.learn(met, words, self.out.accesses[-2:], frozenset(state.quirks.played))
         finally:
             state.quirks.played |= before
 
-    def _use_own_pages(self, code: int) -> None:
-        fetched = self.access(code, _FETCH[self.regs.cpl])
-        if not isinstance(fetched.outcome, Reached):
-            self.fault(fetched)
-        written = self.access(self.step.c, _WRITE[self.regs.cpl])
-        if not isinstance(written.outcome, Reached):
-            raise UsageError(f"L2 cannot use its own mailbox any more: {written.outcome}")
+    def _use_own_page(self, address: int, access: Mapping[int, Access], met: dict[int, int]) -> Walk:
+        """One access of its own; `met` gets the quadwords that it reads, by index, as they were."""
+        walk, words = self.walk(address, access[self.regs.cpl]), self.state.memory.words
+        for step in walk.trail:
+            index = step[3] >> 3
+            if index not in met:
+                met[index] = words[index]
+        self._note(walk)
+        if access is _FETCH and not isinstance(walk.outcome, Reached):
+            self.fault(walk)
+        return walk
 
     def enter_again(self) -> None:
         """After a change of translation L2's own pages must still be there for it."""

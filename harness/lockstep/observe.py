@@ -14,7 +14,7 @@ from typing import Final
 
 from harness.lockstep import exits
 from harness.lockstep.compare import Divergence
-from harness.lockstep.errata import Erratum, explain, quirks_of
+from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.exits import Entered, Exit
 from harness.lockstep.nested_tables import Change, NestedTables
 from harness.lockstep.quirks import Active
@@ -63,7 +63,7 @@ class Observer:
         self._name = name
         self._memory = Memory.over(memory)
         self._cpu = cpu
-        self._errata = errata
+        self._errata = Known(errata)
         self._quirks = quirks_of(errata)
         self._entered: dict[int, Entered] = {}
         self._tables: dict[tuple[int, str], NestedTables] = {}

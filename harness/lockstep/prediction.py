@@ -25,8 +25,9 @@ class Prediction:
     in their order, also those that no probe names; `paging` is the translation that L2 left under, `event`
     what was last delivered to it, also if that was cut short.
     `under` has, by probe, the translation and the memory types in force. `stale` has, by probe, the walks that a TLB
-    may make instead, on this machine; `ambiguous` are the probes for which the manual permits more than one outcome,
-    on this machine or another. `taken` are those probes whose walk in `walks` is one of `stale`.
+    may make instead, on this machine; `unsearched` says that there may be some, and that none was looked for.
+    `ambiguous` are the probes for which the manual permits more than one outcome, on this machine or another. `taken`
+    are those probes whose walk in `walks` is one of `stale`.
     """
 
     first_probe: int
@@ -48,5 +49,6 @@ class Prediction:
     event: Event | None = None
     under: dict[int, tuple[Paging, Caching]] = field(default_factory=dict)
     stale: dict[int, list[Walk]] = field(default_factory=dict)
+    unsearched: bool = False
     ambiguous: set[int] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)

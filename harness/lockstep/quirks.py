@@ -274,6 +274,7 @@ class Active:
         self._quirks = [(name, QUIRKS[name]) for name in self.names]
         self._on_access = [(name, one.access) for name, one in self._quirks if one.access is not Quirk.access]
         self._on_walk = [(name, one.walk) for name, one in self._quirks if one.walk is not Quirk.walk]
+        self._refusing = [(name, one.refuses) for name, one in self._quirks if one.refuses is not Quirk.refuses]
         self._of_paging: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -311,8 +312,8 @@ class Active:
 
     def on_refusal(self, broken: Iterable[str], vmcb: Vmcb, host: Host) -> str:
         """The rule by which this machine refuses a VMRUN that breaks the rules `broken`; or an empty string."""
-        for name, quirk in self._quirks:
-            if rule := quirk.refuses(vmcb):
+        for name, refuses in self._refusing:
+            if rule := refuses(vmcb):
                 self.played.add(name)
                 return rule
         for rule in broken:

@@ -9,7 +9,6 @@ from harness.lockstep.state import State
 from harness.model import events
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import Update
-from harness.model.liberties import WIDEST
 from harness.model.tlb_events import UPGRADE
 from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
@@ -22,13 +21,14 @@ def choose(
     """The walk that probe `index` makes, which would be `fresh` by the tables as they are; and bits that it may set.
 
     With a record to go by it is the first whose sPA `fits` what the probe returned or wrote, or, where the probe
-    faulted, the first that has that fault; without one it is `fresh`."""
+    faulted, the first that has that fault; without one it is `fresh`. Others are only looked for in a `search`."""
     tlb, words = state.tlb, state.memory.words
-    others = tlb.stale(words, gva, access, fresh)
-    if any(_seen(walk) != _seen(fresh) for walk in others):
+    if tlb.differs(words, gva, access, fresh):
         out.ambiguous.add(index)
-    if state.caches != WIDEST:
-        others = tlb.stale(words, gva, access, fresh, state.caches) if others or state.caches.ignores else []
+    if not state.search:
+        out.unsearched = out.unsearched or tlb.parts(gva, fresh, state.caches)
+        return fresh, []
+    others = tlb.stale(words, gva, access, fresh, state.caches)
     if not others:
         return fresh, []
     out.stale.setdefault(index, []).extend(others)

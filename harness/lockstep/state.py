@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Self
+from operator import itemgetter
+from typing import NamedTuple
 
 from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
@@ -35,27 +36,39 @@ PENDING = frozenset({"nmi", "interrupt"})
 
 
 class Entered(NamedTuple):
-    """Accesses as they are made again: as long as `words`, by quadword index, are as the first time left them, their
-    walks come out like this, and set no bit. `played` are the quirks that have a part in them."""
+    """Accesses as they came out where they met the same entries: `changed` has the quadwords in which they set bits, by
+    index, as they were and as they then are. `played` are the quirks that had a part in them."""
 
-    words: dict[int, int]
     accesses: list[tuple[Paging, Access, Walk]]
+    changed: list[tuple[int, int, int]]
     played: frozenset[str]
 
-    @classmethod
-    def of(cls, ram: Words, accesses: list[tuple[Paging, Access, Walk]], played: Iterable[str]) -> Self:
-        """Of `accesses` that were made and that reached their pages; `ram` has the bits that they set."""
-        words = {step[3] >> 3: ram[step[3] >> 3] for _, _, walk in accesses for step in walk.trail}
+
+class Own:
+    """L2's accesses of its own pages, at one place and CPL under one translation: `read` takes from memory the
+    quadwords that they met last, `made` has by such values what came of them."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = tuple(indices)
+        self.read: Callable[[Words], object] = (
+            itemgetter(*indices) if len(indices) > 1 else lambda words: tuple(words[index] for index in indices))
+        self.made: dict[object, Entered] = {}
+
+    def learn(self, met: dict[int, int], ram: Words, accesses: list[tuple[Paging, Access, Walk]],
+              played: frozenset[str]) -> None:
+        """`accesses` were made, and reached their pages: they `met` these quadwords, by index, and `ram` has the bits
+        that they set. Made again, they set none."""
+        changed = [(index, old, now) for index, old in met.items() if (now := ram[index]) != old]
+        self.made[tuple(met.values())] = Entered(accesses, changed, played)
+        if not changed:
+            return
         again = []
         for paging, access, walk in accesses:
-            read = {step[3]: step[4] for step in walk.trail}
-            now = dict(read)
+            entries = {step[3]: step[4] for step in walk.trail}
             for at, bits, _ in walk.updates:
-                now[at] |= bits
-            if now != read:
-                walk = walk._replace(trail=[(*step[:4], now[step[3]]) for step in walk.trail])
-            again.append((paging, access, walk))
-        return cls(words, again, frozenset(played))
+                entries[at] |= bits
+            again.append((paging, access, walk._replace(trail=[(*step[:4], entries[step[3]]) for step in walk.trail])))
+        self.made[self.read(ram)] = Entered(again, [], played)
 
 
 class State:
@@ -77,8 +90,8 @@ class State:
         self.mode: Mode = MODES[DEFAULT_MODE]
         self.stub = image.stubs[self.mode.stub]
         self.watched: frozenset[int] = frozenset()
-        self.entered: dict[tuple[object, ...], Entered] = {}
-        """L2's accesses of its own pages, by translation, place and CPL: see `harness.lockstep.l2`."""
+        self.own: dict[tuple[object, ...], Own] = {}
+        """By place and CPL, under the translation last built: see `harness.lockstep.l2`."""
         self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
         self.queued: list[Step] = []
@@ -89,9 +102,11 @@ class State:
         PENDING what is."""
         self.seen: Record | None = None
         """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
+        self.search = False
+        """Whether to look for the walks that a TLB makes possible; without that L2 walks the tables as they are."""
         self._world: World | None = None
         self._touched: dict[int, None] = {}
-        self._paging: dict[tuple[object, ...], tuple[Paging, tuple[str, ...]]] = {}
+        self._paging: dict[tuple[object, ...], tuple[Paging, tuple[str, ...], dict[tuple[object, ...], Own]]] = {}
         self._at_vmrun: tuple[tuple[object, ...], Host] = (), self.host
 
     def reset(self, world: World) -> None:
@@ -174,14 +189,15 @@ class State:
 
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
-        key = (self.quirks.names, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+        key = (self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
                self.host.efer, self.host.cr4, self.host.pkru, self.host_mode.name,
                self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = self.quirks.on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu))
+            found = (*self.quirks.on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu)), {})
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found
         self.quirks.use(found[1])
+        self.own = found[2]
         return found[0]

@@ -66,9 +66,8 @@ class Twin(State):
 
     def resume(self, begun: dict[str, int]) -> None:
         """L1 gets the VMCB ready to re-enter L2 behind the probe that faulted."""
-        now = _RESUMED.read(self.vmcb)
-        for name, value in begun.items():
-            if now[name] != value:
+        for (name, value), now in zip(begun.items(), _RESUMED.values(self.vmcb), strict=True):
+            if now != value:
                 self.vmcb[name] = value
 
     def predict(self, step: Step, first: int) -> Prediction:
@@ -238,17 +237,19 @@ class Twin(State):
 
     def predict_again(
         self, out: Prediction, before: bytes, step: Step, quirks: Active = _NONE, seen: Record | None = None,
-        ignores: frozenset[str] = frozenset(),
+        ignores: frozenset[str] = frozenset(), search: bool = True,
     ) -> Prediction:
         """The VMRUN of `out` once more; `before` is the VMCB page then, `seen` what came of it where more than one
-        course is permitted. The machine may have `quirks`, and break those rules of the TLB that it `ignores`."""
+        course is permitted, among those that there are by a `search` in what a TLB may hold. The machine may have
+        `quirks`, and break those rules of the TLB that it `ignores`."""
         self._undo(out)
         self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
-        self.seen, self.quirks, self.caches = seen, quirks, self.caches._replace(ignores=ignores)
+        self.seen, self.quirks, self.search = seen, quirks, search
+        self.caches = self.caches._replace(ignores=ignores)
         try:
             return self.predict(step, out.first_probe)
         finally:
-            self.seen, self.quirks, self.caches = None, _NONE, self.liberties.caches
+            self.seen, self.quirks, self.search, self.caches = None, _NONE, False, self.liberties.caches
 
     def speculate(self, out: Prediction, observed: dict[int, int]) -> bool:
         """Permit, among the changes that were observed, the accessed bits of accesses that L2 never made; whether

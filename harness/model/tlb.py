@@ -18,14 +18,23 @@ always permitted beside them. At first reading leave this module out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Final
+
 from harness.model.access import Access, Reached
+from harness.model.entries import FRAME, PS, P
 from harness.model.liberties import WIDEST, Caches
 from harness.model.memory import Words
 from harness.model.tlb_events import ASID, CONTROL, UPGRADE, VMRUN, Event, Flushed, Ran, Wrote
 from harness.model.tlb_search import Moment, Search, Shared, over_vmrun, running
-from harness.model.walk import Walk, translate
+from harness.model.walk import GUEST, NESTED, Walk, translate
 
 Mark = tuple[list[Event], int, bool, int]
+
+_LEADS: Final = FRAME | PS
+"""Bits of an entry that say where it leads."""
+_LEADS_SHORT: Final = (0xFFFF_F000 | PS | P) * 0x1_0000_0001 | _LEADS
+"""The same of a quadword where some have two entries of 32 bits; and P, since one may lead on and the other not."""
 
 
 class Tlb:
@@ -72,29 +81,64 @@ class Tlb:
         """The walks that `access` to `gva` may make, beside `fresh`, the one by the tables as they are in
         `words`, on a machine with such `caches`. Their `updates` are the bits to set in entries that were not
         cached. Each that comes to something else, outcome or bits, is there once."""
-        if not (self.changed or caches.ignores):
-            return []
+        found = {_effect(words, fresh): fresh}
+        for search in self._searches(words, gva, fresh, caches):
+            for walk in search.walks(gva, access):
+                found.setdefault(_effect(words, walk), walk)
+            if UPGRADE in caches.ignores:
+                walk = translate(search.paging, _Snapshot(search.log, search.load, words), gva, access)
+                found.setdefault(_effect(words, walk), walk)
+        return list(found.values())[1:]
+
+    def parts(self, gva: int, fresh: Walk, caches: Caches = WIDEST) -> bool:
+        """Whether `stale` has to look for other walks than `fresh` at all: none, often, is plain at once."""
+        return bool(self.changed or caches.ignores) and _parts(self._as_seen_by(caches), gva, fresh, caches)
+
+    def differs(self, words: Words, gva: int, access: Access, fresh: Walk) -> bool:
+        """Whether any processor may end the access otherwise than `fresh` does: in another fault or, where that reaches
+        a page, in another page."""
+        if not self.changed:
+            return False
+        reached = fresh.outcome.spa if isinstance(fresh.outcome, Reached) else None
+        if reached is not None and self._leads_on(words, fresh):
+            return False
+        return any(
+            walk.outcome != fresh.outcome if reached is None else
+            isinstance(walk.outcome, Reached) and walk.outcome.spa != reached
+            for search in self._searches(words, gva, fresh, WIDEST)
+            for walk in search.walks(gva, access, reached)
+        )
+
+    def _leads_on(self, words: Words, fresh: Walk) -> bool:
+        """Whether every entry of `fresh` always led to where it leads now, if anywhere: then all old ones lead there."""
+        first = self.log[0]
+        assert type(first) is Ran
+        short = any(fmt is not None and fmt.entry_shift == 2 for fmt in (first.paging.guest, first.paging.nested))
+        read = {step[3] & ~7 for step in fresh.trail}
+        for event in self.log:
+            if type(event) is Wrote:
+                if event.address in read:
+                    changed = event.old ^ words[event.address >> 3]
+                    if changed & _LEADS_SHORT if short else event.old & P and changed & _LEADS:
+                        return False
+            elif type(event) is Ran and _differs(event, first):
+                return False
+        return True
+
+    def _searches(self, words: Words, gva: int, fresh: Walk, caches: Caches) -> Iterator[Search]:
+        """Where to look for other walks than `fresh`: what may have been loaded at each moment."""
+        if not self.parts(gva, fresh, caches):
+            return
         log = self._as_seen_by(caches)
         writes: dict[int, list[tuple[int, int]]] = {}
         for place, event in enumerate(log):
             if type(event) is Wrote:
                 writes.setdefault(event.address, []).append((place, event.old))
-        if not any(step[3] & ~7 in writes for step in fresh.trail) and not any(
-            type(event) is Ran and _differs(event, log[0]) for event in log
-        ):
-            return []  # ways part at an entry that was written, or at the root
         moments = list(running(log))
-        found = {_effect(words, fresh): fresh}
         shared = Shared(writes, words)
+        faults = not isinstance(fresh.outcome, Reached)
         for load in _loads(log, moments, caches):
-            search = Search(log, writes, moments, load, words, caches, not isinstance(fresh.outcome, Reached),
-                             shared)
-            for walk in search.walks(gva, access):
-                found.setdefault(_effect(words, walk), walk)
-            if UPGRADE in caches.ignores:
-                walk = translate(moments[-1][1].paging, _Snapshot(log, load, words), gva, access)
-                found.setdefault(_effect(words, walk), walk)
-        return list(found.values())[1:]
+            yield Search(log, writes, moments, load, words, caches, faults, shared)
 
     def rules(self) -> list[str]:
         """The rules that may be broken where a machine uses what it should not have any more."""
@@ -115,6 +159,32 @@ class Tlb:
         if ASID in ignores:
             log = [event._replace(asid=0) if isinstance(event, Ran | Flushed) else event for event in log]
         return [event for event in log if type(event) is not Flushed or event.by not in ignores]
+
+
+def _parts(log: list[Event], gva: int, fresh: Walk, caches: Caches) -> bool:
+    """Whether ways may part from `fresh`: at an entry that was written since what led to it was flushed, or at the
+    root."""
+    since = 0 if over_vmrun(caches) else max(
+        place for place, event in enumerate(log) if type(event) is Ran and event.by_vmrun)
+    guest = nested = since
+    first, wrote = log[since], []
+    assert type(first) is Ran
+    for place in range(since + 1, len(log)):
+        event = log[place]
+        if type(event) is Wrote:
+            wrote.append((place, event.address))
+        elif type(event) is Flushed:
+            whole = not event.keeps_global if event.gva is None else event.gva >> 12 == gva >> 12 and not event.narrow
+            if whole and event.asid == first.asid and event.pcid in (None, first.pcid):
+                guest = place
+                nested = place if event.nested else nested
+        elif type(event) is Ran and _differs(event, first):
+            return True
+    if not wrote:
+        return False
+    floors = {step[3] & ~7: guest for step in fresh.trail if step[0] is GUEST}
+    floors |= {step[3] & ~7: nested for step in fresh.trail if step[0] is NESTED}
+    return any(address in floors and place > floors[address] for place, address in wrote)
 
 
 def _differs(one: Event, other: Event) -> bool:

@@ -18,12 +18,8 @@ Moment = tuple[int, Ran]
 """A place in the log, and as what a guest runs behind it."""
 
 
-class _Read(NamedTuple):
-    """An entry that a walk read, or that a TLB held: the whole quadword, and whether it is as in memory now."""
-
-    address: int
-    quadword: int
-    current: bool
+_Read = tuple[int, int, bool]
+"""An entry that a walk read, or that a TLB held: its sPA, the whole quadword, and whether it is as in memory now."""
 
 
 def running(log: list[Event]) -> Iterator[Moment]:
@@ -56,7 +52,7 @@ class Shared:
 
     def __init__(self, writes: Mapping[int, object], words: Words) -> None:
         self._writes, self._words = writes, words
-        self._known: dict[tuple[Format, int, int, bool], _Way | None] = {}
+        self._known: dict[tuple[int, int, int, bool], _Way | None] = {}
         self._pagings: list[Paging] = []
         self._replayed: set[tuple[int, bool, tuple[_Read, ...]]] = set()
 
@@ -75,7 +71,7 @@ class Shared:
 
     def way(self, fmt: Format, ncr3: int, gpa: int, write: bool) -> _Way | None:
         """The one way of `gpa`, or None where there may be more, or none."""
-        key = fmt, ncr3, gpa, write
+        key = id(fmt), ncr3, gpa, write  # a format is many numbers, and the log keeps it
         if key not in self._known:
             self._known[key] = self._walk(fmt, ncr3 & fmt.root_mask, gpa, write)
         return self._known[key]
@@ -91,7 +87,7 @@ class Shared:
             except IndexError:
                 return None
             entry = quadword if fmt.entry_shift == 3 else quadword >> (address & 4) * 8 & 0xFFFF_FFFF
-            reads.append(_Read(address, quadword, True))
+            reads.append((address, quadword, True))
             leaf = entry & level.leaf
             if not entry & P or entry & (level.reserved_leaf if leaf else level.reserved_table):
                 return None
@@ -110,9 +106,12 @@ class Search:
         self, log: list[Event], writes: Mapping[int, list[tuple[int, int]]], moments: list[Moment], load: int,
         words: Words, caches: Caches, faults: bool, shared: Shared,
     ) -> None:
-        self._log, self._writes, self._load, self._words, self._caches = log, writes, load, words, caches
+        self.log, self.load = log, load
+        self._writes, self._words, self._caches = writes, words, caches
         self._shared = shared
         self._now, self._current = moments[-1]
+        self.paging = self._current.paging
+        """Of the guest that runs now."""
         self._faults = faults and load == self._now
         asid = self._current.asid
         self._ran = ran = next(ran for place, ran in moments if place == load)
@@ -135,24 +134,27 @@ class Search:
         self._nested_floor = max((p for p, e in covering if e.nested), default=0)
         """Since when nested translations may be held."""
 
-    def walks(self, gva: int, access: Access) -> Iterator[Walk]:
-        """All of them that `access` to `gva` can use now."""
+    def walks(self, gva: int, access: Access, but: int | None = None) -> Iterator[Walk]:
+        """All of them that `access` to `gva` can use now, but for those to the sPA `but`."""
         fmt = self._ran.paging.guest
         if fmt is None:
             if not self._flushed(gva, 12, False):
-                yield from self._verdicts(gva, gva, access, ())
+                yield from self._verdicts(gva, gva, access, (), but)
             return
         for reads, gpa, leaf, shift in self._guest(fmt, gva, access.write):
             if gpa is None:
                 yield from self._replayed(gva, access, reads)
             elif not self._flushed(gva, shift, self._ran.pge and bool(leaf & G)):
-                yield from self._verdicts(gva, gpa, access, reads)
+                yield from self._verdicts(gva, gpa, access, reads, but)
 
-    def _verdicts(self, gva: int, gpa: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
+    def _verdicts(
+        self, gva: int, gpa: int, access: Access, reads: tuple[_Read, ...], but: int | None
+    ) -> Iterator[Walk]:
         """What comes of the access with these entries: under the controls (CR0.WP and the like) of now and, where L1
         has changed them without a flush, also those that the translation was loaded under (15.16, Software Rule)."""
-        for below, _, _ in self._nested(gpa, access.write):
-            yield from self._replayed(gva, access, (*reads, *below))
+        for below, spa, _ in self._nested(gpa, access.write):
+            if spa is None or spa != but:
+                yield from self._replayed(gva, access, (*reads, *below))
 
     def _replayed(self, gva: int, access: Access, reads: tuple[_Read, ...]) -> Iterator[Walk]:
         for paging in self._controls:
@@ -190,7 +192,7 @@ class Search:
                     yield so_far, None, 0, 0
                 elif entry & P and entry & level.leaf:
                     known = self._known(read, entry, A | D if write else A, moment)
-                    if known is not None and until > self._load and not entry & level.reserved_leaf:
+                    if known is not None and until > self.load and not entry & level.reserved_leaf:
                         yield so_far, _frame(entry, level.shift) | gva & (1 << level.shift) - 1, entry, level.shift
                 elif entry & P and not entry & level.reserved_table:
                     known = self._known(read, entry, level.accessed, moment)
@@ -216,7 +218,7 @@ class Search:
                     yield from self._nested_level(fmt, 0, ran.paging.ncr3 & fmt.root_mask, place, gpa, write, ())
                 elif way.complete:
                     yield way.reads, way.spa, place
-                elif self._load == self._now:
+                elif self.load == self._now:
                     yield way.reads, way.spa, self._now
 
     def _nested_level(
@@ -251,17 +253,17 @@ class Search:
         except IndexError:  # an entry that leads out of L1's memory, and so to nothing that a scenario has use for
             return
         since = 0
-        for until, old in (*self._writes.get(quadword, ()), (len(self._log), None)):
+        for until, old in (*self._writes.get(quadword, ()), (len(self.log), None)):
             held = next((place for place, _ in moments if max(since, floor) <= place < until), None)
             if held is not None:
                 value = now if old is None else old
                 entry = value if fmt.entry_shift == 3 else value >> (address & 4) * 8 & 0xFFFF_FFFF
-                yield _Read(address, value, old is None), entry, held, until
+                yield (address, value, old is None), entry, held, until
             since = until
 
     def _ends(self, read: _Read, entry: int, level: Level) -> bool:
         """Whether the entry, read right now, ends a walk in a fault that may be reported."""
-        if not (self._faults and read.current):
+        if not (self._faults and read[2]):
             return False
         leaf = entry & level.leaf
         return not entry & P or bool(entry & (level.reserved_leaf if leaf else level.reserved_table))
@@ -271,7 +273,7 @@ class Search:
         write) is not, and can only be read right now, by the walk of this access itself."""
         if entry & needed == needed:
             return moment
-        return self._now if read.current and self._load == self._now else None
+        return self._now if read[2] and self.load == self._now else None
 
     def _floor(self, gva: int, shift: int) -> int:
         """Since when the guest's entries at a level may be held that lead to `gva`."""
@@ -290,7 +292,7 @@ class Search:
         return any(
             type(event) is Flushed and self._covers(event, is_global) and not (event.keeps_global and is_global)
             and (event.gva is None or event.gva >> shift == gva >> shift)
-            for event in self._log[self._load + 1 :]
+            for event in self.log[self.load + 1 :]
         )
 
 
@@ -301,7 +303,7 @@ class _Replay:
         self._rest = iter(reads)
 
     def __getitem__(self, index: int) -> int:
-        return next(self._rest).quadword
+        return next(self._rest)[1]
 
     def __setitem__(self, index: int, value: int) -> None:
         raise TypeError("a replay is not written to")
@@ -310,12 +312,12 @@ class _Replay:
 def _as_read(walk: Walk, reads: tuple[_Read, ...]) -> Walk:
     """`walk`, a replay, with the addresses of the entries as they were, and the updates of those in memory."""
     trail, updates, todo = [], [], list(walk.updates)
-    for (dimension, name, purpose, address, entry), read in zip(walk.trail, reads, strict=False):
-        trail.append((dimension, name, purpose, read.address, entry))
+    for (dimension, name, purpose, address, entry), (where, _, current) in zip(walk.trail, reads, strict=False):
+        trail.append((dimension, name, purpose, where, entry))
         if todo and todo[0][0] == address:
             _, bits, use = todo.pop(0)
-            if read.current:
-                updates.append((read.address, bits, use))
+            if current:
+                updates.append((where, bits, use))
     return walk._replace(trail=trail, updates=updates)
 
 

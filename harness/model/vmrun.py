@@ -7,6 +7,7 @@ harness.model.consistency.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
@@ -19,25 +20,26 @@ from harness.model.walk import Paging
 @dataclass(slots=True)
 class Registers:
     """L2's registers that VMRUN loads and #VMEXIT saves, and that L2 can change by itself. The names
-    are those of the VMCB's fields (section 15.5.1, appendix B)."""
+    are those of the VMCB's fields, in their order there (section 15.5.1, appendix B)."""
 
-    cr0: int
-    cr2: int
-    cr3: int
-    cr4: int
+    cpl: int
     efer: int
-    dr6: int
+    cr4: int
+    cr3: int
+    cr0: int
     dr7: int
+    dr6: int
     rflags: int
     rip: int
     rsp: int
     rax: int
-    cpl: int
+    cr2: int
     g_pat: int
 
 
 LOADED: Final = tuple(f.name for f in fields(Registers))
 _LOADED: Final = Group(*LOADED)
+_values: Final = attrgetter(*LOADED)
 _LOADED_BASES: Final = Group(*(f"{name}.base" for name in ("es", "cs", "ss", "ds", "gdtr", "idtr")))
 
 
@@ -61,6 +63,8 @@ def canonicalize(vmcb: Vmcb, cpu: Cpu) -> None:
     """VMRUN sign-extends the bases of the segments that it loads (section 15.5.1): from the highest bit of a
     linear address of this CPU, with which they then are saved."""
     top = 1 << (56 if "la57" in cpu.features else 47)
+    if max(_LOADED_BASES.values(vmcb)) < top:
+        return
     for name, base in _LOADED_BASES.read(vmcb).items():
         if base >= top:
             vmcb[name] = ((base & 2 * top - 1) ^ top) - top & (1 << 64) - 1
@@ -79,7 +83,7 @@ def load(vmcb: Vmcb, host: Host) -> Registers:
     """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken
     from the VMCB: it is LME and PG (section 15.5.1). DR6, DR7 and RFLAGS come with their fixed bits as
     they always read (section 13.1.1)."""
-    regs = Registers(**_LOADED.read(vmcb))
+    regs = Registers(*_LOADED.values(vmcb))
     if not vmcb["np_control"] & NP_ENABLE:
         regs.g_pat = host.pat
     regs.efer &= ~EFER.LMA
@@ -137,7 +141,6 @@ def caching(regs: Registers, vmcb: Vmcb, host: Host) -> Caching:
 def save(vmcb: Vmcb, regs: Registers) -> None:
     """#VMEXIT: write L2's registers back. gPAT only with nested paging (section 15.25.4)."""
     nested = vmcb["np_control"] & NP_ENABLE
-    for name, old in _LOADED.read(vmcb).items():
-        new = getattr(regs, name)
+    for name, old, new in zip(LOADED, _LOADED.values(vmcb), _values(regs), strict=True):
         if new != old and (nested or name != "g_pat"):
             vmcb[name] = new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from harness.model.entries import Format, legacy, long_mode, pae
@@ -35,7 +36,7 @@ class Mode:
     pages: tuple[str, ...]
     """Sizes of pages that its tables can map; the first is the usual one."""
 
-    @property
+    @cached_property
     def long(self) -> bool:
         return bool(self.efer & EFER.LME)
 
@@ -47,7 +48,7 @@ class Mode:
     def paging(self) -> bool:
         return bool(self.cr0 & CR0.PG)
 
-    @property
+    @cached_property
     def native(self) -> int:
         """Bytes of its widest operand."""
         return 8 if self.long else 4

@@ -11,6 +11,8 @@ _AT: Final = RECORD.offsets
 _HEAD: Final = struct.Struct("<IIQIIQQ")
 _BEFORE, _AFTER, _REGS = _AT["before"], _AT["after"], _AT["regs"]
 _CONTROL, _SAVE, _RESULTS, _DIFFS = _AT["control"], _AT["save"], _AT["results"], _AT["diffs"]
+_TSC: Final = HOST.offsets["tsc"]
+_NO_TSC: Final = bytes(8)
 _RESULT: Final = struct.Struct("<Q")
 _PAIR: Final = struct.Struct("<QQ")
 _EXITCODE: Final = 0x70
@@ -18,6 +20,12 @@ _EXITINFO1: Final = 0x78
 _EXITINFO2: Final = 0x80
 
 KIND_NAMES: Final = {number: name for name, number in RECORDS.items()}
+
+
+def host_registers(data: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """What `Record.around` has, by name."""
+    before, after = HOST.packer.iter_unpack(data)
+    return dict(zip(HOST.names, before, strict=True)), dict(zip(HOST.names, after, strict=True))
 
 
 class Record:
@@ -63,6 +71,14 @@ class Record:
     def after(self) -> dict[str, int]:
         """L1's own registers right after the #VMEXIT, by name."""
         return dict(zip(HOST.names, HOST.packer.unpack_from(self.data, _AFTER), strict=True))
+
+    @property
+    def around(self) -> tuple[bytes, int, int]:
+        """`before` and `after` as they lie there, their time stamp counters 0; and those."""
+        data = self.data
+        return (b"".join((data[_BEFORE : _BEFORE + _TSC], _NO_TSC, data[_BEFORE + _TSC + 8 : _AFTER + _TSC], _NO_TSC,
+                          data[_AFTER + _TSC + 8 : _REGS])),
+                _RESULT.unpack_from(data, _BEFORE + _TSC)[0], _RESULT.unpack_from(data, _AFTER + _TSC)[0])
 
     @property
     def regs(self) -> dict[str, int]:

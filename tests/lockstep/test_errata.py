@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.errata import Erratum, explain, load, of_layers, quirks_of
+from harness.lockstep.errata import Erratum, Known, explain, load, of_layers, quirks_of
 from harness.model.access import Reached
 from harness.model.walk import Walk
 from harness.scenario import files
@@ -104,11 +104,12 @@ def _walk(*addresses: int, entry: int = 0x7) -> Walk:
 
 class TestExplain:
     def test_names_the_first_that_matches(self) -> None:
-        (out,) = explain([divergence()], [erratum(id="no", checks=("C3",)), erratum(), erratum(id="later")])
+        (out,) = explain([divergence()], Known([erratum(id="no", checks=("C3",)), erratum(), erratum(id="later")]))
         assert out.erratum == "e1"
 
     def test_leaves_others_new_and_in_place(self) -> None:
-        out = explain([divergence(field="cr2", check="C3"), divergence(), divergence(probe=3, rule="x")], [erratum()])
+        out = explain([divergence(field="cr2", check="C3"), divergence(), divergence(probe=3, rule="x")],
+                      Known([erratum()]))
         assert [d.erratum for d in out] == [None, "e1", None]
 
     def _bits(self, **changes: Any) -> Divergence:
@@ -138,13 +139,13 @@ class TestExplain:
         cause = divergence(walk=_walk(ENTRY))
         for order in (0, 1):
             found = [cause, self._bits(**changes)]
-            out = explain(found[::-1] if order else found, [erratum(consequences=True)])
+            out = explain(found[::-1] if order else found, Known([erratum(consequences=True)]))
             assert {d.erratum for d in out} == ({"e1"} if follows else {"e1", None})
-        assert None in {d.erratum for d in explain([cause, self._bits()], [erratum()])}
+        assert None in {d.erratum for d in explain([cause, self._bits()], Known([erratum()]))}
 
     def test_no_cause_no_consequence(self) -> None:
-        assert explain([self._bits(walk=_walk(ENTRY))], [erratum(consequences=True)])[0].erratum is None
-        out = explain([divergence(walk=None), self._bits()], [erratum(consequences=True)])
+        assert explain([self._bits(walk=_walk(ENTRY))], Known([erratum(consequences=True)]))[0].erratum is None
+        out = explain([divergence(walk=None), self._bits()], Known([erratum(consequences=True)]))
         assert out[1].erratum is None
 
 
