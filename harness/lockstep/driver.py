@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
+from harness.lockstep.blame import Blame
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import Active
 from harness.lockstep.twin import Twin
 from harness.model import memory_type
 from harness.model.vmcb import SAVE, ExitCode
@@ -98,8 +98,7 @@ class Lockstep:
         self._witness = witness
         self._enter = b"", b""
         self._errata = Known(errata)
-        self._quirks = quirks_of(errata)
-        self._actives: dict[tuple[str, ...], Active] = {}
+        self._blame = Blame(twin, self._errata, quirks_of(errata), self._exit)
         self._channel = channel
         self._twin = twin
         self._strict = strict
@@ -223,13 +222,13 @@ class Lockstep:
                 views = self._machine_views(prediction, record, found)
                 if any(one.erratum is None for one in found):
                     manual = prediction
-                    prediction, blamed = self._try_quirks(context, prediction, record, vmcb, step)
+                    prediction, blamed = self._blame.quirks(context, prediction, record, vmcb, step)
                     if blamed:
                         if self._coverage is not None:
                             self._coverage.add_again(manual, prediction, twin.host.dr7)
                         found = [one if one.erratum else one.explained_by(blamed) for one in found]
                     else:
-                        prediction, found = self._blame_tlb(context, prediction, found, record, vmcb, step)
+                        prediction, found = self._blame.tlb(context, prediction, found, record, vmcb, step)
                 self._add(result, (
                     one if one.walk is None else one.seen_as(*views[id(one.walk)]) for one in found))
                 twin.adopt(prediction, record.diffs)
@@ -333,66 +332,6 @@ class Lockstep:
         if record.kind != RECORDS[kind]:
             raise self._machine.lost(f"L1 is out of step: it posted {record}, where {kind} was due")
         return record
-
-    def _try_quirks(
-        self, context: Context, prediction: Prediction, record: Record, vmcb: bytes, step: Step
-    ) -> tuple[Prediction, str]:
-        """The prediction as this machine's quirks make it, and the ids of those errata without which it
-        would fail; none if it fails with all of them, and then the prediction is as it was."""
-        quirks = self._quirks
-        if not quirks:
-            return prediction, ""
-        active = Active()
-
-        def agrees(names: Iterable[str]) -> bool:
-            nonlocal prediction, active
-            active = self._active(tuple(names))
-            active.played = set()
-            try:
-                prediction = self._twin.predict_again(prediction, vmcb, step, active, record, search=False)
-                found = self._exit(context, prediction, record)
-                if found and prediction.unsearched:
-                    prediction = self._twin.predict_again(prediction, vmcb, step, active, record)
-                    found = self._exit(context, prediction, record)
-            except UsageError:  # a course that cannot be followed is not the one that the machine took
-                return False
-            return all(one.erratum for one in explain(found, self._errata))
-
-        # In a fixed order, so that the verdict is the same whatever was before. One that did not come into
-        # play is not needed, which nearly always leaves one.
-        needed: list[str] = []
-        current = agrees(quirks)
-        if current:
-            needed = [name for name in quirks if name in active.played]
-            for name in reversed(needed):
-                if len(needed) > 1:
-                    current = agrees(other for other in needed if other != name)
-                    if current:
-                        needed.remove(name)
-        if not needed:
-            needed = next(([name] for name in quirks if agrees([name])), [])
-            current = bool(needed)
-        if not current:
-            agrees(needed)
-        return prediction, "+".join(quirks[name] for name in needed)
-
-    def _active(self, names: tuple[str, ...]) -> Active:
-        """One for each combination: translations are remembered by it."""
-        if names not in self._actives:
-            self._actives[names] = Active(names)
-        return self._actives[names]
-
-    def _blame_tlb(
-        self, context: Context, prediction: Prediction, found: list[Divergence], record: Record, vmcb: bytes, step: Step
-    ) -> tuple[Prediction, list[Divergence]]:
-        """`found`, and whose fault it is if a machine would do just that which breaks one rule of the TLB."""
-        for rule in self._twin.tlb.rules():
-            prediction = self._twin.predict_again(prediction, vmcb, step, seen=record, ignores=frozenset([rule]))
-            if all(one.erratum for one in explain(self._exit(context, prediction, record), self._errata)):
-                return prediction, [one if one.erratum else one._replace(rule=rule) for one in found]
-        if self._twin.tlb.rules():
-            prediction = self._twin.predict_again(prediction, vmcb, step, seen=record)
-        return prediction, found
 
     def _exit(self, context: Context, prediction: Prediction, record: Record) -> list[Divergence]:
         if record.diffs_found > MAX_DIFFS:

@@ -43,7 +43,7 @@ class Level(NamedTuple):
     that the entry does not decide over, `accessed` the bit that use of it as a pointer sets. `plain` are
     the bits of which an entry has those of OPEN alone if it points to a table, with nothing wrong with it and no
     right withheld: most entries are that, and the walk asks one question of them. 0 is always right: it then asks
-    them all.
+    them all. `down` is how far an address is shifted for the index to count bytes.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Level(NamedTuple):
     granted: int = 0
     accessed: int = A
     plain: int = 0
+    down: int = 0
 
 
 class Format(NamedTuple):
@@ -71,12 +72,13 @@ class Format(NamedTuple):
     root_mask: int = FRAME
 
     @classmethod
-    def of(cls, name: str, levels: tuple[Level, ...], address_bits: int, **shape: int) -> Self:
-        """A format of these levels, with their `plain` filled in."""
+    def of(cls, name: str, levels: tuple[Level, ...], address_bits: int, entry_shift: int = 3, **shape: int) -> Self:
+        """A format of these levels, with their `plain` and `down` filled in."""
         plain = (0 if level.leaf == P or level.reserved_table & OPEN else OPEN | NX | level.leaf | level.reserved_table
                  for level in levels)
-        return cls(name, tuple(level._replace(plain=bits) for level, bits in zip(levels, plain, strict=True)),
-                   address_bits, **shape)
+        filled = (level._replace(plain=bits, down=level.shift - entry_shift)
+                  for level, bits in zip(levels, plain, strict=True))
+        return cls(name, tuple(filled), address_bits, entry_shift, **shape)
 
 
 LEVEL_NAMES: Final = ("pte", "pde", "pdpte", "pml4e", "pml5e")

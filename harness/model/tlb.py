@@ -110,7 +110,7 @@ class Tlb:
         )
 
     def _leads_on(self, words: Words, fresh: Walk) -> bool:
-        """Whether every entry of `fresh` always led to where it leads now, if anywhere: then all old ones lead there."""
+        """Whether every entry of `fresh` always led to where it leads now, if anywhere: then all old ones do."""
         first = self.log[0]
         assert type(first) is Ran
         short = any(fmt is not None and fmt.entry_shift == 2 for fmt in (first.paging.guest, first.paging.nested))

@@ -7,7 +7,7 @@ part of that value, and `dirty.write_back` writes them. At first reading, read `
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from harness.model.access import (
     Access,
@@ -54,6 +54,9 @@ class Paging(NamedTuple):
     sss: bool = False
 
 
+_ALL: Final = RW | US
+"""Rights that are granted by 1."""
+
 Trail = list[tuple[str, str, str, int, int]]
 """Entries read, as plain tuples in the order of `Step`: walks are many, and few are looked at."""
 
@@ -90,6 +93,20 @@ class Fault(Exception):
         self.outcome = outcome
 
 
+class _Halves:
+    """Memory by the entries of 32 bits that it holds."""
+
+    def __init__(self, ram: Words) -> None:
+        self._ram = ram
+
+    def __getitem__(self, index: int) -> int:
+        return self._ram[index >> 1] >> (index & 1) * 32 & 0xFFFF_FFFF
+
+
+_new: Any = tuple.__new__
+"""Makes a named tuple as its class does, without the detour: walks are many."""
+
+
 def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
     """Translate `gva` for `access` under `paging`, reading entries from `ram` by quadword index.
 
@@ -104,12 +121,13 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
         spa = gpa
         if paging.nested is not None:
             spa = walk_nested(paging, paging.nested, ram, gpa, access, FINAL, trail, updates)
-        outcome = Reached(spa, gpa)
+        outcome = _new(Reached, (spa, gpa))
     except Fault as fault:
         rule, outcome = fault.rule, fault.outcome
         if isinstance(outcome, NestedPageFault):
             updates = _cut_short(trail, updates)
-    return Walk(outcome, rule, trail, updates)
+    walk: Walk = _new(Walk, (outcome, rule, trail, updates))
+    return walk
 
 
 def walk_nested(
@@ -124,18 +142,16 @@ def walk_nested(
 ) -> int:
     """The nested dimension: from gPA to sPA through L1's table at nCR3 (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
-    short = entry_shift == 2
+    entries = ram if entry_shift == 3 else _Halves(ram)
     table = paging.ncr3 & root_mask
-    indexed = (gpa if address_bits > 32 else gpa & 0xFFFF_FFFF) << entry_shift
     index_mask <<= entry_shift
+    indexed = gpa if address_bits > 32 else gpa & 0xFFFF_FFFF
     rights = ALL_RIGHTS
     no_execute = 0
-    write, fetch, user, _, _, shadow = access
-    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed, plain in levels:
-        address = table + (indexed >> shift & index_mask)
-        entry = ram[address >> 3]
-        if short:
-            entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
+    write, fetch, _, _, _, shadow = access
+    for name, _, leaf, reserved_table, reserved_leaf, granted, accessed, plain, down in levels:
+        address = table + (indexed >> down & index_mask)
+        entry = entries[address >> entry_shift]
         trail.append((NESTED, name, purpose, address, entry))
         if entry & plain != OPEN:
             rights &= entry | granted
@@ -151,28 +167,41 @@ def walk_nested(
         if accessed:
             updates.append((address, accessed, NESTED_TABLE))
         table = entry & FRAME
-    # Every access is a user access in the nested dimension, whatever L2's CPL (but see 15.25.13 and 15.25.14).
-    if shadow and paging.sss and not user:
+    if shadow or fetch or rights & _ALL != _ALL:
+        _check_nested(paging, levels, gpa, access, purpose, trail, rights, no_execute)
+    updates.append((address, A | D if write else A, NESTED_TABLE))
+    return entry & FRAME | gpa & 0xFFF if leaf == P else _in_large_page(entry, down + entry_shift, gpa)
+
+
+def _in_large_page(leaf: int, shift: int, address: int) -> int:
+    """Where `address` lies in the page of 1 << `shift` bytes that `leaf` maps."""
+    offset = (1 << shift) - 1
+    frame = leaf & FRAME & ~offset
+    if shift == PSE36_SHIFT:
+        frame |= (leaf >> 13 & 0xFF) << 32
+    return frame | address & offset
+
+
+def _check_nested(
+    paging: Paging, levels: tuple[Level, ...], gpa: int, access: Access, purpose: str, trail: Trail, rights: int,
+    no_execute: int,
+) -> None:
+    """Whether the nested entries grant the access. Every one is a user access in the nested dimension, whatever L2's
+    CPL (but see 15.25.13 and 15.25.14)."""
+    leaf = trail[-1][4]
+    if access.shadow_stack and paging.sss and not access.user:
         if not _is_supervisor_shadow_stack(levels, trail, purpose):
-            raise _denied("sss", paging, gpa, access, purpose, entry)
+            raise _denied("sss", paging, gpa, access, purpose, leaf)
     else:
         if not rights & US:
             if not paging.gmet:
-                raise _denied("user", paging, gpa, access, purpose, entry)
-        elif fetch and not user and paging.gmet:
-            raise _denied("gmet", paging, gpa, access, purpose, entry)
-        if write and not rights & RW:
-            raise _denied("write", paging, gpa, access, purpose, entry)
-    if fetch and no_execute & NX:
-        raise _denied("execute", paging, gpa, access, purpose, entry)
-    updates.append((address, A | D if write else A, NESTED_TABLE))
-    offset = (1 << shift) - 1
-    frame = entry & FRAME
-    if shift > 12:
-        frame &= ~offset
-        if shift == PSE36_SHIFT:
-            frame |= (entry >> 13 & 0xFF) << 32
-    return frame | gpa & offset
+                raise _denied("user", paging, gpa, access, purpose, leaf)
+        elif access.fetch and not access.user and paging.gmet:
+            raise _denied("gmet", paging, gpa, access, purpose, leaf)
+        if access.write and not rights & RW:
+            raise _denied("write", paging, gpa, access, purpose, leaf)
+    if access.fetch and no_execute & NX:
+        raise _denied("execute", paging, gpa, access, purpose, leaf)
 
 
 def _cut_short(trail: Trail, updates: list[Update]) -> list[Update]:
@@ -200,7 +229,7 @@ def _walk_guest(
     """The guest dimension: from gVA to gPA through L2's table at gCR3; each entry's own address is
     a gPA, and is translated by the nested dimension as a user write (section 15.25.5)."""
     _, levels, address_bits, entry_shift, index_mask, root_mask = fmt
-    short = entry_shift == 2
+    entries = ram if entry_shift == 3 else _Halves(ram)
     write, fetch, user, implicit, stack, shadow = access
     if address_bits > 32 and gva >> address_bits - 1 not in (0, (1 << 65 - address_bits) - 1):
         if stack:
@@ -208,17 +237,14 @@ def _walk_guest(
         raise Fault("canonical", GeneralProtection())
     nested = paging.nested
     table = paging.gcr3 & root_mask
-    indexed = gva << entry_shift
     index_mask <<= entry_shift
     rights = ALL_RIGHTS
     no_execute = 0
-    for name, shift, leaf, reserved_table, reserved_leaf, granted, accessed, plain in levels:
-        address = table + (indexed >> shift & index_mask)
+    for name, _, leaf, reserved_table, reserved_leaf, granted, accessed, plain, down in levels:
+        address = table + (gva >> down & index_mask)
         if nested is not None:
             address = walk_nested(paging, nested, ram, address, _TABLE_ACCESS, name, trail, updates)
-        entry = ram[address >> 3]
-        if short:
-            entry = entry >> (address & 4) * 8 & 0xFFFF_FFFF
+        entry = entries[address >> entry_shift]
         trail.append((GUEST, name, "", address, entry))
         if entry & plain != OPEN:
             rights &= entry | granted
@@ -258,13 +284,7 @@ def _walk_guest(
     if code & ErrorCode.PK:
         raise _guest_fault("key", paging, gva, access, code)
     updates.append((address, A | D if write else A, PAGE))
-    offset = (1 << shift) - 1
-    frame = entry & FRAME
-    if shift > 12:
-        frame &= ~offset
-        if shift == PSE36_SHIFT:
-            frame |= (entry >> 13 & 0xFF) << 32
-    return frame | gva & offset
+    return entry & FRAME | gva & 0xFFF if leaf == P else _in_large_page(entry, down + entry_shift, gva)
 
 
 def _key_denies(paging: Paging, entry: int, write: bool, user: bool) -> bool:

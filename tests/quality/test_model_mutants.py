@@ -62,10 +62,11 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if not rights & US:\n            if not paging.gmet:", "if False:\n            if False:",
         ("walk/nested-supervisor",), "C1", "outcome"),
     "nested R/W ignored": Mutant(
-        "model.walk", "if write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1",
+        "model.walk", "if access.write and not rights & RW:", "if False:", ("walk/nested-read-only",), "C1",
         "outcome"),
     "nested NX ignored": Mutant(
-        "model.walk", "if fetch and no_execute & NX:", "if False:", ("walk/nested-no-execute",), "C1", "outcome"),
+        "model.walk", "if access.fetch and no_execute & NX:", "if False:", ("walk/nested-no-execute",), "C1",
+        "outcome"),
     "guest tables are only read": Mutant(
         "model.walk", "_TABLE_ACCESS: Final = Access(write=True", "_TABLE_ACCESS: Final = Access(write=False",
         (one(clear_bits("nested.pt.pte", "rw"), run("read a")),), "C1", "outcome"),
@@ -82,7 +83,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "    elif user:\n        if not rights & US:", "    elif user:\n        if False:",
         ("walk/guest-supervisor",), "C1", "outcome"),
     "guest NX ignored": Mutant(
-        "model.walk", "if fetch and no_execute & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome", 2),
+        "model.walk", "if fetch and no_execute & NX:", "if False:", ("walk/guest-no-execute",), "C1", "outcome"),
     "CR0.WP taken for set": Mutant(
         "model.walk", "if write and paging.wp and not", "if write and not",
         (one('vmcb = "cr0"\nclear = ["wp"]', clear_bits("guest.a.pte", "rw"), ALL),), "C1", "outcome"),
@@ -151,10 +152,10 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "PageFault(code, gva)", "PageFault(code, gva & ~0xFFF)", ("walk/fault-addresses",), "C1",
         "exitinfo2"),
     "offset of a nested large page": Mutant(
-        "model.walk", "return frame | gpa & offset", "return frame | gpa & offset ^ offset & 0x1000",
+        "model.walk", "entry_shift, gpa)", "entry_shift, gpa ^ 0x1000)",
         ("large/offsets-2m",), "C1", "value"),
     "offset of a guest large page": Mutant(
-        "model.walk", "return frame | gva & offset", "return frame | gva & offset ^ offset & 0x1000",
+        "model.walk", "entry_shift, gva)", "entry_shift, gva ^ 0x1000)",
         ("large/offsets-2m",), "C1", ""),
     # what is reported
     "EXITINFO1 without U": Mutant(
@@ -176,7 +177,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "if access.fetch:\n        code", "if False:\n        code", ("walk/nested-no-execute",), "C1",
         "exitinfo1"),
     "permission fault without P": Mutant(
-        "model.walk", 'raise _denied("write", paging, gpa, access, purpose, entry)',
+        "model.walk", 'raise _denied("write", paging, gpa, access, purpose, leaf)',
         'raise _nested_fault("write", paging, gpa, access, purpose, 0)', ("walk/nested-read-only",), "C1", "exitinfo1"),
     # accessed and dirty
     "A of a guest table entry not set": Mutant(
@@ -217,15 +218,15 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.walk", "table = entry & FRAME", "table = entry & 0xFFFF_F000",
         (one(ALL, head='nested_page = "none"\n'),), "C1", "outcome", 2),
     "sPA of a page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000", READ, "C1", ""),
+        "model.walk", "entry & FRAME | gpa", "entry & 0xFFFF_F000 | gpa", READ, "C1", ""),
     "sPA of a page cut to 32 bits, under an L1 in PAE mode": Mutant(
-        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000",
+        "model.walk", "entry & FRAME | gpa", "entry & 0xFFFF_F000 | gpa",
         (one(ALL, head='nested = "PAE"\n'),), "C1", ""),
     "sPA of a large page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000",
+        "model.walk", "frame = leaf & FRAME", "frame = leaf & 0xFFFF_F000",
         (one(ALL, head='nested_page = "1G"\n'),), "C1", ""),
     "gPA of a page cut to 32 bits": Mutant(
-        "model.walk", "frame = entry & FRAME", "frame = entry & 0xFFFF_F000", READ, "C1", "", 2),
+        "model.walk", "entry & FRAME | gva", "entry & 0xFFFF_F000 | gva", READ, "C1", ""),
     # formats
     "PDPE bit 8 reserved": Mutant(
         "model.entries", 'Level("pdpte", 30, PS if page1g else 0, ', 'Level("pdpte", 30, PS if page1g else 0, G | ',
