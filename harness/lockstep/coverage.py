@@ -17,6 +17,7 @@ _MAX_SEEN: Final = 200_000
 _KINDS: Final = {
     events.INTERRUPT: "interrupt", events.NMI: "NMI", events.SOFTWARE: "software interrupt",
 }
+_RAISED: Final = {ExitCode.EXCEPTION + events.GP: "#GP", ExitCode.EXCEPTION + events.NP: "#NP"}
 _VECTORS: Final = {events.PF: "#PF", events.GP: "#GP"}
 
 
@@ -69,6 +70,11 @@ class Coverage:
         if prediction.rule == "exit.delivered":
             assert event is not None
             add(Cell("exit.delivered", "", "", mode, _described(event)))
+        elif event is not None and prediction.rule == "exit.delivery":
+            add(Cell("exit.delivery", "", "", "", f"{_described(event)} raises {_RAISED[prediction.exitcode]}"))
+        elif event is not None and prediction.rule == "exit.double-fault":
+            failed = "shutdown behind #DF" if event.vector == events.DF else f"#DF behind {_described(event)}"
+            add(Cell("exit.double-fault", "", "", "", failed))
         elif event is not None:
             add(Cell("exit.delivered", "", "", mode, f"{_described(event)} cut short by {outcome}"))
         elif prediction.rule.startswith("exit."):

@@ -110,7 +110,6 @@ _MEMORY: Final = (
          "A write of L2 changes the bytes at the sPA that its walk ends in, and no others."),
 )
 
-_OF_IDT: Final = (("", "no case of a walk: scenarios/events has each of its cases"),)
 
 _EXIT: Final = (
     Rule("exit.vmmcall", "15.9",
@@ -129,11 +128,10 @@ _EXIT: Final = (
     Rule("exit.delivery", "8.9, 15.20",
          "A delivery raises #GP for a vector beyond the IDT's limit, for a gate that is none, and for an event that an "
          "instruction raises, an injected one too, if the gate's DPL is below the CPL; and #NP for a gate that is not "
-         "present.", _OF_IDT),
+         "present."),
     Rule("exit.double-fault", "8.2.9, 15.7.3",
          "What is raised while an exception is delivered is intercepted as such; else two contributory exceptions, or "
-         "either of #PF and a contributory one behind #PF, make a #DF, and one of them behind #DF a shutdown.",
-         _OF_IDT),
+         "either of #PF and a contributory one behind #PF, make a #DF, and one of them behind #DF a shutdown."),
     Rule("exit.host", "15.6",
          "#VMEXIT gives L1 back the registers that VMRUN saved."),
     Rule("exit.host-dr7", "15.6",

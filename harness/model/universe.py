@@ -110,6 +110,12 @@ _INSTRUCTIONS: Final = (
 DELIVERIES: Final = ("#PF", "#GP", "exception", "interrupt", "NMI", "software interrupt")
 """What goes through L2's own IDT, as `exit.delivered` has it."""
 
+_FAILED: Final = (
+    *(("exit.delivery", f"{what} raises {second}") for what in DELIVERIES for second in ("#GP", "#NP")),
+    *(("exit.double-fault", outcome) for outcome in ("#DF behind #PF", "#DF behind #GP", "shutdown behind #DF")),
+)
+"""Deliveries that raise an exception themselves: what they find in the IDT does not depend on the modes."""
+
 
 class Universe(NamedTuple):
     """`reachable` are the cells of a processor, `lacking` those that it could have with a feature that it has not:
@@ -160,6 +166,8 @@ def _everything(cpu: Cpu) -> Iterator[Cell]:
         if guest is not None and guest.address_bits > 32:  # the model has deliveries in long mode
             for outcome in _deliveries(nested is not None):
                 yield Cell("exit.delivered", "", "", mode, outcome)
+    for rule, outcome in _FAILED:
+        yield Cell(rule, "", "", "", outcome)
     for check in RULES:
         if check.startswith("vmrun.") and check not in NO_CELLS:
             yield Cell(check, "", "", "", "refused")
