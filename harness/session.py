@@ -6,6 +6,7 @@ What comes of a unit depends on nothing else: not on the units before it, not on
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,9 @@ from harness.wire.records import Record
 
 MAX_LOST: Final = 5
 """Reboots before a run is given up."""
+
+_COLLECT_AFTER: Final = 100_000
+"""Allocations between two looks for cycles: walks are many small tuples, and there are no cycles in them."""
 
 
 class Unit(NamedTuple):
@@ -75,14 +79,18 @@ class Session:
         self._keep = keep
         self.seen: list[Mapping[str, Any]] = []
         self._machine = ExitStack()
+        self._collections = gc.get_threshold()
         self._running: _Running | None = None
         self.identity: Identity | None = None
         self.coverage = Coverage()
 
     def __enter__(self) -> Self:
+        self._collections = gc.get_threshold()
+        gc.set_threshold(_COLLECT_AFTER, *self._collections[1:])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        gc.set_threshold(*self._collections)
         self.shut_down()
 
     def run(self, units: Iterable[Unit]) -> Iterator[Done]:

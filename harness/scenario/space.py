@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
 from math import prod
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 Case = tuple[int, ...]
@@ -55,6 +56,10 @@ class _Solved(NamedTuple):
         return self.before[-1]
 
 
+_Permitted = tuple[
+    Callable[[tuple[int, ...]], object], tuple[int, ...], Callable[[tuple[int, ...]], frozenset[object]]]
+
+
 class Block:
     """Axes that constraints tie together under a choice of the hub. Values with the same labels are of one
     class; a solution is a class for each axis, and weighs as much as it has combinations of values."""
@@ -78,11 +83,12 @@ class Block:
         solved: dict[tuple[tuple[int, ...], ...], _Solved] = {}
         self.solved: list[_Solved] = []
         """By the number of a choice of the hub."""
-        checks = [(cache(one.holds), one) for one in constraints]
+        permitted = [self._permitted(one) for one in constraints]
         for choice in hub:
+            checks = [(pick, kinds(tuple(choice[axis] for axis in outside))) for pick, outside, kinds in permitted]
             found = tuple(
                 solution for solution in product(*(range(len(members)) for members in self._members))
-                if all(holds(self._labels(one, solution, choice)) for holds, one in checks)
+                if all(pick(solution) in kinds for pick, kinds in checks)
             )
             if found not in solved:
                 weights = (prod(map(len, self._chosen(solution))) for solution in found)
@@ -99,11 +105,25 @@ class Block:
         """For each set of solutions: under which choices of the hub it is, a bit each; how many they are; and by place
         and class those that have it, a bit each."""
 
-    def _labels(self, one: Constraint, solution: tuple[int, ...], choice: Mapping[int, int]) -> tuple[Label, ...]:
-        return tuple(
-            labels[choice[axis] if axis in choice else self._members[(at := self.axes.index(axis))][solution[at]][0]]
-            for axis, labels in zip(one.axes, one.labels, strict=True)
-        )
+    def _permitted(self, one: Constraint) -> _Permitted:
+        """A constraint on solutions: what it sees of one; the axes of the hub that it sees too; and, by their values,
+        all that it permits to be seen."""
+        inside = [self.axes.index(axis) for axis in one.axes if axis in self.axes]
+        outside = tuple(axis for axis in one.axes if axis not in self.axes)
+        holds = cache(one.holds)
+
+        @cache
+        def kinds(values: tuple[int, ...]) -> frozenset[object]:
+            chosen = dict(zip(outside, values, strict=True))
+            found: list[tuple[int, ...]] = []
+            for classes in product(*(range(len(self._members[place])) for place in inside)):
+                seen = chosen | {self.axes[place]: self._members[place][kind][0]
+                                 for place, kind in zip(inside, classes, strict=True)}
+                if holds(tuple(labels[seen[axis]] for axis, labels in zip(one.axes, one.labels, strict=True))):
+                    found.append(classes)
+            return frozenset(found if len(inside) > 1 else [kind for kind, in found])
+
+        return itemgetter(*inside), outside, kinds
 
     def _chosen(self, solution: tuple[int, ...]) -> list[list[int]]:
         """By axis, the values that a solution leaves the choice of."""
