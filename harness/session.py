@@ -20,7 +20,7 @@ from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum, of_layers
-from harness.lockstep.hazards import Hazards
+from harness.lockstep.hazards import Hazards, Peril
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
@@ -116,7 +116,7 @@ class Session:
                 continue
             strange = not compiler.usual and compiler.cpu != unit.made_for
             if not sifted and (hazards or unit.doubtful or strange):
-                yield from queue.sift(compiler, twin, hazards)
+                yield from queue.sift(compiler, twin, hazards, unit.doubtful or strange)
             sifted = True
             for result in lockstep.run(queue.programs(compiler, twin)):
                 if result.lost is not None:
@@ -191,21 +191,27 @@ class _Queue:
                     rehearse(twin, program, expectations=compiler.usual)
                 yield program
 
-    def sift(self, compiler: Compiler, twin: Twin, hazards: Hazards) -> Iterator[Done]:
-        """Take out what makes no sense on this CPU, which is another than that which expectations are written for, and
-        what the machine is known not to survive."""
+    def sift(self, compiler: Compiler, twin: Twin, hazards: Hazards, whole: bool) -> Iterator[Done]:
+        """Take out what the machine is known not to survive, and with `whole` also what makes no sense on this CPU,
+        which is another than that which expectations are written for."""
         fitting = []
         for batch in self._todo:
             fits = []
             for scenario in batch:
+                if not whole and not hazards.suspect(scenario):
+                    fits.append(scenario)
+                    continue
                 try:
                     rehearse(twin, compiler.compile(scenario), hazards.see, expectations=False, enter=hazards.enter)
                     fits.append(scenario)
                 except UsageError as reason:
+                    if not whole and not isinstance(reason, Peril):
+                        fits.append(scenario)
+                        continue
                     yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)
             if fits:
                 fitting.append(tuple(fits))
-        self._todo, self._sifted = deque(fitting), True
+        self._todo, self._sifted = deque(fitting), whole
 
     def next(self) -> Scenario:
         """The scenario that is next, handed out without a program."""

@@ -36,7 +36,7 @@ CPU: Final = Cpu(40, True, 16, frozenset(
 """What programs are made for: QEMU's `max`, without what only some machines have of it."""
 NAME: Final = "fuzz"
 """Programs are called `fuzz[SEED,BLOCK,BATCH,NUMBER]`."""
-VERSION: Final = 1
+VERSION: Final = 2
 """One more whenever the same seed makes other programs."""
 BLOCK: Final = 40
 """Batches in a block, which is what a campaign goes on behind."""

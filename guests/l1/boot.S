@@ -61,6 +61,11 @@ l1_start:
 	mov %eax, %gs
 	lea l1_stack_top(%rip), %rsp
 
+	/* what firmware left where entries without a frame lead to */
+	xor %edi, %edi
+	mov $4096 / 8, %ecx
+	rep stosq
+
 	/* 32 interrupt gates */
 	lea l1_vectors(%rip), %rax
 	lea l1_idt(%rip), %rdi

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from harness.errors import UsageError
-from harness.lockstep.compare import Context, Divergence
+from harness.lockstep.compare import Context, Divergence, came_to
 from harness.lockstep.errata import Known, explain
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import Active
@@ -28,16 +28,17 @@ class Blame:
 
     def quirks(
         self, context: Context, prediction: Prediction, record: Record, vmcb: bytes, step: Step
-    ) -> tuple[Prediction, str]:
+    ) -> tuple[Prediction, str, str]:
         """The prediction as this machine's quirks make it, and the ids of those errata without which it
-        would fail; none if it fails with all of them, and then the prediction is as it was."""
+        would fail; none if it fails with all of them, and then the prediction is as it was. Last is why L2 cannot be
+        followed, where its quirks lead a machine to that which did as they make it do until then."""
         quirks = self._quirks
         if not quirks:
-            return prediction, ""
-        active = Active()
+            return prediction, "", ""
+        active, astray = Active(), ""
 
         def agrees(names: Iterable[str]) -> bool:
-            nonlocal prediction, active
+            nonlocal prediction, active, astray
             active = self._active(tuple(names))
             active.played = set()
             try:
@@ -46,7 +47,9 @@ class Blame:
                 if found and prediction.unsearched:
                     prediction = self._twin.predict_again(prediction, vmcb, step, active, record)
                     found = self._check(context, prediction, record)
-            except UsageError:  # a course that cannot be followed is not the one that the machine took
+            except UsageError as reason:  # a course that cannot be followed is not the one that the machine took
+                if not astray and active.played and came_to(self._twin.last, context, record):
+                    astray = str(reason)
                 return False
             return all(one.erratum for one in explain(found, self._errata))
 
@@ -54,6 +57,8 @@ class Blame:
         # play is not needed, which nearly always leaves one.
         needed: list[str] = []
         current = agrees(quirks)
+        if astray:
+            return prediction, "+".join(quirks[name] for name in quirks if name in active.played), astray
         if current:
             needed = [name for name in quirks if name in active.played]
             for name in reversed(needed):
@@ -66,7 +71,7 @@ class Blame:
             current = bool(needed)
         if not current:
             agrees(needed)
-        return prediction, "+".join(quirks[name] for name in needed)
+        return prediction, "+".join(quirks[name] for name in needed), ""
 
     def _active(self, names: tuple[str, ...]) -> Active:
         """One for each combination: translations are remembered by it."""

@@ -9,6 +9,7 @@ A check returns divergences; it raises nothing and changes nothing.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,7 +80,7 @@ class Context:
     """Whether L2 has registers of 64 bits."""
 
 
-_COUNTERS: Final = frozenset({"rdtsc", "rdtscp"})
+COUNTERS: Final = frozenset({"rdtsc", "rdtscp"})
 _FAR: Final = 1 << 48
 """Counts between VMRUN and #VMEXIT: days."""
 
@@ -119,7 +120,7 @@ def _probes(context: Context, prediction: Prediction, record: Record) -> Iterato
     done = min(prediction.next_probe, record.next_probe)
     for index in range(prediction.first_probe, done):
         want, got = prediction.results[index], record.result(index)
-        if context.probes[index].kind in _COUNTERS:
+        if context.probes[index].kind in COUNTERS:
             want, got = check_counter(record, want, got, wide=context.wide)
         if want != got:
             memory = context.probes[index].kind in ("read", "rmw", "fetch")
@@ -302,3 +303,19 @@ def _get(data: bytes, field: Field) -> int:
     return int.from_bytes(data[field.offset : field.offset + field.width], "little")
 
 
+def came_to(partial: Prediction, context: Context, record: Record) -> bool:
+    """Whether the machine did all the probes before that at which a prediction was given up, with their results."""
+    return record.next_probe >= partial.next_probe and all(
+        record.result(index) == partial.results[index] or context.probes[index].kind in COUNTERS
+        for index in range(partial.first_probe, partial.next_probe))
+
+
+def same(one: memoryview, other: memoryview) -> bool:
+    """Whether two regions of equal size hold the same bytes, without a copy: they are megabytes."""
+    size = one.nbytes
+    whole = ctypes.c_char * size
+    return bool(_memcmp(whole.from_buffer(one), whole.from_buffer(other), size) == 0)
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

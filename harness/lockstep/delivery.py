@@ -8,6 +8,7 @@ from harness.errors import UsageError
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
     DOUBLE_FAULT_NOT_INTERCEPTED,
+    FIRST_EVENT_KEPT,
     IDT_ERROR_OF_SLOT,
     IDT_ERROR_WITHOUT_EXT,
     INJECTED_TRAP_NO_DPL,
@@ -74,7 +75,7 @@ class Bus:
                     raise UsageError(f"a delivery reaches sPA {spa:#x} through gVA {gva:#x}: no page of L2's own")
                 return spa
             case NestedPageFault(code, gpa):
-                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, self._event)
+                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, _told(self._l2, self._event))
             case PageFault(code, fault):
                 _second(self._l2, self._event, Event.exception(events.PF, code), fault, walk, walk.rule)
             case outcome:
@@ -85,8 +86,11 @@ def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> No
     """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame where
     that is not RIP."""
     if not l2.state.mode.long:
+        if not l2.state.mode.real:
+            events.legacy_gate(event, l2.state.vmcb, Bus(l2, event))
         raise UsageError(f"vector {event.vector} is delivered outside of long mode, which is not modelled")
     l2.out.event = event
+    l2.first = l2.first or event
     undefined = events.deliver(event, l2.regs, l2.state.vmcb, Bus(l2, event), next_rip, _habits(l2, event))
     l2.undefined |= dict.fromkeys(undefined, WHOLE)
     physical(l2)
@@ -128,7 +132,7 @@ def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, 
     if l2.intercepted(second.vector):
         if second.free:
             l2.undefined["exitinfo1"] = second.free
-        raise Leave(ExitCode.EXCEPTION + second.vector, second.error or 0, info2, walk, rule, first)
+        raise Leave(ExitCode.EXCEPTION + second.vector, second.error or 0, info2, walk, rule, _told(l2, first))
     if second.vector == events.PF:
         l2.regs.cr2 = info2
     result = events.combine(first, second)
@@ -137,8 +141,14 @@ def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, 
     if result.vector == events.DF:
         l2.undefined |= {"rip": WHOLE}  # 15.12.9
         if l2.intercepted(events.DF) and not l2.state.quirks.has(DOUBLE_FAULT_NOT_INTERCEPTED):
-            raise Leave(ExitCode.EXCEPTION + events.DF, walk=walk, rule="exit.double-fault", event=first)
+            raise Leave(ExitCode.EXCEPTION + events.DF, walk=walk, rule="exit.double-fault", event=_told(l2, first))
     deliver(l2, result, walk, None)
+
+
+def _told(l2: L2, event: Event) -> Event:
+    """What EXITINTINFO tells where the delivery of `event` is cut short."""
+    first = l2.first
+    return first if first is not None and first is not event and l2.state.quirks.has(FIRST_EVENT_KEPT) else event
 
 
 def _habits(l2: L2, event: Event) -> Habits:

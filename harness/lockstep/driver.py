@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
 from harness.lockstep.blame import Blame
-from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync
+from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync, same
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
@@ -222,7 +221,11 @@ class Lockstep:
                 views = self._machine_views(prediction, record, found)
                 if any(one.erratum is None for one in found):
                     manual = prediction
-                    prediction, blamed = self._blame.quirks(context, prediction, record, vmcb, step)
+                    prediction, blamed, astray = self._blame.quirks(context, prediction, record, vmcb, step)
+                    if astray:
+                        self._add(result, (one if one.erratum else one.explained_by(blamed) for one in found))
+                        channel.release()
+                        raise UsageError(astray)
                     if blamed:
                         if self._coverage is not None:
                             self._coverage.add_again(manual, prediction, twin.host.dr7)
@@ -309,7 +312,7 @@ class Lockstep:
 
     def _compare_region(self, context: Context, result: Result, start: int, end: int, when: str) -> None:
         model, machine = self._twin.memory.bytes, self._machine.memory
-        if _same(model[start:end], machine[start:end]):
+        if same(model[start:end], machine[start:end]):
             return
         ours, theirs = model[start:end].cast("Q"), machine[start:end].cast("Q")
         for index, (want, got) in enumerate(zip(ours, theirs, strict=True)):
@@ -387,14 +390,3 @@ class Lockstep:
             if room > 0:
                 result.divergences.append(one)
                 room -= 1
-
-
-def _same(one: memoryview, other: memoryview) -> bool:
-    """Whether two regions of equal size hold the same bytes, without a copy: they are megabytes."""
-    size = one.nbytes
-    whole = ctypes.c_char * size
-    return bool(_memcmp(whole.from_buffer(one), whole.from_buffer(other), size) == 0)
-
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -15,6 +15,7 @@ from harness.model.entries import P
 from harness.model.registers import CR4, EFER
 from harness.model.vmcb import Vmcb
 from harness.model.walk import Paging, Walk
+from harness.scenario.ops import RunOp, Scenario, VmcbOp
 
 _HIGH: Final = 0xFFF << 52
 
@@ -31,17 +32,38 @@ def _lma_without_pae(vmcb: Vmcb) -> bool:
     return bool(vmcb["efer"] & EFER.LMA and not vmcb["efer"] & EFER.LME and not vmcb["cr4"] & CR4.PAE)
 
 
-class Hazard(NamedTuple):
-    """What loses a machine: a VMRUN with such a VMCB, or a walk under such a paging."""
+def _changes(field: str) -> Callable[[Scenario], bool]:
+    """Whether a scenario writes that field of a VMCB."""
+    return lambda scenario: any(isinstance(op, VmcbOp) and op.field == field for op in scenario.ops)
 
+
+def _writes_cr8(scenario: Scenario) -> bool:
+    return _changes("v_intr")(scenario) and any(
+        probe.kind == "wrcr8" for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
+
+
+class Hazard(NamedTuple):
+    """What loses a machine: a VMRUN with such a VMCB, a walk under such a paging, or one of `Prediction.perils`.
+    `suspects` are the scenarios that may come to it: only those are rehearsed for it."""
+
+    suspects: Callable[[Scenario], bool]
     vmrun: Callable[[Vmcb], bool] = lambda vmcb: False
     walk: Callable[[Paging, Walk], bool] = lambda paging, walk: False
+    peril: str = ""
 
+
+CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
+"""L2 writes CR8 while a virtual interrupt is pending whose priority is not below V_TPR then."""
 
 HAZARDS: Final = {
-    "nested-pdpte-high-bits": Hazard(walk=_nested_pdpte_high_bits),
-    "lma-without-pae": Hazard(vmrun=_lma_without_pae),
+    "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits),
+    "lma-without-pae": Hazard(_changes("efer"), vmrun=_lma_without_pae),
+    CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
 }
+
+
+class Peril(UsageError):
+    """The machine would be lost."""
 
 
 class Hazards:
@@ -53,14 +75,19 @@ class Hazards:
     def __bool__(self) -> bool:
         return bool(self._known)
 
+    def suspect(self, scenario: Scenario) -> bool:
+        """Whether the machine may be lost by it."""
+        return any(hazard.suspects(scenario) for hazard, _ in self._known)
+
     def enter(self, vmcb: Vmcb) -> None:
-        """Raises UsageError if the machine would be lost by VMRUN of `vmcb`."""
+        """Raises Peril if the machine would be lost by VMRUN of `vmcb`."""
         for hazard, name in self._known:
             if hazard.vmrun(vmcb):
-                raise UsageError(f"the machine would be lost: see erratum {name}")
+                raise Peril(f"the machine would be lost: see erratum {name}")
 
     def see(self, prediction: Prediction) -> None:
-        """Raises UsageError if the machine would be lost by what is predicted."""
+        """Raises Peril if the machine would be lost by what is predicted."""
         for hazard, name in self._known:
-            if any(hazard.walk(paging, walk) for paging, _, walk in prediction.accesses):
-                raise UsageError(f"the machine would be lost: see erratum {name}")
+            walks = ((paging, walk) for paging, _, walk in prediction.accesses)
+            if hazard.peril in prediction.perils or any(hazard.walk(*one) for one in walks):
+                raise Peril(f"the machine would be lost: see erratum {name}")

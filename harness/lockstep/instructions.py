@@ -18,6 +18,7 @@ from harness.lockstep.quirks import (
     MAPS_TO_THE_BYTE,
     RDTSCP_AS_RDTSC,
     SKINIT_UNDEFINED,
+    XSETBV_CPL_FIRST,
     XSETBV_NOT_INTERCEPTED,
 )
 from harness.model import events, intercepts
@@ -40,6 +41,9 @@ OTHERS: Final = QUIET | {
 }
 """Those that this module carries out."""
 
+_UMIP: Final = stub.DESCRIPTOR_READS.keys() | {"smsw"}
+"""SGDT, SIDT, SLDT, STR and SMSW, which CR4.UMIP keeps for CPL 0 (section 3.1.3)."""
+
 _TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RDTSC, "rdtsc")} | {
     f"rdcr{n}": (CR_READS_AS_CR0, "rdcr0") for n in (2, 3, 4, 8)
 }
@@ -56,12 +60,13 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     """A probe that is no access to memory: exceptions for what the instruction is, its intercept, and what it does.
     Returns its result."""
     quirks = l2.state.quirks
-    if _undefined(l2, kind):
+    cpl_first = kind == "xsetbv" and l2.regs.cpl and quirks.has(XSETBV_CPL_FIRST)
+    if _undefined(l2, kind) and not cpl_first:
         l2.exception(Event.exception(events.UD))
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)
     open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL))
-    if l2.regs.cpl and not open_to_all:
+    if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
         l2.exception(Event.exception(events.GP))
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
         l2.exception(Event.exception(events.UD))
@@ -136,6 +141,8 @@ def _undefined(l2: L2, kind: str) -> bool:
     """Whether the instruction is none of this processor's as L2 has set it up."""
     if kind == "icebp":
         return l2.state.quirks.has(ICEBP_UNDEFINED)
+    if kind in ("monitor", "mwait"):  # volume 3: at other CPLs only with MonMwaitUserEn, which L1 leaves clear
+        return l2.regs.cpl > 0
     return kind == "xsetbv" and not l2.regs.cr4 & CR4.OSXSAVE
 
 

@@ -66,6 +66,8 @@ class L2:
         self.host: dict[str, int] = {}
         """Registers of L1 that L2 wrote."""
         self.injected: Event | None = None
+        self.first: Event | None = None
+        """The event whose delivery led to what is delivered now."""
         self.begun = False
         """Whether it has executed an instruction."""
         self.undefined: dict[str, int] = {}

@@ -52,3 +52,5 @@ class Prediction:
     unsearched: bool = False
     ambiguous: set[int] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)
+    perils: set[str] = field(default_factory=set)
+    """What happened that a machine may not survive, by the names in harness.lockstep.hazards."""

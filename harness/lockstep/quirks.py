@@ -51,6 +51,8 @@ SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
 WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
+FIRST_EVENT_KEPT: Final = "first-event-kept"
+XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -209,6 +211,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SOFTWARE_WALK_OFFSET: Quirk(),
     STRING_WRITE_HALVES: Quirk(),
     WINDOW_AS_INTERRUPT: Quirk(),
+    FIRST_EVENT_KEPT: Quirk(),
+    XSETBV_CPL_FIRST: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

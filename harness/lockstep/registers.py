@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
 from harness.lockstep import stub
+from harness.lockstep.hazards import CR8_WITH_V_IRQ
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import PKE_NOT_FLUSHED
 from harness.model import events, tlb_events, vmrun
@@ -55,11 +56,11 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
         return sum(vmcb[f"{s}.selector"] << 16 * n for n, s in enumerate(("es", "cs", "ss", "ds")))
     if what == "flags":
         if kind == "wrflags":
-            regs.rflags = value | RFLAGS.ONE
+            regs.rflags = vmrun.popped(regs, value)
             l2.paging = l2.state.paging(regs)
             l2.ran()
-            own = not vmcb["v_intr"] & VIntr.MASKING and value & RFLAGS.IF
-            if vmrun.virtual_interrupt(vmcb, value) is not None or (own and "interrupt" in l2.state.outside):
+            own = not vmcb["v_intr"] & VIntr.MASKING and regs.rflags & RFLAGS.IF
+            if vmrun.virtual_interrupt(vmcb, regs.rflags) is not None or (own and "interrupt" in l2.state.outside):
                 raise UsageError("an interrupt that L2 lets in itself is not modelled")
             return value
         return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
@@ -115,6 +116,10 @@ def _cr8(l2: L2, kind: str, value: int) -> int:
         raise UsageError("without V_INTR_MASKING CR8 is L1's, which an L1 in a 32-bit mode cannot see")
     if kind == "wrcr8":
         vmcb["v_intr"] = vmcb["v_intr"] & ~VIntr.TPR | value & 0xF
+        if vmrun.virtual_interrupt(vmcb, RFLAGS.IF, at_priority=True) is not None:
+            l2.out.perils.add(CR8_WITH_V_IRQ)
+        if vmrun.virtual_interrupt(vmcb, l2.regs.rflags) is not None:
+            raise UsageError("an interrupt that L2 lets in itself is not modelled")
         if own:
             l2.host["cr8"] = value & 0xF
         return value

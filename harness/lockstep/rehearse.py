@@ -40,8 +40,8 @@ def rehearse(
         outcomes: dict[int, str] = {}
         first, begun = 0, twin.begin(step)
         while True:
+            enter(twin.vmcb)
             try:
-                enter(twin.vmcb)
                 prediction = twin.predict(step, first)
             except UsageError as reason:
                 raise UsageError(f"{at}: {reason}") from None

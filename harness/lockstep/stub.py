@@ -41,12 +41,12 @@ SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
 """Probes that load a segment register."""
 
 UNPRIVILEGED: Final = frozenset(
-    {"rdrsp", "wrrsp", "rdseg", "rdflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn", "icebp",
-     "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "monitor", "mwait",
-     "remote", "remotenmi", "ins", "outs"}
+    {"rdrsp", "wrrsp", "rdseg", "rdflags", "wrflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn",
+     "icebp", "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "remote",
+     "remotenmi", "ins", "outs"}
     | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
-"""Register probes that work at CPL 3 too (SGDT and the like do while CR4.UMIP is 0)."""
+"""Register probes that work at CPL 3 too (SGDT and the like while CR4.UMIP is 0)."""
 
 
 def label(kind: str, size: int) -> str:

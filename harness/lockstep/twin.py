@@ -46,7 +46,9 @@ _UNDEFINED = dict.fromkeys((one.exitcode for one in INTERCEPTS.values()), _BOTH_
 
 
 class Twin(State):
-    """The model's side of a program."""
+    """The model's side of a program. `last` is the prediction that was made last, or as far as it came."""
+
+    last: Prediction
 
     def vmcb_bytes(self) -> tuple[bytes, bytes]:
         """Control area and save area as a record shows them."""
@@ -73,7 +75,7 @@ class Twin(State):
     def predict(self, step: Step, first: int) -> Prediction:
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
         memory is as it was."""
-        out = Prediction(first_probe=first, next_probe=first)
+        out = self.last = Prediction(first_probe=first, next_probe=first)
         self._before = self.tlb.mark(), dict(self.outside)
         vmcb = self.vmcb
         if self.host.gif and self.outside.keys() & PENDING:
@@ -216,6 +218,8 @@ class Twin(State):
         out.free["eventinj"] = ~EVENT_VALID  # with V=0 the rest of an event means nothing (15.20, 15.7.2)
         if leave.event is None:
             out.free["exitintinfo"] = ~EVENT_VALID
+        elif leave.event.error is None:
+            out.free.setdefault("exitintinfo", 0xFFFF_FFFF << 32)  # with EV=0 there is none (15.20)
         elif leave.event.free:
             out.free.setdefault("exitintinfo", leave.event.free << 32)
         if not self.mode.long:

@@ -37,6 +37,8 @@ _IDT: Final = 1 << 1
 """In an error code with a selector (8.4): a source external to the processor; a gate of the IDT."""
 _INTERRUPT_GATE: Final = 0xE
 _TRAP_GATE: Final = 0xF
+_LEGACY_GATES: Final = frozenset({5, 6, 7, _INTERRUPT_GATE, _TRAP_GATE})
+"""S and type of what legacy mode's IDT may hold: a task gate, interrupt and trap gates of either size (4.8.3)."""
 
 
 class Event(NamedTuple):
@@ -117,6 +119,22 @@ class Bus(Protocol):
 
     def raises(self, event: Event) -> NoReturn:
         """The delivery itself raises `event`, of what it found in the IDT."""
+
+
+def legacy_gate(event: Event, vmcb: Vmcb, bus: Bus) -> None:
+    """The gate of `event` in legacy protected mode, eight bytes (section 4.8.4): ends the delivery where there is none.
+    What comes of one that there is is not modelled."""
+    error = event.vector << 3 | _IDT
+    undecided = 0
+    if event.kind in (INTERRUPT, NMI):
+        error |= _EXT
+    elif not event.software:
+        undecided = _EXT
+    if 8 * event.vector + 7 > vmcb["idtr.limit"]:
+        bus.raises(Event.exception(GP, error, undecided))
+    gate = bus.load(vmcb["idtr.base"] + 8 * event.vector & 0xFFFF_FFFF)
+    if gate >> 40 & 0x1F not in _LEGACY_GATES:
+        bus.raises(Event.exception(GP, error, undecided))
 
 
 def deliver(

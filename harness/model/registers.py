@@ -76,9 +76,12 @@ class RFLAGS:
     IF: Final = 1 << 9
     DF: Final = 1 << 10
     OF: Final = 1 << 11
+    IOPL: Final = 3 << 12
+    NT: Final = 1 << 14
     RF: Final = 1 << 16
     VM: Final = 1 << 17
     AC: Final = 1 << 18
+    ID: Final = 1 << 21
     STATUS: Final = CF | PF | AF | ZF | SF | OF
 
 
@@ -91,7 +94,7 @@ REGISTER_BITS: Final[dict[str, dict[str, int]]] = {
     "cr0": {k.lower(): v for k, v in vars(CR0).items() if k.isupper()},
     "cr4": {k.lower(): v for k, v in vars(CR4).items() if k.isupper()},
     "efer": {k.lower(): v for k, v in vars(EFER).items() if k.isupper()},
-    "rflags": {k.lower(): v for k, v in vars(RFLAGS).items() if k.isupper() and k not in ("ONE", "STATUS")},
+    "rflags": {k.lower(): v for k, v in vars(RFLAGS).items() if k.isupper() and k not in ("ONE", "STATUS", "IOPL")},
 }
 """Bits by register and by the manual's name in lower case: the vocabulary of scenario files."""
 

@@ -79,6 +79,17 @@ def virtual_interrupt(vmcb: Vmcb, rflags: int, at_priority: bool = False) -> int
     return control >> 32 & 0xFF if taken else None
 
 
+def popped(regs: Registers, value: int) -> int:
+    """RFLAGS behind a POPF of `value` outside of virtual-8086 mode (volume 3, POPF): IOPL changes at CPL 0 only, IF at
+    a CPL that IOPL lets in, RF is cleared, VM, VIF and VIP stay."""
+    changes = RFLAGS.STATUS | RFLAGS.TF | RFLAGS.DF | RFLAGS.NT | RFLAGS.AC | RFLAGS.ID
+    if not regs.cpl:
+        changes |= RFLAGS.IOPL
+    if regs.cpl <= regs.rflags >> 12 & 3:
+        changes |= RFLAGS.IF
+    return regs.rflags & ~(changes | RFLAGS.RF) | value & changes
+
+
 def load(vmcb: Vmcb, host: Host) -> Registers:
     """What L2 starts with. gPAT is loaded with nested paging only (section 15.25.4). EFER.LMA is not taken
     from the VMCB: it is LME and PG (section 15.5.1). DR6, DR7 and RFLAGS come with their fixed bits as

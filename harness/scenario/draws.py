@@ -50,8 +50,6 @@ _VALUES: Final = {
     "lmsw": 0x33, "lar": 0x28, "wrflags": 0x46, "wrgdtr": 0x1234_5000, "wridtr": 0x1234_5000, "wrcr2": 0x1111,
     "wrcr8": 5, "wrdr6": 0xFFFF_0FF1, "wrdr7": 0x400, "wres": 0, "wrds": 0,
 }
-_NOT_AT_CPL_3: Final = frozenset({"monitor", "mwait", "wrflags"})
-"""MONITOR and MWAIT are #UD there unless HWCR says otherwise, POPF changes some flags and no others: not modelled."""
 _ALONE: Final = ("vmrun", "vmload", "vmsave", "stgi", "clgi", "hlt")
 """Instructions that every VMCB here has intercepted."""
 _MSRS: Final = ("0xc0000082", "0xc0000100", "0xc0000102", "0x175", "0x176", "0xc0000080")
@@ -332,8 +330,6 @@ class Draw:
             return [], Probe(self.one(("undefined", "divide", "breakpoint", "intn" if self.ground.long else "divide")))
         must = dice < 0.65
         kind = self.one(_UNMODELLED if must else _MAY_BE)
-        if cpl == 3 and kind in _NOT_AT_CPL_3:
-            kind = "cpuid"
         must = must or (cpl == 3 and kind in ("in", "out", "rdtsc", "rdtscp"))
         return self.intercept(kind, must), self.argued(kind)
 

@@ -8,14 +8,15 @@ import pytest
 
 from harness.errors import UsageError
 from harness.lockstep.errata import load
-from harness.lockstep.hazards import Hazards
+from harness.lockstep.hazards import HAZARDS as ALL
+from harness.lockstep.hazards import Hazards, Peril
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.scenario import files
 from harness.scenario.program import Compiler
 from tests.conftest import LIBRARY
 
-HAZARDS = Hazards([("nested-pdpte-high-bits", "e1"), ("lma-without-pae", "e2")])
+HAZARDS = Hazards([("nested-pdpte-high-bits", "e1"), ("lma-without-pae", "e2"), ("cr8-with-v-irq", "e3")])
 
 
 def names(twin: Twin, compiler: Compiler, name: str) -> None:
@@ -34,7 +35,15 @@ def test_lma_without_pae(twin: Twin, compiler: Compiler) -> None:
         names(twin, compiler, "vmrun/efer-lma-set")
 
 
+@pytest.mark.parametrize("v", ["0x1f01060100", "0x1f01050105", "0x1f01130107"])
+def test_cr8_is_written_while_a_virtual_interrupt_is_pending(twin: Twin, compiler: Compiler, v: str) -> None:
+    with pytest.raises(Peril, match="the machine would be lost: see erratum e3"):
+        names(twin, compiler, f"regressions/cr8-virtual-interrupt[{v}]")
+
+
 @pytest.mark.parametrize("name", ["vmrun/efer-lma[0x1901]", "regressions/nested-pdpte-beyond[bit51]",
+                                  "regressions/cr8-virtual-interrupt[0x1f01010107]",
+                                  "state/v-irq-pending[0x1f01030105,0x2]",
                                   "modes/nested-pae-accesses[4K]",
                                   "modes/pae-pdpte-reserved[bit63]", "walk/nested-no-execute[pdpte]"])
 def test_no_other(twin: Twin, compiler: Compiler, name: str) -> None:
@@ -53,3 +62,19 @@ def test_an_erratum_names_it(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(entry.format("heat"))
     with pytest.raises(UsageError, match="no hazard is called 'heat'"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("hazard", ALL)
+def test_whatever_comes_to_it_is_suspected(twin: Twin, compiler: Compiler, hazard: str) -> None:
+    """Only suspects are rehearsed for it: of the library none that is lost is none."""
+    hazards = Hazards([(hazard, "e")])
+    lost = 0
+    for scenario in files.load([LIBRARY / name for name in ("regressions", "modes", "vmrun", "state")]):
+        try:
+            rehearse(twin, compiler.compile(scenario), hazards.see, enter=hazards.enter)
+        except Peril:
+            assert hazards.suspect(scenario), scenario.name
+            lost += 1
+    assert lost > 1
+    (plain,) = files.parse('title = "t"\nmanual = "1"\nshows = "s"\n[[op]]\nrun = ["read a"]\n', "x", "x")
+    assert not hazards.suspect(plain)

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 
 from harness.errors import UsageError
+from harness.lockstep import stub
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EMULATED_BELOW, Active
+from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT, Active
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached
+from harness.model.intercepts import INTERCEPTS
 from harness.model.liberties import Liberties, Takes
-from harness.model.registers import Cpu
+from harness.model.registers import RFLAGS, Cpu
 from harness.model.vmcb import ExitCode
+from harness.scenario import files
 from harness.scenario.initial import HOST_EFER
 from harness.scenario.program import Compiler, Program
 from harness.wire.image import PAGE, Image, tag
+from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
 
@@ -244,3 +248,66 @@ def test_ext_behind_an_exception(  # type: ignore[no-untyped-def]
         'vmcb = "idtr.limit"\nvalue = 0xdf', f'vmcb = "intercept_exceptions"\n{gp} = ["gp"]',
         'entry = "nested.stack.pte"\nclear = ["p"]', f'vmcb = "eventinj"\nvalue = {event}', "read a")
     assert out.exitcode == code and out.free.get(field, 0) == free
+
+
+@pytest.mark.parametrize(
+    ("before", "cpl", "value", "after"),
+    [
+        (0x2, 3, 0x3202, 0x2), (0x202, 3, 0x2, 0x202), (0x3002, 3, 0x202, 0x3202), (0x3202, 3, 0x2, 0x3002),
+        (0x2, 3, 0x40AD7, 0x408D7), (0x2, 0, 0x3202, 0x3202), (0x10002, 0, 0x2, 0x2),
+    ],
+)
+def test_popf(predict, before: int, cpl: int, value: int, after: int) -> None:  # type: ignore[no-untyped-def]
+    """Volume 3, POPF: IOPL is CPL 0's, IF of whom IOPL lets in; RF is cleared."""
+    (out,), _ = predict(f'vmcb = "rflags"\nvalue = {before}', run(f"wrflags = {value}; rdflags", cpl))
+    assert out.exitcode == ExitCode.VMMCALL
+    assert out.results[1] == after & ~RFLAGS.STATUS | stub.FLAGS
+
+
+@pytest.mark.parametrize("kind", ["monitor", "mwait"])
+def test_monitor_is_undefined_but_at_cpl_0(predict, kind: str) -> None:  # type: ignore[no-untyped-def]
+    asked = 'vmcb = "intercept_misc2"\nset = ["bit10", "bit11"]'
+    (user, *_), _ = predict(asked, run(kind, 3))
+    (own, *_), _ = predict(asked, run(kind))
+    assert (user.exitcode, own.exitcode) == (ExitCode.EXCEPTION + 6, INTERCEPTS[kind].exitcode)
+
+
+def test_umip_keeps_them_for_cpl_0(predict) -> None:  # type: ignore[no-untyped-def]
+    umip = 'vmcb = "cr4"\nset = ["umip"]'
+    outs, _ = predict(umip, run("rdgdtr; smsw; rdtr", 3))
+    assert [one.exitcode for one in outs] == [ExitCode.EXCEPTION + 13] * 3
+    (out,), _ = predict(umip, run("rdgdtr; smsw; rdtr"))
+    assert out.exitcode == ExitCode.VMMCALL
+
+
+def test_cr8_lets_a_virtual_interrupt_in(twin: Twin, compiler: Compiler) -> None:
+    with pytest.raises(UsageError, match="L2 lets in itself"):
+        rehearse(twin, compiler.compile(one(
+            'vmcb = "v_intr"\nvalue = 0x1f01060107', 'vmcb = "rflags"\nvalue = 0x202', run("wrcr8 = 5"))))
+
+
+@pytest.mark.parametrize(("guest", "limit"), [("PAE", 0x1FF), ("32-bit", 0x1E), ("off", 0x1FF)])
+def test_no_gate_in_legacy_mode(predict, guest: str, limit: int) -> None:  # type: ignore[no-untyped-def]
+    (out, *_), _ = predict(f'vmcb = "idtr.limit"\nvalue = {limit}', 'vmcb = "intercept_exceptions"\nclear = ["bit3"]',
+                           "breakpoint", head=f'guest = "{guest}"\n')
+    assert out.exitcode == ExitCode.EXCEPTION + 13
+    assert int.from_bytes(out.control[0x78:0x80], "little") == 0x1A
+
+
+@pytest.mark.parametrize(("quirk", "told"), [((), 0x6A_8000_0B0D), ((FIRST_EVENT_KEPT,), 0x8000_040D)])
+def test_which_of_two_events_is_told(
+    twin: Twin, compiler: Compiler, quirk: tuple[str, ...], told: int
+) -> None:
+    """15.7.2: the one that is in delivery, which is the second."""
+    twin.quirks = Active(quirk)
+    (scenario,) = files.load([LIBRARY], lambda name: name == "events/second-cut[nested,tss]")
+    (out,) = predictions(twin, compiler.compile(scenario))
+    assert twin.vmcb["exitintinfo"] & ~out.free.get("exitintinfo", 0) == told and out.exitcode == 0x400
+
+
+def test_an_event_without_an_error_code_has_any(predict) -> None:  # type: ignore[no-untyped-def]
+    """15.20: with EV=0 the upper half means nothing."""
+    cut = 'entry = "nested.idt.pte"\nclear = ["p"]'
+    (out, *_), _ = predict('vmcb = "eventinj"\nvalue = 0x80000306', cut, "read a")
+    (coded, *_), _ = predict('vmcb = "eventinj"\nvalue = 0x1880000b0d', cut, "read a")
+    assert (out.free["exitintinfo"], coded.free.get("exitintinfo", 0)) == (0xFFFF_FFFF << 32, 0)

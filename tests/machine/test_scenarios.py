@@ -192,3 +192,23 @@ def test_what_a_machine_wrote_that_cannot_be_followed_is_gone(machine: tcg.TcgMa
                "read a", run("write b"), name="lost")
     first, second = check(machine, [lost, one("read a", name="next")])
     assert first.senseless and second.divergences == []
+
+
+def test_a_quirk_that_leads_where_nobody_can_follow(machine: tcg.TcgMachine, errata: list[Erratum]) -> None:
+    """QEMU does not check the low bits of a nested PDPTE of PAE, and so comes to L2's page, which is a table. What it
+    did until then is known; of the rest is told that it was not checked. Of a machine not known for that all is new."""
+    fetched = one('entry = "nested.a.pdpte"\nset = ["us"]', 'entry = "guest.a.pte"\nframe = "alt"', "read b; fetch a",
+                  head='nested = "PAE"\n')
+    (result,) = check(machine, [fetched], errata)
+    *known, course = result.divergences
+    assert known and all(one.erratum == "qemu-tcg-pae-pdpte" for one in known)
+    assert (course.field, course.rule, course.erratum) == ("course", "lockstep", None)
+    (result,) = check(machine, [fetched], [one for one in errata if one.id != "qemu-tcg-pae-pdpte"])
+    assert len(result.divergences) > 1 and _new([result]) == result.divergences
+
+
+def test_where_entries_without_a_frame_lead_to(machine: tcg.TcgMachine) -> None:
+    """The model has zeros there, firmware had its vectors."""
+    assert bytes(machine.memory[:4096]) == bytes(4096)
+    (result,) = check(machine, [one('entry = "guest.a.pde"\nvalue = 0x67', "read a")])
+    assert result.divergences == []
