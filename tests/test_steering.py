@@ -52,7 +52,8 @@ def test_all_of_the_vocabulary_is_used(made: tuple[Steering, list[tuple[Scenario
     programs = [one for batch in batches for one in batch]
     ops = [op for one in programs for op in one.ops]
     assert {type(op) for op in ops} == {EntryOp, HostOp, InvlpgaOp, RunOp, UseOp, VmcbOp}
-    assert {one.guest for one in programs} == {"4-level", "5-level", "PAE", "32-bit", "off", "real"}
+    guests = {one.guest for one in programs}
+    assert guests > {"4-level", "5-level", "PAE", "32-bit"} and guests & {"off", "real"}  # cells name no paging once
     assert {one.nested for one in programs} == {"4-level", "5-level", "PAE", "32-bit", "off"}
     assert {one.nested_page for one in programs} == {"4K", "2M", "4M", "1G", "none"}
     kinds = {probe.kind for op in ops if isinstance(op, RunOp) for probe in op.probes}
