@@ -17,6 +17,7 @@ from harness.lockstep.quirks import (
     LMSW_BY_BITS,
     MAPS_TO_THE_BYTE,
     RDTSCP_AS_RDTSC,
+    SKINIT_ANY_CPL,
     SKINIT_UNDEFINED,
     XSETBV_CPL_FIRST,
     XSETBV_NOT_INTERCEPTED,
@@ -65,7 +66,8 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         l2.exception(Event.exception(events.UD))
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)
-    open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL))
+    open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL)) or (
+        kind == "skinit" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(SKINIT_ANY_CPL))
     if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
         l2.exception(Event.exception(events.GP))
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):

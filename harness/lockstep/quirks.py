@@ -53,6 +53,7 @@ STRING_WRITE_HALVES: Final = "string-write-halves"
 WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
+SKINIT_ANY_CPL: Final = "skinit-any-cpl"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -213,6 +214,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     WINDOW_AS_INTERRUPT: Quirk(),
     FIRST_EVENT_KEPT: Quirk(),
     XSETBV_CPL_FIRST: Quirk(),
+    SKINIT_ANY_CPL: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),
