@@ -243,7 +243,8 @@ class L2:
         reached: list[tuple[int, int, int]] = []
         walks: list[Walk] = []
         for gva, at, width in parts:
-            walk = self._cached(gva, access, index, partial(self._fits, index, at, width, access.write))
+            walk = self._cached(gva, access, index, partial(self._fits, index, at, width, access.write),
+                                more=at + width < size)
             walks.append(walk)
             self.out.walks[index] = joined(walks)
             if not isinstance(walk.outcome, Reached):
@@ -322,7 +323,9 @@ class L2:
             raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data, nor the local APIC")
         return spa
 
-    def _cached(self, gva: int, access: Access, index: int, fits: Callable[[int], bool]) -> Walk:
+    def _cached(
+        self, gva: int, access: Access, index: int, fits: Callable[[int], bool], more: bool = False
+    ) -> Walk:
         """Translate for probe `index`, as `walk`; a TLB may make more than one outcome permitted, of which that is
         taken which `fits` what the machine is seen to have done."""
         walk = self.walk(gva, access)
@@ -330,7 +333,7 @@ class L2:
             return walk
         seen = self.state.seen
         done = seen is not None and (index < seen.next_probe or (self.reads_first and seen.fault_code & ErrorCode.W))
-        taken, optional = stale.choose(self.state, self.out, gva, access, walk, index, fits if done else None)
+        taken, optional = stale.choose(self.state, self.out, gva, access, walk, index, fits if done else None, more)
         self._permit(optional)
         return taken
 

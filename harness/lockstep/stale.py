@@ -16,12 +16,14 @@ from harness.wire.records import Record
 
 
 def choose(
-    state: State, out: Prediction, gva: int, access: Access, fresh: Walk, index: int, fits: Callable[[int], bool] | None
+    state: State, out: Prediction, gva: int, access: Access, fresh: Walk, index: int,
+    fits: Callable[[int], bool] | None, more: bool = False,
 ) -> tuple[Walk, list[Update]]:
     """The walk that probe `index` makes, which would be `fresh` by the tables as they are; and bits that it may set.
 
     With a record to go by it is the first whose sPA `fits` what the probe returned or wrote, or, where the probe
-    faulted, the first that has that fault; without one it is `fresh`. Others are only looked for in a `search`."""
+    faulted, the first that has that fault: where `more` of the access follows, in a page that may have faulted instead,
+    one that reached its page; without one it is `fresh`. Others are only looked for in a `search`."""
     tlb, words = state.tlb, state.memory.words
     if tlb.differs(words, gva, access, fresh):
         out.ambiguous.add(index)
@@ -38,7 +40,8 @@ def choose(
                       if isinstance(walk.outcome, Reached) and fits(walk.outcome.spa)), fresh)
     elif state.seen is not None and not isinstance(fresh.outcome, Reached):
         faults = [walk for but in (0, ErrorCode.P) for walk in (fresh, *others) if _is_fault(walk, state.seen, but)]
-        taken = next(iter(faults), fresh)
+        through = (walk for walk in others if more and isinstance(walk.outcome, Reached))
+        taken = next(iter(faults), next(through, fresh))
     elif state.seen is not None and UPGRADE in state.caches.ignores:
         taken = next((walk for walk in others if not isinstance(walk.outcome, Reached)), fresh)
     if _seen(taken) != _seen(fresh):

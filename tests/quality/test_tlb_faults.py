@@ -51,10 +51,10 @@ class _Hoards(Plant):
 
     def choose(
         self, state: State, out: Prediction, gva: int, access: Access, fresh: Walk, index: int,
-        fits: Callable[[int], bool] | None,
+        fits: Callable[[int], bool] | None, more: bool = False,
     ) -> tuple[Walk, list[Update]]:
         if state is not self.twin:
-            return self._real(state, out, gva, access, fresh, index, fits)
+            return self._real(state, out, gva, access, fresh, index, fits, more)
         others = state.tlb.stale(state.memory.words, gva, access, fresh, self._caches)
         return others[self._which] if others else fresh, []
 
