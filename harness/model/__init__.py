@@ -19,4 +19,21 @@ AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
     coverage   the cases of rules that a walk is one of
     universe   all the cases that there are
     memory     system-physical memory
+    given      a translation by CR3 and nCR3, or by a VMCB, of which there is a dump
+
+What one needs to compute a walk is here by name: docs/library.md.
 """
+
+from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
+from harness.model.dirty import write_back
+from harness.model.given import by_cr3, by_vmcb
+from harness.model.memory import Memory, Words
+from harness.model.registers import Cpu
+from harness.model.rules import RULES
+from harness.model.vmcb import Vmcb
+from harness.model.walk import Paging, Step, Walk, translate
+
+__all__ = [
+    "RULES", "Access", "Cpu", "ErrorCode", "Memory", "NestedPageFault", "PageFault", "Paging", "Reached", "Step",
+    "Vmcb", "Walk", "Words", "by_cr3", "by_vmcb", "translate", "write_back",
+]
