@@ -11,16 +11,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from harness.errors import LaunchFailed, MachineLost, UsageError
-from harness.lockstep.compare import Context, Divergence
+from harness.lockstep import exits
+from harness.lockstep.compare import AT_THE_END, Context, Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.driver import Lockstep, Result
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.hazards import Hazards, Peril
+from harness.lockstep.kept_format import KeptFormat
+from harness.lockstep.quirks import NESTED_FORMAT_BY_L2
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
@@ -29,10 +33,14 @@ from harness.report import records
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler, Program
 from harness.target import Target
+from harness.wire.channel import Channel
+from harness.wire.layout import RECORDS, VMRUN_RAISED
 from harness.wire.records import Record
 
 MAX_LOST: Final = 5
 """Reboots before a run is given up."""
+_OF_L1: Final = ("exit.host", "exit.host-dr7", "exit.registers")
+"""Rules of L1's registers."""
 
 _COLLECT_AFTER: Final = 100_000
 """Allocations between two looks for cycles: walks are many small tuples, and there are no cycles in them."""
@@ -101,11 +109,11 @@ class Session:
 
     def work(self, unit: Unit) -> Iterator[Done]:
         """As `run`, of one unit. After MAX_LOST losses its rest is left."""
-        queue = _Queue(unit)
+        queue, sparing = _Queue(unit), False
         losses, sifted = 0, False
         while losses < MAX_LOST and queue.more():
             try:
-                _, lockstep, compiler, twin, hazards = self._running or self._boot()
+                machine, lockstep, compiler, twin, hazards = self._running or self._boot()
             except LaunchFailed as failed:
                 if self.identity is None:
                     raise
@@ -118,11 +126,14 @@ class Session:
             if not sifted and (hazards or unit.doubtful or strange):
                 yield from queue.sift(compiler, twin, hazards, unit.doubtful or strange)
             sifted = True
-            for result in lockstep.run(queue.programs(compiler, twin)):
+            sparing = sparing or machine.channel.is_sparing
+            for result in lockstep.run(queue.programs(compiler, twin, machine.channel)):
                 if result.lost is not None:
                     losses += 1
                     self.shut_down()
-                yield from queue.take(result)
+                yield from queue.take(result, sparing)
+                if sparing and not queue.looks_closer and self._running is not None:
+                    machine.channel.spare()
 
     def rest(self) -> None:
         """The next unit takes a while to come."""
@@ -138,13 +149,20 @@ class Session:
         self.identity = machine.identity
         known = of_layers(self._errata, machine.identity.layers)
         twin = Twin(machine.image, machine.cpu, machine.liberties)
+        if any(one.quirk == NESTED_FORMAT_BY_L2 for one in known):
+            twin.kept = KeptFormat(machine.cpu)
+        watching = self._keep or twin.kept is not None
         lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
-                            _contexts(machine), self._take_down if self._keep else None)
+                            _contexts(machine), partial(self._witness, twin) if watching else None)
         hazards = Hazards((one.hazard, one.id) for one in known if one.hazard and self._careful)
         self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin, hazards)
         return self._running
 
-    def _take_down(self, context: Context, record: Record) -> None:
+    def _witness(self, twin: Twin, context: Context, record: Record) -> None:
+        if twin.kept is not None and record.kind == RECORDS["ENTER"]:
+            twin.kept.entered(record.control, record.save, twin.host_at_vmrun())
+        elif twin.kept is not None and record.kind == RECORDS["EXIT"] and _was_refused(record):
+            twin.kept.refused()
         if len(self.seen) < self._keep:
             self.seen.append(records.plain(record, context.op))
 
@@ -152,6 +170,10 @@ class Session:
         """The next unit begins on a machine that is booted for it."""
         self._running = None
         self._machine.close()
+
+
+def _was_refused(record: Record) -> bool:
+    return exits.was_refused(record.exitcode) or record.exitcode >> 32 == VMRUN_RAISED >> 32
 
 
 def _contexts(machine: L1Machine) -> Contexts | None:
@@ -170,6 +192,13 @@ class _Queue:
         self._results: list[Result] = []
         self._doubts: list[_Doubt] = []
         self._sifted = False
+        self._first: dict[str, Result] = {}
+        """Of scenarios at whose end L1's registers were wrong, and which are run again: what came of them."""
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether L1 is to read all of its registers behind each VMRUN for a while."""
+        return bool(self._first)
 
     def more(self) -> bool:
         """Whether anything is left; what was handed out without a result is handed out again."""
@@ -177,12 +206,14 @@ class _Queue:
         self._out.clear()
         return bool(self._todo)
 
-    def programs(self, compiler: Compiler, twin: Twin) -> Iterator[Program]:
+    def programs(self, compiler: Compiler, twin: Twin, channel: Channel) -> Iterator[Program]:
         """A scenario is tried on the model just before the machine gets it. Lockstep asks for the next program
         only between two, so both may use one twin."""
         while self._todo:
             batch = self._todo.popleft()
             self._out.append(batch)
+            if batch[0].name in self._first:
+                channel.spare(False)
             if self._cases:
                 yield from compiler.batch(batch)
             else:
@@ -220,10 +251,11 @@ class _Queue:
             self._todo.appendleft(tuple(rest))
         return first
 
-    def take(self, result: Result) -> Iterator[Done]:
+    def take(self, result: Result, sparing: bool) -> Iterator[Done]:
         """The next result; returns those that are final. What is found at the end of a batch may be any
-        one's doing: its scenarios are run again, each alone. Where a batch does not come to its end, since the machine
-        is lost, those before are run again with those behind."""
+        one's doing: its scenarios are run again, each alone. If it is a register of L1's, and L1 is `sparing`, so that
+        it does not read them all behind each VMRUN, that one is run once more, without, which tells the VMRUN. Where a
+        batch does not come to its end, since the machine is lost, those before are run again with those behind."""
         batch = self._out[0]
         self._results.append(result)
         if result.lost is None and len(self._results) < len(batch):
@@ -240,6 +272,15 @@ class _Queue:
             self._todo.extend((scenario,) for scenario in batch)
             self._doubts.append(_Doubt({scenario.name for scenario in batch}, at_end))
             return
+        if result.lost is None and result.scenario not in self._first and sparing and any(
+                one.check == "C3" and one.field.endswith(AT_THE_END) for one in at_end):
+            self._first[result.scenario] = result
+            self._todo.append(batch)
+            return
+        if (first := self._first.pop(result.scenario, None)) is not None and not (
+                result.lost or any(one.op >= 0 and one.rule in _OF_L1 for one in result.divergences)):
+            results = [first]  # it did not come again: what was seen counts
+            result = first
         for doubt in self._doubts:
             if result.scenario in doubt.names:
                 doubt.settle(result)
@@ -257,7 +298,7 @@ class _Doubt:
 
     def settle(self, result: Result) -> None:
         self.names.discard(result.scenario)
-        if any(one.op < 0 for one in result.divergences):
+        if any(one.op < 0 or one.rule in _OF_L1 for one in result.divergences):
             self.found = []
         if not self.names:
             result.divergences += self.found

@@ -22,7 +22,9 @@ from harness.session import MAX_LOST
 from harness.sweeping import Plan, Record
 from harness.target import Target
 from harness.wire.image import PAGE, Image
+from harness.wire.layout import HOST, RECORD
 from harness.wire.program import Step
+from harness.wire.records import KIND_NAMES
 from tests.lockstep.fake import FakeMachine, Plant
 from tests.test_sweeping import names, small
 
@@ -81,6 +83,8 @@ class FakeTarget(Target):
         assert self.image is not None and self.of is not None
         self.boots.append(self.plants[min(len(self.boots), len(self.plants) - 1)])
         machine = Machine(self.image, self.of, self.boots[-1])
+        if isinstance(self.boots[-1], SpoilsCr4):
+            machine.channel.spare()
         try:
             yield cast(L1Machine, machine)
         finally:
@@ -106,6 +110,31 @@ class Spoils(Plant):
         if self.hit and self.times:
             self.times -= 1
             fake.memory[fake.image.data.end - PAGE] = 0x77
+
+
+class SpoilsCr4(Plant):
+    """Behind a VMRUN whose first probe reads `offset` of page a L1's CR4 is another; at most `times` times. A sparing
+    L1 finds that at the program's end."""
+
+    def __init__(self, offset: int, times: int = 1_000_000) -> None:
+        self.offset, self.times, self.hit, self.spoilt = offset, times, False, False
+
+    def before_run(self, fake: FakeMachine, step: Step, first: int) -> None:
+        self.hit = step.probes[0].address & 0xFFF == self.offset and self.times > 0
+        self.times -= self.hit
+
+    def record(self, fake: FakeMachine, data: bytearray) -> None:
+        kind = KIND_NAMES[int.from_bytes(data[:4], "little")]
+        sparing = fake.channel.is_sparing
+        if kind == "EXIT":
+            self.spoilt |= self.hit
+            if self.hit and not sparing:
+                data[RECORD.offsets["after"] + HOST.offsets["cr4"]] ^= 1
+            data[RECORD.offsets["after"] + HOST.offsets["all_read"]] = not sparing
+        if kind == "SYNC":
+            if self.spoilt and sparing:
+                data[RECORD.offsets["after"] + HOST.offsets["cr4"]] ^= 1
+            self.spoilt = False
 
 
 class Loses(Plant):
@@ -185,6 +214,23 @@ class TestAtABatchsEnd:
         assert Counter(one.scenario for one in seen) == Counter(NAMES)
         world = "4-level" if "4-level" in result.scenario else "5-level"
         assert result is [one for one in seen if world in one.scenario][-1]
+
+    def test_a_register_of_l1s(self, target: FakeTarget, pipelined: bool) -> None:
+        """An L1 that spares finds it at the end, and is run once more without: the VMRUN is told."""
+        target.plants.append(SpoilsCr4(8))
+        outcome, seen = runs(target, pipelined)
+        assert {result.scenario for result in outcome.results} == reads(8)
+        for result in outcome.results:
+            assert {(one.op >= 0, one.check, one.field) for one in result.divergences} == {(True, "C3", "l1.cr4")}
+        assert Counter(result.scenario for result in seen) == Counter(NAMES)
+
+    def test_a_register_that_is_spoilt_no_more(self, target: FakeTarget, pipelined: bool) -> None:
+        """It does not come again when L1 looks closer: what was seen at the end is told."""
+        target.plants.append(SpoilsCr4(8, times=2 * len(reads(8))))
+        outcome, seen = runs(target, pipelined)
+        assert outcome.results and Counter(result.scenario for result in seen) == Counter(NAMES)
+        fields = {(one.op, one.field) for result in outcome.results for one in result.divergences}
+        assert (-1, "l1.cr4 at the end") in fields
 
     def test_the_machine_dies_while_it_is_looked_for(self, target: FakeTarget, pipelined: bool) -> None:
         """Nothing is told twice, and nothing is lost: also those are found that had run in the batch that was lost."""

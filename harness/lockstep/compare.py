@@ -84,6 +84,8 @@ COUNTERS: Final = frozenset({"rdtsc", "rdtscp"})
 _FAR: Final = 1 << 48
 """Counts between VMRUN and #VMEXIT: days."""
 
+AT_THE_END: Final = " at the end"
+"""Of a field of L1's that was read there alone."""
 DEAR: Final = ("cr4", "efer", "pat", "dr7", "dr6")
 """L1's registers that it does not read behind each VMRUN where a hypervisor under it makes that dear."""
 
@@ -281,11 +283,11 @@ def check_sync(context: Context, record: Record) -> Iterator[Divergence]:
     before, after = record.before, record.after
     for name in DEAR[:-1]:
         if (after[name] ^ before[name]) & (0xFF if name == "dr7" else -1):
-            yield _plain(context, "C3", f"l1.{name} at the end", before[name], after[name], "exit.host")
+            yield _plain(context, "C3", f"l1.{name}{AT_THE_END}", before[name], after[name], "exit.host")
     for index, name in enumerate(VMLOADED):
         want, got = record.result(index), record.result(len(VMLOADED) + index)
         if want != got:
-            yield _plain(context, "C3", f"{name} at the end", want, got, "exit.registers")
+            yield _plain(context, "C3", f"{name}{AT_THE_END}", want, got, "exit.registers")
 
 
 def _at(

@@ -258,8 +258,10 @@ class Lockstep:
         cover: the rest of the program is not checked, and that is said."""
         context = self._context(program, step.origin, ())
         if result.divergences:
-            self._add(result, [Divergence(context.scenario, context.op, -1, "C1", "course",
-                                          "one that can be followed", reason, "lockstep")])
+            # known, if all that led there is: the rest of the program is not checked either way
+            known = [one.erratum for one in result.divergences]
+            self._add(result, [Divergence(context.scenario, context.op, -1, "C1", "course", "one that can be followed",
+                                          reason, "lockstep", erratum=known[-1] if all(known) else None)])
         else:
             result.senseless = f"{where(program.scenario, step.origin)}: {reason}"
         synced = program.steps[-1].code == "SYNC"

@@ -1,7 +1,7 @@
 """What a machine does not survive: scenarios that would lose it, for errata to name.
 
-A machine that is lost costs a boot, and what it was lost in is no verdict. Where it is known that it would be, the
-scenario is not run, and the reason told.
+A machine that is lost costs a boot, and what it was lost in is no verdict; one that is left in a state of which nothing
+can be said makes verdicts of what follows worthless. Where that is known, the scenario is not run, and the reason told.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from typing import Final, NamedTuple
 
 from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
-from harness.model.entries import P
-from harness.model.registers import CR4, EFER
-from harness.model.vmcb import Vmcb
-from harness.model.walk import Paging, Walk
-from harness.scenario.ops import RunOp, Scenario, VmcbOp
+from harness.lockstep.state import State
+from harness.model.access import NestedPageFault
+from harness.model.entries import NX, P
+from harness.model.events import EVENT_VALID
+from harness.model.registers import CR4, EFER, RFLAGS
+from harness.model.vmcb import MISC1_INTR, MISC1_NMI, NP_ENABLE, VIntr
+from harness.model.walk import FINAL, Paging, Walk
+from harness.scenario.ops import HostOp, RunOp, Scenario, VmcbOp
 
 _HIGH: Final = 0xFFF << 52
 
@@ -27,8 +30,9 @@ def _nested_pdpte_high_bits(paging: Paging, walk: Walk) -> bool:
         for dimension, name, _, _, entry in walk.trail)
 
 
-def _lma_without_pae(vmcb: Vmcb) -> bool:
+def _lma_without_pae(state: State) -> bool:
     """A VMRUN with EFER.LMA=1, LME=0 and CR4.PAE=0."""
+    vmcb = state.vmcb
     return bool(vmcb["efer"] & EFER.LMA and not vmcb["efer"] & EFER.LME and not vmcb["cr4"] & CR4.PAE)
 
 
@@ -42,14 +46,53 @@ def _writes_cr8(scenario: Scenario) -> bool:
         probe.kind == "wrcr8" for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
 
 
+def _pending(what: str) -> Callable[[Scenario], bool]:
+    """Whether L1 sends itself that in a scenario."""
+    return lambda scenario: any(isinstance(op, HostOp) and op.register == what for op in scenario.ops)
+
+
+def _any(scenario: Scenario) -> bool:
+    return True
+
+
+def _interrupt_held_back(state: State) -> bool:
+    """A VMRUN with an interrupt pending for L1, which L1 intercepts, and which L1's IF, or without V_INTR_MASKING L2's,
+    holds back."""
+    vmcb = state.vmcb
+    flags = state.host.rflags if vmcb["v_intr"] & VIntr.MASKING else vmcb["rflags"]
+    return bool("interrupt" in state.outside and vmcb["intercept_misc1"] & MISC1_INTR and not flags & RFLAGS.IF)
+
+
+def _nmi_with_event(state: State) -> bool:
+    """A VMRUN that injects an event while an NMI is pending for L1, which L1 intercepts."""
+    vmcb = state.vmcb
+    return bool("nmi" in state.outside and vmcb["intercept_misc1"] & MISC1_NMI and vmcb["eventinj"] & EVENT_VALID)
+
+
+def _nested_root_outside(state: State) -> bool:
+    """A VMRUN with a nested table outside of L1's memory, or one of PAE of which a PDPTE leads there."""
+    vmcb = state.vmcb
+    outside = vmcb["ncr3"] & ~0xFFF >= state.image.ram_end
+    return bool(vmcb["np_control"] & NP_ENABLE and outside) or state.leads_outside()
+
+
+def _nested_nx_at_table(paging: Paging, walk: Walk) -> bool:
+    """A nested walk for one of L2's tables that comes to a page by an entry with NX set."""
+    faulted = isinstance(walk.outcome, NestedPageFault)
+    last = walk.trail[-1][2] if faulted and walk.trail else ""
+    return any(dimension == "nested" and purpose not in (FINAL, last) and entry & NX
+               for dimension, _, purpose, _, entry in walk.trail)
+
+
 class Hazard(NamedTuple):
-    """What loses a machine: a VMRUN with such a VMCB, a walk under such a paging, or one of `Prediction.perils`.
-    `suspects` are the scenarios that may come to it: only those are rehearsed for it."""
+    """What loses a machine: a VMRUN in such a state, a walk under such a paging, a VMRUN that must be `refused`, or one
+    of `Prediction.perils`. `suspects` are the scenarios that may come to it: only those are rehearsed for it."""
 
     suspects: Callable[[Scenario], bool]
-    vmrun: Callable[[Vmcb], bool] = lambda vmcb: False
+    vmrun: Callable[[State], bool] = lambda state: False
     walk: Callable[[Paging, Walk], bool] = lambda paging, walk: False
     peril: str = ""
+    refused: bool = False
 
 
 CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
@@ -57,7 +100,13 @@ CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
 
 HAZARDS: Final = {
     "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits),
+    "nested-root-outside": Hazard(
+        lambda scenario: scenario.nested == "PAE" or _changes("ncr3")(scenario), vmrun=_nested_root_outside),
     "lma-without-pae": Hazard(_changes("efer"), vmrun=_lma_without_pae),
+    "interrupt-held-back": Hazard(_pending("interrupt"), vmrun=_interrupt_held_back),
+    "nmi-with-event": Hazard(_pending("nmi"), vmrun=_nmi_with_event),
+    "nested-nx-at-table": Hazard(_any, walk=_nested_nx_at_table),
+    "vmrun-unchecked": Hazard(_any, refused=True),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
 }
 
@@ -79,15 +128,16 @@ class Hazards:
         """Whether the machine may be lost by it."""
         return any(hazard.suspects(scenario) for hazard, _ in self._known)
 
-    def enter(self, vmcb: Vmcb) -> None:
-        """Raises Peril if the machine would be lost by VMRUN of `vmcb`."""
+    def enter(self, state: State) -> None:
+        """Raises Peril if the machine would be lost by VMRUN in that state."""
         for hazard, name in self._known:
-            if hazard.vmrun(vmcb):
+            if hazard.vmrun(state):
                 raise Peril(f"the machine would be lost: see erratum {name}")
 
     def see(self, prediction: Prediction) -> None:
         """Raises Peril if the machine would be lost by what is predicted."""
         for hazard, name in self._known:
             walks = ((paging, walk) for paging, _, walk in prediction.accesses)
-            if hazard.peril in prediction.perils or any(hazard.walk(*one) for one in walks):
+            refused = hazard.refused and prediction.refused
+            if refused or hazard.peril in prediction.perils or any(hazard.walk(*one) for one in walks):
                 raise Peril(f"the machine would be lost: see erratum {name}")

@@ -13,6 +13,7 @@ from harness.lockstep.quirks import (
     EXCLUSIVE_LOSES_FLAGS,
     JUMP_NON_CANONICAL,
     LAR_LOSES_FLAGS,
+    NESTED_FORMAT_BY_L2,
     RMW_READS_FIRST,
     V_IRQ_AT_PRIORITY,
 )
@@ -370,6 +371,13 @@ class L2:
             raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
         if quirks:
             walk = quirks.on_walk(self.paging, walk)
+            kept, seen = self.state.kept, self.state.seen
+            if (kept is not None and seen is not None and seen.next_probe == self.out.next_probe
+                    and seen.exitcode == ExitCode.NPF and seen.fault_code & ErrorCode.PK):
+                # not asked where the shadow has what an access before put there: see kept_format
+                keyed = kept.keyed(self.paging, walk, access, self.state.host.pkru)
+                if keyed is not walk and quirks.has(NESTED_FORMAT_BY_L2):
+                    walk = keyed
         self.out.accesses.append((self.paging, access, walk))
         return walk
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
-from harness.model.dirty import CUT, TABLE, Update
+from harness.model.dirty import CUT, NESTED_TABLE, TABLE, Update
 from harness.model.entries import FRAME, PS, A, Format, G, Level, P
 from harness.model.events import EXCEPTION
 from harness.model.registers import CR4, EFER
@@ -54,6 +55,8 @@ WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
 SKINIT_ANY_CPL: Final = "skinit-any-cpl"
+NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
+FIVE_LEVELS_KEPT: Final = "five-levels-kept"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -135,6 +138,32 @@ def _reserved_without_p(paging: Paging, walk: Walk) -> Walk:
     return walk
 
 
+def _nested_leaf_kept(paging: Paging, walk: Walk) -> Walk:
+    """The entry that maps a page in the nested dimension gets neither A nor D; but A if that page is of 1G."""
+    trail, faulted = walk.trail, isinstance(walk.outcome, NestedPageFault)
+    leaves = {one[3]: A if one[1] == "pdpte" else 0 for one, after in pairwise([*trail, None])
+              if one is not None and one[0] == "nested" and (after[2] != one[2] if after else not faulted)}
+    updates = [(at, bits & leaves.get(at, bits), kind) if kind in (NESTED_TABLE, CUT) else (at, bits, kind)
+               for at, bits, kind in walk.updates]
+    return walk._replace(updates=[one for one in updates if one[1]]) if updates != walk.updates else walk
+
+
+def _info_cut_short(paging: Paging, walk: Walk) -> Walk:
+    """EXITINFO1 of a nested fault has no bits 63:32."""
+    match walk.outcome:
+        case NestedPageFault(code, address):
+            return walk._replace(outcome=NestedPageFault(code & 0xFFFF_FFFF, address))
+    return walk
+
+
+def _four_levels_nested(paging: Paging) -> Paging:
+    """A nested table of five levels is walked as one of four."""
+    if paging.nested is None or paging.nested.name != "5-level":
+        return paging
+    return paging._replace(nested=paging.nested._replace(
+        name="4-level", levels=paging.nested.levels[1:], address_bits=48))
+
+
 def _1g_accessed_first(paging: Paging, walk: Walk) -> Walk:
     """A PDPTE that maps 1G has its A bit set before its low reserved bits and its rights are looked at."""
     if isinstance(walk.outcome, Reached):
@@ -190,6 +219,11 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
+    "nested-leaf-kept": Quirk(walk=_nested_leaf_kept),
+    "info-cut-short": Quirk(walk=_info_cut_short),
+    "four-levels-nested": Quirk(paging=_four_levels_nested),
+    "guest-pdpte-unchecked": Quirk(paging=lambda p: p._replace(guest=_levels(p.guest, _nested_pdpte),
+                                                               nested=_levels(p.nested, _nested_pdpte))),
     "implicit-obeys-ac": Quirk(access=_implicit_obeys_ac),
     "stack-as-data": Quirk(access=_stack_as_data),
     PKE_NOT_FLUSHED: Quirk(),
@@ -215,6 +249,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     FIRST_EVENT_KEPT: Quirk(),
     XSETBV_CPL_FIRST: Quirk(),
     SKINIT_ANY_CPL: Quirk(),
+    NESTED_FORMAT_BY_L2: Quirk(),
+    FIVE_LEVELS_KEPT: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),
@@ -227,6 +263,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     INJECTED_TRAP_NO_DPL: Quirk(),
     INTERRUPT_AS_EXCEPTION: Quirk(),
     "pdpe-unchecked": _unchecked("vmrun.pdpe"),
+    "permission-maps-unchecked": _unchecked("vmrun.permission-maps"),
     "host-paging-unchecked": _unchecked("vmrun.host-paging"),
     "g-pat-unchecked": _unchecked("vmrun.g-pat"),
     "ncr3-unchecked": Quirk(paging=_ncr3_beyond, accepts=lambda rule, vmcb, host: rule == "vmrun.ncr3-mbz"),
@@ -293,9 +330,13 @@ class Active:
             return True
         return False
 
-    def on_paging(self, paging: Paging) -> tuple[Paging, tuple[str, ...]]:
-        """`paging` as this machine has it, and the quirks that changed it, for `use`."""
+    def on_paging(self, paging: Paging, kept: Format | None = None) -> tuple[Paging, tuple[str, ...]]:
+        """`paging` as this machine has it, and the quirks that changed it, for `use`. `kept` is the format that a
+        hypervisor has L1's nested table in (harness.lockstep.kept_format), if it is one that has."""
         changed = []
+        if kept is not None and paging.nested is not None and paging.nested != kept:
+            changed.append(NESTED_FORMAT_BY_L2)
+            paging = paging._replace(nested=kept)
         for name, quirk in self._quirks:
             new = quirk.paging(paging)
             if new != paging:

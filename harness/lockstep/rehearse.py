@@ -12,16 +12,16 @@ from harness.errors import UsageError
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.model.access import Reached
-from harness.model.vmcb import ExitCode, Vmcb
+from harness.model.vmcb import ExitCode
 from harness.scenario.ops import RunOp
 from harness.scenario.program import Program, where
 
 
 def rehearse(
     twin: Twin, program: Program, see: Callable[[Prediction], None] = lambda prediction: None,
-    expectations: bool = True, enter: Callable[[Vmcb], None] = lambda vmcb: None,
+    expectations: bool = True, enter: Callable[[Twin], None] = lambda twin: None,
 ) -> int:
-    """Run `program` on `twin` alone; returns the number of VMRUNs. `enter` is shown the VMCB before each of them, and
+    """Run `program` on `twin` alone; returns the number of VMRUNs. `enter` is shown the state before each of them, and
     `see` each prediction.
 
     Raises UsageError, with file and line, for an op that makes no sense or, with `expectations`, for one that
@@ -40,7 +40,7 @@ def rehearse(
         outcomes: dict[int, str] = {}
         first, begun = 0, twin.begin(step)
         while True:
-            enter(twin.vmcb)
+            enter(twin)
             try:
                 prediction = twin.predict(step, first)
             except UsageError as reason:

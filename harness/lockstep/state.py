@@ -8,16 +8,18 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from harness.errors import UsageError
+from harness.lockstep.kept_format import KeptFormat
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import Active
+from harness.lockstep.quirks import NESTED_FORMAT_BY_L2, Active
 from harness.model import vmrun
 from harness.model.access import Access
+from harness.model.entries import P
 from harness.model.liberties import Liberties
 from harness.model.memory import Memory, Words
-from harness.model.registers import RFLAGS, Cpu
+from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.tlb import Tlb
 from harness.model.tlb_events import INVLPGA, Flushed, Wrote
-from harness.model.vmcb import Vmcb
+from harness.model.vmcb import NP_ENABLE, Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging, Walk
 from harness.scenario.initial import INITIAL_HOST
@@ -94,6 +96,8 @@ class State:
         """By place and CPL, under the translation last built: see `harness.lockstep.l2`."""
         self.quirks = Active()
         """See harness.lockstep.quirks: none but while a failed prediction is tried again."""
+        self.kept: KeptFormat | None = None
+        """Where an erratum says that L0 goes by it."""
         self.queued: list[Step] = []
         self.remote: list[Step] = []
         """Writes of L1's second processor: for the next RUN, and for the one that is on."""
@@ -187,14 +191,26 @@ class State:
             self._at_vmrun = key, self.host_mode.registers(host)
         return self._at_vmrun[1]
 
+    def leads_outside(self) -> bool:
+        """Whether L1's nested table is one of PAE with a PDPTE that leads out of L1's memory."""
+        host, at = self.host_at_vmrun(), self.vmcb["ncr3"] & 0xFFFF_FFE0
+        pae = host.cr0 & CR0.PG and host.cr4 & CR4.PAE and not host.efer & EFER.LMA
+        if not (pae and self.vmcb["np_control"] & NP_ENABLE):
+            return False
+        entries = self.memory.words[at >> 3 : (at >> 3) + 4]
+        return any(entry & P and (entry >> 12 << 12) >= self.image.ram_end for entry in entries)
+
     def paging(self, regs: Registers) -> Paging:
         """The translation that L2 is under; built once for each combination of registers."""
-        key = (self.quirks, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
+        kept = None
+        if self.kept is not None and NESTED_FORMAT_BY_L2 in self.quirks.names:
+            kept = self.kept.format
+        key = (self.quirks, kept, regs.cr0, regs.cr3, regs.cr4, regs.efer, regs.rflags & RFLAGS.AC,
                self.host.efer, self.host.cr4, self.host.pkru, self.host_mode.name,
                self.vmcb["ncr3"], self.vmcb["np_control"])
         found = self._paging.get(key)
         if found is None:
-            found = (*self.quirks.on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu)), {})
+            found = (*self.quirks.on_paging(vmrun.paging(regs, self.vmcb, self.host_at_vmrun(), self.cpu), kept), {})
             if len(self._paging) > _MAX_PAGINGS:
                 self._paging.clear()
             self._paging[key] = found

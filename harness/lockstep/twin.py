@@ -10,7 +10,9 @@ from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import (
+    FIVE_LEVELS_KEPT,
     INTERRUPT_AS_EXCEPTION,
+    NESTED_FORMAT_BY_L2,
     NESTED_PDPTE_SHUTDOWN,
     SOFTWARE_EVENT_LOST,
     VMRUN_WANTS_PAGING,
@@ -19,11 +21,10 @@ from harness.lockstep.quirks import (
 from harness.lockstep.state import PENDING, State
 from harness.model import consistency, events, speculation, vmrun
 from harness.model.access import ErrorCode
-from harness.model.entries import P
 from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
-from harness.model.registers import CR0, CR4, EFER, RFLAGS
-from harness.model.tlb_events import Left
+from harness.model.registers import CR0, EFER, RFLAGS
+from harness.model.tlb_events import CONTROL, Left
 from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group, Vmcb
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
@@ -140,13 +141,7 @@ class Twin(State):
 
     def _no_root(self) -> bool:
         """Whether a quirk makes L2 shut down since a PDPTE of L1's PAE nested table leads out of L1's memory."""
-        host, at = self.host_at_vmrun(), self.vmcb["ncr3"] & 0xFFFF_FFE0
-        pae = host.cr0 & CR0.PG and host.cr4 & CR4.PAE and not host.efer & EFER.LMA
-        if not (pae and self.vmcb["np_control"] & NP_ENABLE):
-            return False
-        entries = self.memory.words[at >> 3 : (at >> 3) + 4]
-        return any(e & P and (e >> 12 << 12) >= self.image.ram_end for e in entries) and (
-            self.quirks.has(NESTED_PDPTE_SHUTDOWN))
+        return self.leads_outside() and self.quirks.has(NESTED_PDPTE_SHUTDOWN)
 
     def _taken_for_exception(self) -> bool:
         """Whether a quirk makes an exception, of an impossible vector, of the virtual interrupt that is pending."""
@@ -195,6 +190,9 @@ class Twin(State):
 
     def _leave(self, out: Prediction, l2: L2, leave: Leave) -> None:
         vmcb, code = self.vmcb, leave.code
+        if (code == ExitCode.NPF and leave.info1 & ErrorCode.ID and self.kept is not None
+                and not self.kept.tells_fetches and self.quirks.has(NESTED_FORMAT_BY_L2)):
+            leave.info1 &= ~ErrorCode.ID
         out.exitcode, out.rule, out.paging = code, leave.rule, l2.paging
         if leave.walk is not None:
             out.walks[out.next_probe] = leave.walk
@@ -248,6 +246,9 @@ class Twin(State):
         `quirks`, and break those rules of the TLB that it `ignores`."""
         self._undo(out)
         self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
+        if (FIVE_LEVELS_KEPT in quirks.names and self.kept is not None and self.kept.format is not None
+                and self.kept.format.name == "5-level" and quirks.has(FIVE_LEVELS_KEPT)):
+            ignores |= {CONTROL}
         self.seen, self.quirks, self.search = seen, quirks, search
         self.caches = self.caches._replace(ignores=ignores)
         try:

@@ -62,7 +62,7 @@ def start(
     qemu.version(path)
     kernel = guests.build_l1()
     image = guests.load_image(kernel)
-    args = ["-machine", f"pc,memory-backend=ram,max-ram-below-4g={image.low_end}", "-accel", "tcg", "-smp", "2",
+    args = ["-machine", f"pc,memory-backend=ram,max-ram-below-4g={image.low_end}", "-accel", "tcg", "-smp", "2,cores=2",
             "-cpu", cpu_model,
             "-kernel", str(kernel), *extra]
     with qemu.Qemu(path, args, image.ram_bytes) as process:

@@ -164,6 +164,7 @@ NP_GMET: Final = 1 << 3
 NP_SSS: Final = 1 << 4
 """np_control bits: nested paging, guest mode execute trap, supervisor shadow stack check."""
 
+MISC1_INTR: Final = 1 << 0
 MISC1_NMI: Final = 1 << 1
 MISC1_VINTR: Final = 1 << 4
 """intercept_misc1 bits."""

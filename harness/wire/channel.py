@@ -61,9 +61,13 @@ class Channel:
         """How many records L1 may be ahead of the checker: 0 is strict lockstep."""
         self._words[self._image.shared + _AT["lag"] >> 3] = records
 
-    def spare(self) -> None:
-        """L1 runs under a hypervisor: it is to do without what costs an exit where it can."""
-        self._words[self._image.shared + _AT["sparing"] >> 3] = 1
+    def spare(self, on: bool = True) -> None:
+        """L1 runs under a hypervisor: it is to do without what costs an exit where it can; or, for a while, not."""
+        self._words[self._image.shared + _AT["sparing"] >> 3] = on
+
+    @property
+    def is_sparing(self) -> bool:
+        return bool(self._words[self._image.shared + _AT["sparing"] >> 3])
 
     def has_room(self, slots: int) -> bool:
         """Whether ops of `slots` slots can be posted without waiting."""
