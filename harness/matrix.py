@@ -100,12 +100,15 @@ def _matrix(options: argparse.Namespace) -> int:
     return 1 if matrix.unexplained() else 0
 
 
-def _loses(machine: Machine, erratum: errata_files.Erratum) -> str:
-    """How the machine is lost by what it is known not to survive; an empty string if it is not."""
+def _loses(machine: Machine, erratum: errata_files.Erratum, errata: Sequence[errata_files.Erratum]) -> str:
+    """How the machine is lost by what it is known not to survive, or what else shows of it; an empty string if neither
+    is."""
     say(f"{machine.name}: is it still lost by {erratum.shown[0]}?")
     [scenario] = files.load([LIBRARY], lambda name: name == erratum.shown[0])
-    outcome = run(machine.target, [scenario], (), pipelined=True, careful=False)
+    outcome = run(machine.target, [scenario], errata, pipelined=True, careful=False)
     lost = next((result.lost for result in outcome.results if result.lost is not None), None)
+    if lost is None and outcome.new():
+        return f"{scenario.name}, not lost, but as {erratum.id} says: {outcome.new()} divergences that nothing else explains"
     return f"{scenario.name}, as {erratum.id} says: {lost.reason}" if lost is not None else ""
 
 
@@ -134,7 +137,7 @@ def column(machine: Machine, scenarios: Sequence[Scenario], sweeps: Sequence[Swe
     for erratum in of_layers(errata, layers):
         if not erratum.hazard:
             continue
-        if how := _loses(machine, erratum):
+        if how := _loses(machine, erratum, errata):
             found = replace(found, found={**found.found, erratum.id: 1}, lost=(*found.lost, how))
         else:
             found = replace(found, stale=found.stale | {erratum.id}, ran=found.ran | set(erratum.shown))

@@ -58,6 +58,7 @@ def test_another_releases_qemu(tmp_path: Path) -> None:
     assert cli.main(["matrix", "--qemu", f"{path},{qemu.find(None)}", "-k", SLICE, "--budget", "0",
                      "--json", str(out)]) == 0
     data = json.loads(out.read_text())
-    assert not any(column["failed"] or column["lost"] for column in data["columns"])
+    assert not any(column["failed"] for column in data["columns"])
+    assert all(" says: " in lost for column in data["columns"] for lost in column["lost"])  # by what an erratum names
     row = next(row for row in data["rows"] if row["finding"] == "qemu-tcg-cr-reads-as-cr0")
     assert next(iter(row["cells"].values()))["state"] == "shows"
