@@ -108,7 +108,7 @@ def _loses(machine: Machine, erratum: errata_files.Erratum, errata: Sequence[err
     outcome = run(machine.target, [scenario], errata, pipelined=True, careful=False)
     lost = next((result.lost for result in outcome.results if result.lost is not None), None)
     if lost is None and outcome.new():
-        return f"{scenario.name}, not lost, but as {erratum.id} says: {outcome.new()} divergences that nothing else explains"
+        return f"{scenario.name}, not lost, but as {erratum.id} says: {outcome.new()} divergences else unexplained"
     return f"{scenario.name}, as {erratum.id} says: {lost.reason}" if lost is not None else ""
 
 
