@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bisect, bundling, fetching, fuzzing, matrix, observing, places, replay, usage
+from harness import bisect, bundling, explaining, fetching, fuzzing, matrix, observing, places, replay, usage
 from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
     fuzzing.add(commands)
     replay.add(commands)
+    explaining.add(commands)
     fetching.add(commands)
     matrix.add(commands)
     bisect.add(commands)

@@ -100,6 +100,14 @@ def count(text: str) -> int:
     return number
 
 
+def number(text: str) -> int:
+    """An option's value: an address or another number of at most 64 bits, 0x... for one in hex."""
+    value = int(text, 0)
+    if not 0 <= value < 1 << 64:
+        raise ValueError
+    return value
+
+
 def positive(text: str) -> int:
     """An option's value: a whole number above 0."""
     if not (number := count(text)):

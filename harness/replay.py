@@ -82,10 +82,9 @@ def _replay(options: argparse.Namespace) -> int:
 def _export(path: Path, bundle: Bundle, folder: Path) -> int:
     """A C test in `folder`, which must not have one yet."""
     machine = bundle.about.machine
-    image = guests.load_image(guests.build_l1())
-    cpu = _cpu(path, machine)
-    kind = _one(path, machine, "machine", str, _LIBERTIES.__contains__)
-    case, code, la57 = export_c.export(bundle, Compiler(image, cpu), Twin(image, cpu, _LIBERTIES[kind]))
+    compiler, twin = models(path, bundle)
+    image, kind = compiler.image, machine["machine"]
+    case, code, la57 = export_c.export(bundle, compiler, twin)
     model = _one(path, bundle.about.target, "cpu", str, lambda v: _MODEL.fullmatch(v))
     values = {"HEAD": export_c.head(bundle, harmless(describe_machine(machine))), "CASE": case,
               "ACCEL": "tcg" if kind == "tcg" else "kvm", "CPU": model if kind == "tcg" else "host",
@@ -105,6 +104,15 @@ def _export(path: Path, bundle: Bundle, folder: Path) -> int:
         output.write(folder / name, text)
     print(f"{folder}: build the test with `make`, run it with `make run`")
     return 0
+
+
+def models(path: Path, bundle: Bundle) -> tuple[Compiler, Twin]:
+    """What a bundle's scenario is run with on the model alone, for the machine that it was found on. Raises
+    UsageError."""
+    image = guests.load_image(guests.build_l1())
+    cpu = _cpu(path, bundle.about.machine)
+    kind = _one(path, bundle.about.machine, "machine", str, _LIBERTIES.__contains__)
+    return Compiler(image, cpu), Twin(image, cpu, _LIBERTIES[kind])
 
 
 def _cpu(path: Path, machine: Mapping[str, Any]) -> Cpu:

@@ -42,6 +42,11 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("found/NAME.twin --kernel bzImage", "is it there too?"),
         ("found/NAME.twin --export-c test", "a C test of it, which needs nothing of twinwalk"),
     ),
+    "explain": (
+        ("found/NAME.twin", "a bundle's finding: both walks, and the VMCB"),
+        ("memory.bin 0x7f0012345000 --vmcb 0x12000 --svg walk.svg", "an address of L2 in a dump, by its VMCB"),
+        ("dump.elf 0x7f0012345000 --cr3 0x1000 --ncr3 0x5000 --access write", "by CR3 and nCR3"),
+    ),
     "fetch": (
         ("--list", "what there is"),
         ("qemu 10.0", "for `run --qemu 10.0`"),

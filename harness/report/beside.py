@@ -9,7 +9,7 @@ from typing import Final
 
 from harness.lockstep.compare import Divergence
 from harness.model.access import ErrorCode, GeneralProtection, NestedPageFault, Outcome, PageFault, Reached
-from harness.model.entries import NX, RW, US, A, D, P
+from harness.model.entries import FRAME, NX, RW, US, A, D, P
 from harness.model.walk import FINAL, GUEST, NESTED, Step
 from harness.report import words
 from harness.report.findings import Finding
@@ -46,6 +46,19 @@ class Beside:
         what = "the page itself" if purpose == FINAL else f"the guest's {purpose}"
         known, address = self._translated(self._together(index))
         return f"nested walk of gPA {address:#x}, for {what}:" if known & 1 else f"nested walk for {what}:"
+
+    def part(self, index: int) -> str:
+        """What the entry at `index` does in the model's walk: it leads to a table or a page, or it ends the walk."""
+        stop = None if isinstance(self.walk.outcome, Reached) else self._denier()
+        if stop is not None and index == stop[0]:
+            return f"ends here: {stop[1]}"
+        step, last = self.steps[index], self._together(index)[-1]
+        kind = "sPA" if step.dimension == NESTED or not any(one.dimension == NESTED for one in self.steps) else "gPA"
+        if index != last:
+            return f"table at {kind} {step.entry & FRAME:#x}"
+        if step.level == "pde" and words.narrow(self.walk, step.dimension):  # a page of 4M, with address bits 39:32
+            return f"page at {kind} {step.entry & 0xFFC0_0000 | (step.entry >> 13 & 0xFF) << 32:#x}"
+        return f"page at {kind} {step.entry & FRAME & -(1 << _SHIFTS[step.level]):#x}"
 
     def wrong(self, index: int) -> Divergence | None:
         """The divergence that is about the entry of that step, if it is of the same VMRUN."""

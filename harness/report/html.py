@@ -92,7 +92,7 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
                 "rule": _rule(one), "values": [
                     [f"{d.check} {d.field}", words.value(d, d.expected), words.value(d, d.observed), d.erratum or ""]
                     for d in one.divergences],
-                "events": list(one.first.events), "grid": _grid(one) if draw else None,
+                "events": list(one.first.events), "grid": grid(one) if draw else None,
                 "like": str(one.signature) if has_walk and not draw else "",
                 "search": " ".join((one.scenario, said, *one.signature)).lower()[:_SEARCHED],
             })
@@ -107,7 +107,8 @@ def _rule(finding: Finding) -> list[str]:
     return [found.id, found.reference, found.text] if found is not None else [name, "", ""]
 
 
-def _grid(finding: Finding) -> dict[str, Any]:
+def grid(finding: Finding) -> dict[str, Any]:
+    """The walk of a finding, which must have one, as rows of cells: what the page and harness.report.svg draw."""
     both = Beside(finding)
     columns: dict[str, None] = {}
     rows: dict[str, dict[str, Any]] = {}

@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Final
 
 from harness.lockstep.compare import Divergence
+from harness.model.access import Reached
+from harness.model.dirty import resolve
+from harness.model.liberties import Liberties, Takes
 from harness.model.memory_type import WB
 from harness.model.rules import RULES
-from harness.model.walk import GUEST, NESTED, Step
+from harness.model.walk import GUEST, NESTED, Step, Walk
 from harness.report import words
 from harness.report.beside import Beside
 from harness.report.findings import Finding, headline, place, step_name
@@ -39,6 +42,27 @@ def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100) -
     if finding.first.events:
         lines += [line(""), *events(finding.first, width)]
     return lines
+
+
+def alone(finding: Finding, width: int) -> list[Line]:
+    """A walk that no machine made, of a finding without divergences but for it (`by_itself`): how it ends, the rule,
+    and each entry with what it does in it."""
+    assert finding.walk is not None
+    width = clamp(width)
+    lines = wrap(str(finding.walk.outcome), width, style=HEAD if isinstance(finding.walk.outcome, Reached) else BAD)
+    lines += rule(finding.first, width)
+    return [*lines, line(""), *_Drawing(finding, width, alone=True).lines()] if finding.walk.trail else lines
+
+
+def by_itself(walk: Walk) -> Finding:
+    """A walk as a finding in which nothing is wrong. Its entries are as the walk leaves them, with those accessed and
+    dirty bits that it must set (harness.model.dirty)."""
+    set_: dict[int, int] = {}
+    required, _ = resolve(walk.updates, not isinstance(walk.outcome, Reached), Liberties.each(Takes.NEVER))
+    for address, bits, _ in required:
+        set_[address] = set_.get(address, 0) | bits
+    after = tuple(step.entry | set_.get(step.address, 0) for step in walk.steps)
+    return Finding("", -1, -1, (Divergence("", -1, -1, "C1", "value", "", "", walk.rule, walk, after),))
 
 
 def events(one: Divergence, width: int) -> list[Line]:
@@ -91,11 +115,13 @@ def rule(one: Divergence, width: int) -> list[Line]:
 class _Drawing:
     """Both walks of one finding."""
 
-    def __init__(self, finding: Finding, width: int) -> None:
+    def __init__(self, finding: Finding, width: int, alone: bool = False) -> None:
+        """`alone`: there is no machine, and what each entry does stands in its place."""
         both = Beside(finding)
         self.finding, self.both = finding, both
         self.walk, self.steps, self.rows, self.mark = both.walk, both.steps, both.rows, both.mark
         self.types = finding.types
+        self.alone = alone
         self.digits = max(len(f"{v:x}") for row in self.rows for v in row if v is not None)
         self.spa = max(len(f"{step.address:x}") for step in self.steps)
         self.left = len(_MARGIN) + len(_NONE) + 11 + 1 + self.spa + 2
@@ -105,7 +131,8 @@ class _Drawing:
 
     def lines(self) -> list[Line]:
         """Headings, the steps, both outcomes, and what the marks mean."""
-        heads = side_by_side((Span("model", HEAD),), (Span("machine", HEAD),), self.cell)[0]
+        heads = side_by_side((Span("model", HEAD),), (Span("what it does" if self.alone else "machine", HEAD),),
+                             self.cell)[0]
         entry = f"{_MARGIN}{_NONE}{'entry':11} {'sPA':>{self.spa}}  "
         out: list[Line] = [(Span(entry, HEAD), *heads)]
         group = ""
@@ -133,6 +160,7 @@ class _Drawing:
         name = f"{_MARGIN}{mark}{what:11} {step.address:>{self.spa}x}  "
         cells = side_by_side(
             [*self._entry(step, model, PLAIN), *self._type(index)],
+            [Span(word) for word in self.both.part(index).split()] if self.alone else
             self._entry(step, machine, style) if machine is not None else (Span("?"),),
             self.cell,
         )
@@ -156,6 +184,8 @@ class _Drawing:
         return [Span(name, DIM) for name in self.types[index : index + 1] if name != WB]
 
     def _outcomes(self) -> list[Line]:
+        if self.alone:
+            return []
         observed = self.finding.observed
         mark = _FIRST if self.mark.index is None else _NONE if observed is None else _ALSO
         machine = "the same" if observed is None else str(observed)

@@ -1,0 +1,155 @@
+"""`twinwalk explain`: the two-dimensional walk of an address, from a bundle or a memory dump, entry by entry."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+from harness.errors import UsageError
+from harness.lockstep.compare import Divergence
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.rehearse import rehearse
+from harness.machine.dump import Dump
+from harness.model.access import Access
+from harness.model.given import FORMATS, OFF, by_cr3, by_vmcb
+from harness.model.memory import Memory
+from harness.model.registers import Cpu
+from harness.model.vmcb import NP_ENABLE, Vmcb
+from harness.model.walk import Paging, Walk, translate
+from harness.options import number
+from harness.replay import models
+from harness.report import output, svg, terminal
+from harness.report.bundle import MANIFEST, Bundle, read
+from harness.report.findings import Finding, findings
+from harness.report.styled import harmless, line, wrap
+from harness.report.walks import alone, by_itself
+from harness.scenario.ops import RunOp
+
+_ACCESSES: Final = {"read": Access(), "write": Access(write=True), "fetch": Access(fetch=True)}
+_VMCB: Final = 4096
+
+
+def add(commands: Any) -> None:
+    """The command, to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "explain", help="draw the two-dimensional walk of an address, from a bundle or a memory dump",
+        epilog="exit codes: 0 it was drawn, 2 wrong use, a damaged file, or a walk that leads out of the dump.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE",
+                        help="a bundle, NAME.twin; or a file of QEMU's `pmemsave` from 0 on, or of `dump-guest-memory`")
+    parser.add_argument("gva", type=number, nargs="?", metavar="GVA",
+                        help="the address to translate; a bundle without it: its finding")
+    parser.add_argument("--vmcb", type=number, metavar="SPA", help="where L2's VMCB is in the dump")
+    parser.add_argument("--cr3", type=number, metavar="GPA", help="L2's CR3, in place of --vmcb")
+    parser.add_argument("--ncr3", type=number, metavar="SPA",
+                        help="nCR3; without it --cr3 is of a walk of one dimension")
+    parser.add_argument("--guest", choices=[*FORMATS, OFF], default="4-level",
+                        help="with --cr3, the format of L2's tables (default: 4-level)")
+    parser.add_argument("--nested", choices=[*FORMATS], default="4-level",
+                        help="the format of L1's nested table (default: 4-level)")
+    parser.add_argument("--maxphyaddr", type=number, default=52, metavar="BITS",
+                        help="physical address bits: those above are reserved (default: 52)")
+    parser.add_argument("--access", choices=[*_ACCESSES], default="read", help="what L2 does there (default: read)")
+    parser.add_argument("--user", action="store_true", help="at CPL 3 (default: CPL 0)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the walk as a drawing")
+    parser.set_defaults(command=_explain)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    if options.svg:
+        output.check_writable(options.svg, "--svg")
+    access = _ACCESSES[options.access]._replace(user=options.user)
+    screen = terminal.Screen()
+    if (options.source / MANIFEST).exists() or options.source.is_dir():
+        finding = _of_bundle(options.source, read(options.source), options, access, screen)
+    else:
+        finding = _of_dump(options.source, options, access)
+        screen.show(alone(finding, screen.width))
+    if options.svg:
+        output.write(options.svg, svg.text(finding))
+    return 0
+
+
+def _of_dump(path: Path, options: argparse.Namespace, access: Access) -> Finding:
+    if options.gva is None or (options.vmcb is None) == (options.cr3 is None):
+        raise UsageError("explain: of a dump give an address, and either --vmcb or --cr3 (and --ncr3)")
+    if not 32 <= options.maxphyaddr <= 52:
+        raise UsageError(f"--maxphyaddr {options.maxphyaddr}: processors have 32 to 52")
+    dump, cpu = Dump(path), Cpu(options.maxphyaddr)
+    try:
+        if options.vmcb is None:
+            paging = by_cr3(options.cr3, options.ncr3, options.guest, options.nested, cpu=cpu)
+        else:
+            vmcb = Vmcb(Memory.over(memoryview(bytearray(dump.read(options.vmcb, _VMCB)))), 0)
+            paging = by_vmcb(vmcb, options.nested, cpu=cpu)
+            if not vmcb["np_control"] & NP_ENABLE and not vmcb["cr3"]:
+                raise UsageError(f"--vmcb {options.vmcb:#x}: there is no VMCB: NP_ENABLE and CR3 are 0")
+        return by_itself(translate(paging, dump, options.gva, access))
+    except IndexError as reason:
+        raise UsageError(f"{path}: the walk leads out of the dump: {reason}: are the addresses right?") from None
+
+
+def _of_bundle(
+    path: Path, bundle: Bundle, options: argparse.Namespace, access: Access, screen: terminal.Screen
+) -> Finding:
+    """What the bundle's finding is, or a walk in the tables as its VMRUN leaves them; the model runs the scenario."""
+    if options.vmcb is not None or options.cr3 is not None or options.ncr3 is not None:
+        raise UsageError("--vmcb, --cr3 and --ncr3 are for dumps: a bundle has its own")
+    if options.gva is None:
+        screen.show([line(text) for text in harmless(bundle.walks).splitlines()])
+        for record in bundle.records:
+            if bundle.about.divergences and record["op"] == bundle.about.divergences[0]["op"]:
+                fields = ", ".join(f"{name} {value}" for name, value in record["vmcb"].items())
+                screen.show([line(""), *wrap(harmless(fields), screen.width, f"VMCB {record['kind']}  ")])
+        if not options.svg:
+            return Finding("", -1, -1, ())
+    if not bundle.about.divergences:
+        raise UsageError(f"{path}: its machine was lost: there is no walk in it")
+    walk = _walk_in(path, bundle, options.gva, access)
+    if options.gva is None:
+        return _finding(bundle, walk)
+    finding = by_itself(walk)
+    screen.show(alone(finding, screen.width))
+    return finding
+
+
+def _walk_in(path: Path, bundle: Bundle, gva: int | None, access: Access) -> Walk:
+    """The walk of the finding's probe; of `gva` in the tables as that VMRUN leaves them."""
+    op, probe = bundle.about.divergences[0]["op"], max(0, bundle.about.divergences[0]["probe"])
+    compiler, twin = models(path, bundle)
+    runs = iter([n for n, one in enumerate(bundle.scenario.ops) if isinstance(one, RunOp)])
+    now, found = -1, []
+
+    def see(prediction: Prediction) -> None:
+        nonlocal now
+        now = next(runs) if prediction.first_probe == 0 else now
+        if now != op or not prediction.first_probe <= probe <= prediction.next_probe:
+            return
+        if gva is None:
+            found.extend([prediction.walks[probe]] if probe in prediction.walks else [])
+            return
+        paging: Paging | None = prediction.under[probe][0] if probe in prediction.under else prediction.paging
+        if paging is not None:
+            found.append(translate(paging, twin.memory.words, gva, access))
+
+    rehearse(twin, compiler.compile(bundle.scenario), see, expectations=False)
+    if not found:
+        raise UsageError(f"{path}: L2 does not come to the probe of its finding, or that one is no access to memory")
+    return found[0]
+
+
+def _finding(bundle: Bundle, walk: Walk) -> Finding:
+    """That of the bundle, with the model's walk."""
+    made = [Divergence(bundle.scenario.name, one["op"], one["probe"], str(one.get("check")), one["field"],
+                       _value(one.get("expected")), _value(one.get("observed")), str(one.get("rule")), walk)
+            for one in bundle.about.divergences]
+    return findings(made)[0]
+
+
+def _value(text: object) -> int | str:
+    """A value as harness.report.jsonfile writes it."""
+    try:
+        return int(str(text), 16) if str(text).startswith("0x") else str(text)
+    except ValueError:
+        return str(text)
