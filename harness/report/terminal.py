@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Final, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from harness.lockstep.driver import Result
@@ -95,10 +95,11 @@ class Watch:
         if self.screen.terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("scenarios"),
-                TextColumn("{task.fields[found]}"), TimeElapsedColumn(), console=self.screen.console,
+                TextColumn("{task.fields[found]}"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+                *([TextColumn("left"), TimeRemainingColumn()] if self._total else []), console=self.screen.console,
                 transient=True, refresh_per_second=_REFRESH, redirect_stdout=False, redirect_stderr=False,
             )
-            self._task = self._progress.add_task("checking", total=self._total or None, found="")
+            self._task = self._progress.add_task("checking", total=self._total or None, found="", rate="")
         else:
             cases = f" and {self._cases:,} cases of sweeps" if self._cases else ""
             what = f"{len(self._scenarios)} scenarios{cases}" if self._total else "generated programs"
@@ -124,7 +125,7 @@ class Watch:
             self.screen.show(wrap(reason, self.screen.width, style=BAD))
         if self._progress is not None:
             self._progress.start()  # not before there is a result: it begins a thread, and a run may still fork
-            self._progress.update(self._task, completed=self._done, found=self._found())
+            self._progress.update(self._task, completed=self._done, found=self._found(), rate=self._rate())
         else:
             self._line()
 
@@ -146,6 +147,9 @@ class Watch:
 
     def _found(self) -> str:
         return f"{self._new} new, {self._known} known"
+
+    def _rate(self) -> str:
+        return f"{self._done / max(0.001, time.monotonic() - self._begun):,.0f}/s"
 
     def _line(self) -> None:
         now, total = time.monotonic(), self._total

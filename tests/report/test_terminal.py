@@ -177,6 +177,13 @@ class TestWatch:
         text = COLOUR.sub("", tty.getvalue())
         assert "checking" in text and "2/4" in text and "1 new, 1 known" in text
         assert "went through" in text and "scenarios, divergences:" not in text
+        assert re.search(r"[\d,]+/s 0:\d\d:\d\d left [-\d]", text), "rate, time gone, time left"
+
+    def test_no_time_is_left_where_nobody_knows(self, tty: Terminal) -> None:
+        with Watch([], screen=Screen(tty)) as watch:
+            watch.result(result())
+        text = COLOUR.sub("", tty.getvalue())
+        assert "/s" in text and "left" not in text
 
     def test_the_bar_ends_with_an_exception(self, tty: Terminal) -> None:
         """Ctrl-C must not leave a terminal without a cursor."""
