@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
 from harness.lockstep import registers, stub
-from harness.lockstep.delivery import Leave
+from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
     CR_READS_AS_CR0,
@@ -19,6 +19,7 @@ from harness.lockstep.quirks import (
     RDTSCP_AS_RDTSC,
     SKINIT_ANY_CPL,
     SKINIT_UNDEFINED,
+    STI_ALWAYS_SHADOWS,
     XSETBV_CPL_FIRST,
     XSETBV_NOT_INTERCEPTED,
 )
@@ -38,7 +39,7 @@ QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
 
 OTHERS: Final = QUIET | {
     "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "breakpoint", "overflow", "undefined",
-    "divide", "invd", "xsetbv",
+    "divide", "invd", "xsetbv", "sti", "stiud",
 }
 """Those that this module carries out."""
 
@@ -50,6 +51,8 @@ _TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RD
 }
 """Quirks: instructions that another one's intercept is checked for."""
 
+_STI: Final = frozenset({"sti", "stiud"})
+"""STI, which IOPL lets other CPLs execute."""
 _INT_VECTOR: Final = 13
 """Of the INT n of L2's code: one that is an exception's, and that no exception intercept catches."""
 _SMSW: Final = 0xFFFF_FFFF
@@ -67,7 +70,8 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)
     open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL)) or (
-        kind == "skinit" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(SKINIT_ANY_CPL))
+        kind == "skinit" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(SKINIT_ANY_CPL)) or (
+        kind in _STI and l2.regs.cpl <= l2.regs.rflags >> 12 & 3)
     if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
         l2.exception(Event.exception(events.GP))
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
@@ -223,7 +227,25 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
             l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip=_next_rip(l2, kind))
         case "breakpoint" | "overflow":
             _trap(l2, kind)
+        case "sti" | "stiud":
+            _sti(l2, kind)
     return 0 if kind in QUIET else value
+
+
+def _sti(l2: L2, kind: str) -> None:
+    """STI, and NOP or UD2 behind it: the instruction that follows an STI that sets IF is in its shadow (15.21.5;
+    volume 3, STI), and so is the state that is saved if that one ends L2."""
+    regs = l2.regs
+    shadow = not regs.rflags & RFLAGS.IF
+    regs.rflags |= RFLAGS.IF
+    regs.rip += length(l2, kind)
+    if kind == "stiud":
+        if not l2.intercepted(events.UD):
+            raise UsageError("an exception in an interrupt shadow that L1 does not intercept is not modelled")
+        l2.in_shadow = shadow or l2.state.quirks.has(STI_ALWAYS_SHADOWS)
+        l2.exception(Event.exception(events.UD))
+    physical(l2)
+    l2.interrupt()
 
 
 def _trap(l2: L2, kind: str) -> None:

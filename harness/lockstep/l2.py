@@ -22,10 +22,10 @@ from harness.model import dirty, events, local_apic, vmrun
 from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.dirty import Update
 from harness.model.events import Event
-from harness.model.intercepts import asks
-from harness.model.registers import CR4, EFER, RFLAGS
+from harness.model.intercepts import INTERCEPTS, asks
+from harness.model.registers import CR4, DR6_BS, EFER, RFLAGS
 from harness.model.tlb_events import Flushed, Ran, Wrote
-from harness.model.vmcb import MISC1_NMI, MISC1_VINTR, ExitCode, VIntr
+from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
 from harness.model.walk import Walk, translate
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
@@ -71,6 +71,8 @@ class L2:
         """The event whose delivery led to what is delivered now."""
         self.begun = False
         """Whether it has executed an instruction."""
+        self.in_shadow = False
+        """Whether that was one behind which no interrupt is taken."""
         self.undefined: dict[str, int] = {}
         self.writes: int | None = None
         """What the probe at hand will write, where that does not depend on what it reads there."""
@@ -96,15 +98,18 @@ class L2:
         self.state.tlb.add(Flushed(by, self.asid, gva, keeps_global, False, narrow, regs.cr3 & 0xFFF if own else None))
 
     def interrupt(self) -> None:
-        """Take the virtual interrupt that is pending at VMRUN, if it is taken (section 15.21.4)."""
+        """Between two instructions: take the virtual interrupt that is pending, if it is taken (section 15.21.4); L1
+        may intercept that."""
         vmcb = self.state.vmcb
         vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags)
         if vector is None:
             vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags, at_priority=True)
             if vector is None or not self.state.quirks.has(V_IRQ_AT_PRIORITY):
                 return
-        if vmcb["intercept_misc1"] & MISC1_VINTR or vmcb["interrupt_shadow"]:
-            raise UsageError("a virtual interrupt that is intercepted, or held back by a shadow, is not modelled")
+        if vmcb["interrupt_shadow"] and not self.begun:
+            raise UsageError("a virtual interrupt that a shadow holds back is not modelled")
+        if asks(vmcb, "vintr"):
+            raise Leave(INTERCEPTS["vintr"].exitcode, rule="exit.intercept")
         vmcb["v_intr"] &= ~VIntr.IRQ
         self.deliver(Event(vector, events.INTERRUPT))
 
@@ -165,6 +170,13 @@ class L2:
         regs.rip = self.page + self.state.stub.labels[label]
         regs.rflags = regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
         regs.rax = rax & _MASK64
+
+    def single_step(self, behind: str) -> None:
+        """#DB, the trap that RFLAGS.TF asks for, at the label `behind` the instruction (section 13.1.4). DR6 has its
+        cause, also where L1 intercepts it (15.12.2)."""
+        self.begun, self.regs.rip = True, self.page + self.state.stub.labels[behind]
+        self.regs.dr6 |= DR6_BS
+        self.exception(Event.exception(events.DB))
 
     def do(self, probe: WireProbe, index: int) -> int:
         """Do one probe; returns its result."""

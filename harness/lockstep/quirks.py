@@ -57,6 +57,7 @@ XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
 SKINIT_ANY_CPL: Final = "skinit-any-cpl"
 NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
 FIVE_LEVELS_KEPT: Final = "five-levels-kept"
+STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -251,6 +252,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SKINIT_ANY_CPL: Quirk(),
     NESTED_FORMAT_BY_L2: Quirk(),
     FIVE_LEVELS_KEPT: Quirk(),
+    STI_ALWAYS_SHADOWS: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

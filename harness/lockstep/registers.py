@@ -61,7 +61,9 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
             l2.ran()
             own = not vmcb["v_intr"] & VIntr.MASKING and regs.rflags & RFLAGS.IF
             if vmrun.virtual_interrupt(vmcb, regs.rflags) is not None or (own and "interrupt" in l2.state.outside):
-                raise UsageError("an interrupt that L2 lets in itself is not modelled")
+                raise UsageError("an interrupt that POPF lets in, while it has L2's stack elsewhere, is not modelled")
+            if regs.rflags & RFLAGS.TF:
+                l2.single_step("after_wrflags")
             return value
         return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
     if kind == "invlpg":

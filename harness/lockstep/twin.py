@@ -106,6 +106,8 @@ class Twin(State):
             physical(l2)
             l2.interrupt()
             l2.enter()
+            if l2.regs.rflags & RFLAGS.TF:
+                l2.single_step("next_entry")
             for index in range(first, len(step.probes)):
                 out.next_probe = index
                 out.results[index] = l2.do(step.probes[index], index)
@@ -201,7 +203,7 @@ class Twin(State):
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = code, leave.info1, leave.info2
         vmcb["exitintinfo"] = leave.event.exitintinfo if leave.event is not None else 0
         if l2.begun:
-            vmcb["interrupt_shadow"] = 0  # 15.21.5: over with the first instruction
+            vmcb["interrupt_shadow"] = int(l2.in_shadow)  # 15.21.5: over with the first instruction
         undefined = ["fetched_count", "fetched_bytes"]
         undefined += _UNDEFINED.get(code, ())
         if code == ExitCode.SHUTDOWN:

@@ -18,6 +18,7 @@ EXCEPTION: Final = 3
 SOFTWARE: Final = 4
 
 DE: Final = 0
+DB: Final = 1
 BP: Final = 3
 OF: Final = 4
 UD: Final = 6

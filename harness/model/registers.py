@@ -85,6 +85,8 @@ class RFLAGS:
     STATUS: Final = CF | PF | AF | ZF | SF | OF
 
 
+DR6_BS: Final = 1 << 14
+"""DR6: the trap was for RFLAGS.TF (section 13.1.1.3)."""
 PKRU_AD: Final = 1 << 0
 PKRU_WD: Final = 1 << 1
 """Access disable and write disable of protection key 0; those of key N are 2 * N bits up (section 5.6.7)."""

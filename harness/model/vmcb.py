@@ -166,7 +166,6 @@ NP_SSS: Final = 1 << 4
 
 MISC1_INTR: Final = 1 << 0
 MISC1_NMI: Final = 1 << 1
-MISC1_VINTR: Final = 1 << 4
 """intercept_misc1 bits."""
 
 MISC2_VMRUN: Final = 1 << 0
