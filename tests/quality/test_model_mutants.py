@@ -325,6 +325,15 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "WBINVD is not intercepted": Mutant(
         "model.intercepts", "return bool(vmcb[field] >> bit & 1)",
         'return bool(vmcb[field] >> bit & 1) and name != "wbinvd"', ("intercepts/misc2-bits",), "C1", "outcome"),
+    "the intercept of virtual interrupts is not looked at": Mutant(
+        "lockstep.l2", 'if asks(vmcb, "vintr"):', "if False:", ("state/v-irq-intercepted",), "C1", "outcome"),
+    "STI casts no shadow": Mutant(
+        "lockstep.instructions", "shadow = not regs.rflags & RFLAGS.IF", "shadow = False", ("state/shadow-saved",),
+        "C3", "interrupt_shadow"),
+    "TF at VMRUN has no trap": Mutant(
+        "lockstep.twin", "if l2.regs.rflags & RFLAGS.TF:", "if False:", ("events/single-step",), "C1", "outcome"),
+    "DR6 does not have the cause of a trap": Mutant(
+        "lockstep.l2", "self.regs.dr6 |= DR6_BS", "self.regs.dr6 |= 0", ("events/single-step",), "C3", "dr6"),
     "the intercept of PUSHF comes behind its push": Mutant(
         "lockstep.instructions", 'if kind == "wrflags" else 0)', "if True else 0)", ("intercepts/all",), "C3", "rsp"),
     "the selective intercept of CR0 looks at TS": Mutant(
