@@ -88,7 +88,7 @@ class KeptFormat:
             gpa = table & ~0xFFF | after[3] & 0xFFF if after else reached
             begun = {step[3] for step in trail[: at + 1] if step[2] != purpose}
             updates = [one for one in walk.updates if one[0] in begun]
-            return Walk(NestedPageFault(code, gpa), "nested.key", trail[: at + 1], updates)
+            return walk._replace(outcome=NestedPageFault(code, gpa), trail=trail[: at + 1], updates=updates)
         return walk
 
     def _made(self, cr0: int, cr4: int, efer: int, host: Host) -> Format:
