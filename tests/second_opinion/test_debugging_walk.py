@@ -205,7 +205,7 @@ def _level(fmt: Format, name: str, **changes: int) -> Format:
 @pytest.mark.parametrize(("name", "fmt"), [
     ("4-level", _level(MODES["4-level"].fmt, "pdpte", leaf=0)),
     ("4-level", MODES["4-level"].fmt._replace(address_bits=47)),
-    ("5-level", _level(MODES["5-level"].fmt, "pml5e", shift=49)),
+    ("5-level", _level(MODES["5-level"].fmt, "pml5e", down=46)),
     ("PAE", MODES["PAE"].fmt._replace(root_mask=0xFFFF_F000)),
     ("32-bit", MODES["32-bit without PSE"].fmt),
     ("32-bit without PSE", MODES["32-bit"].fmt),
