@@ -99,8 +99,8 @@ def test_lockstep_knows_no_machine(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_size(path: Path) -> None:
-    """50 to about 400 lines is the aim (design, "Models for style")."""
-    assert len(path.read_text().splitlines()) <= 450
+    """A module that needs more has more than one job."""
+    assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from harness.errors import UsageError
@@ -13,20 +13,19 @@ from harness.lockstep.quirks import (
     EXCLUSIVE_LOSES_FLAGS,
     JUMP_NON_CANONICAL,
     LAR_LOSES_FLAGS,
-    NESTED_FORMAT_BY_L2,
     RMW_READS_FIRST,
     V_IRQ_AT_PRIORITY,
 )
 from harness.lockstep.state import Own, State
-from harness.model import dirty, events, local_apic, vmrun
-from harness.model.access import Access, ErrorCode, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
-from harness.model.dirty import Update
+from harness.lockstep.translation import Translation, joined
+from harness.model import events, vmrun
+from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
 from harness.model.events import Event
 from harness.model.intercepts import INTERCEPTS, asks
 from harness.model.registers import CR4, DR6_BS, EFER, RFLAGS
 from harness.model.tlb_events import Flushed, Ran, Wrote
 from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
-from harness.model.walk import Walk, translate
+from harness.model.walk import Walk
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
 
@@ -42,24 +41,12 @@ _MASK64 = (1 << 64) - 1
 _MAX_ENTERED = 100
 
 
-def joined(walks: list[Walk]) -> Walk:
-    """The walks of one access that touches two pages, as one: with the first one's outcome, or the fault."""
-    if len(walks) == 1:
-        return walks[0]
-    decided = next((walk for walk in walks if not isinstance(walk.outcome, Reached)), walks[0])
-    return decided._replace(
-        trail=[step for walk in walks for step in walk.trail],
-        updates=[update for walk in walks for update in walk.updates],
-    )
-
-
-class L2:
+class L2(Translation):
     """One run of L2 by VMRUN. `do` and the rest end in `Leave` where L2 leaves."""
 
     def __init__(self, state: State, out: Prediction, step: Step) -> None:
-        self.state, self.out, self.step = state, out, step
-        self.regs = vmrun.load(state.vmcb, state.host)
-        self.paging = state.paging(self.regs)
+        super().__init__(state, out, vmrun.load(state.vmcb, state.host))
+        self.step = step
         self.caching = vmrun.caching(self.regs, state.vmcb, state.host)
         self.page = self.step.b & ~0xFFF
         self.base = 0 if state.mode.long else state.vmcb["cs.base"]
@@ -74,10 +61,6 @@ class L2:
         self.in_shadow = False
         """Whether that was one behind which no interrupt is taken."""
         self.undefined: dict[str, int] = {}
-        self.writes: int | None = None
-        """What the probe at hand will write, where that does not depend on what it reads there."""
-        self.reads_first = False
-        """Whether it is at the first half of a read-modify-write that is made of two accesses."""
         self.rsi = step.c
         self.is_rmw = False
         """Whether the probe at hand is a read-modify-write."""
@@ -328,87 +311,7 @@ class L2:
             raise UsageError(f"fetch at gVA {address:#x} reaches sPA {spa:#x}, where there is no code that returns")
         return spa >> 3
 
-    def _own_memory(self, walk: Walk, what: str) -> int:
-        assert isinstance(walk.outcome, Reached)
-        spa = walk.outcome.spa
-        image = self.state.image
-        if not image.in_data(spa) and not image.in_arena(spa) and not local_apic.has(spa):
-            raise UsageError(f"{what} reaches sPA {spa:#x}, which is no page of tables or data, nor the local APIC")
-        return spa
-
-    def _cached(
-        self, gva: int, access: Access, index: int, fits: Callable[[int], bool], more: bool = False
-    ) -> Walk:
-        """Translate for probe `index`, as `walk`; a TLB may make more than one outcome permitted, of which that is
-        taken which `fits` what the machine is seen to have done."""
-        walk = self.walk(gva, access)
-        if not (self.state.tlb.changed or self.state.caches.ignores):
-            return walk
-        seen = self.state.seen
-        done = seen is not None and (index < seen.next_probe or (self.reads_first and seen.fault_code & ErrorCode.W))
-        taken, optional = stale.choose(self.state, self.out, gva, access, walk, index, fits if done else None, more)
-        self._permit(optional)
-        return taken
-
-    def _seen_result(self, index: int) -> int:
-        assert self.state.seen is not None
-        return self.state.seen.result(index)
-
-    def _fits(self, index: int, at: int, width: int, write: bool, spa: int) -> bool:
-        """Whether the machine may have done its access at `spa`, by what it returned or what it wrote."""
-        if write and self.writes is not None:
-            return stale.written(self.state, spa, self.writes >> 8 * at, width)
-        assert self.state.seen is not None
-        if index >= self.state.seen.next_probe:
-            return True  # the second half faulted, and nothing was returned
-        part = self._seen_result(index) >> 8 * at & (1 << 8 * width) - 1
-        return part == self.state.memory.read(spa, width)
-
-    # --- memory and faults ------------------------------------------------------------------------
-
-    def access(self, gva: int, access: Access) -> Walk:
-        """Translate, and write accessed and dirty bits back."""
-        walk = self.walk(gva, access)
-        self._note(walk)
-        return walk
-
-    def walk(self, gva: int, access: Access) -> Walk:
-        """Translate, and change nothing."""
-        quirks = self.state.quirks
-        if quirks:
-            access = quirks.on_access(access, self.regs.cpl)
-        try:
-            walk = translate(self.paging, self.state.memory.words, gva, access)
-        except IndexError:
-            raise UsageError(f"the walk of gVA {gva:#x} leaves L1's memory") from None
-        if quirks:
-            walk = quirks.on_walk(self.paging, walk)
-            kept, seen = self.state.kept, self.state.seen
-            if (kept is not None and seen is not None and seen.next_probe == self.out.next_probe
-                    and seen.exitcode == ExitCode.NPF and seen.fault_code & ErrorCode.PK):
-                # not asked where the shadow has what an access before put there: see kept_format
-                keyed = kept.keyed(self.paging, walk, access, self.state.host.pkru)
-                if keyed is not walk and quirks.has(NESTED_FORMAT_BY_L2):
-                    walk = keyed
-        self.out.accesses.append((self.paging, access, walk))
-        return walk
-
-    def _note(self, walk: Walk, other_faulted: bool = False) -> None:
-        """Write the accessed and dirty bits of `walk` back."""
-        state, out = self.state, self.out
-        faulted = not isinstance(walk.outcome, Reached)
-        required, permitted = dirty.resolve(walk.updates, faulted, state.liberties, other_faulted)
-        for address, old in dirty.write_back(state.memory.words, required).items():
-            state.changed(out, address, old)
-        self._permit(permitted)
-
-    def _permit(self, updates: Iterable[Update]) -> None:
-        """Bits that may be set or not."""
-        state, out = self.state, self.out
-        for address, bits, _ in updates:
-            quadword = address & ~7  # two entries of 32-bit paging are one
-            state.changed(out, quadword, state.memory.words[quadword >> 3])
-            out.permitted[quadword] = out.permitted.get(quadword, 0) | bits << (address & 4) * 8
+    # --- faults -----------------------------------------------------------------------------------
 
     def fault(self, walk: Walk) -> None:
         """A walk faulted: #NPF leaves L2; an exception leaves it if L1 intercepts it, and goes through

@@ -23,13 +23,24 @@ from harness.model.coverage import (
     Cell,
     cells_of,
     level_name,
-    reserved,
 )
 from harness.model.dirty import write_back
-from harness.model.entries import NX, PS, PSE36_SHIFT, RW, US, D, Format, Level, P, legacy, long_mode, pae
+from harness.model.entries import NX, PS, RW, US, D, Format, P
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import PKRU_AD, PKRU_WD, Cpu
 from harness.model.rules import RULES, Rule
+from harness.model.specimens import (
+    TABLES,
+    Tables,
+    Words,
+    build,
+    changed,
+    formats,
+    leaves,
+    name_of,
+    pairs,
+    reserved_bits,
+)
 from harness.model.vmcb import ExitCode
 from harness.model.walk import FINAL, GUEST, NESTED, Paging, translate
 
@@ -156,9 +167,9 @@ def _all(cpu: Cpu) -> frozenset[Cell]:
 
 
 def _everything(cpu: Cpu) -> Iterator[Cell]:
-    for guest, nested in _pairs(cpu):
+    for guest, nested in pairs(cpu):
         yield from _walks(cpu, guest, nested)
-        mode = f"{_name(guest) or OFF}/{_name(nested) or NONE}"
+        mode = f"{name_of(guest) or OFF}/{name_of(nested) or NONE}"
         for rule, outcome in _EXITS:
             yield Cell(rule, "", "", mode, outcome)
         for rule, outcome in _INSTRUCTIONS if nested is not None and nested.name == "4-level" else ():
@@ -184,84 +195,44 @@ def _deliveries(nested: bool) -> Iterator[str]:
             yield f"{what} cut short by VMEXIT_NPF"
 
 
-def _formats(cpu: Cpu, nxe: bool = True) -> list[Format]:
-    """The table formats of one dimension."""
-    long = [long_mode(cpu.maxphyaddr, nxe, cpu.page1g, la57) for la57 in (False, True)]
-    return [*long, pae(cpu.maxphyaddr, nxe), legacy(cpu.maxphyaddr, True)]
-
-
-def _pairs(cpu: Cpu) -> Iterator[tuple[Format | None, Format | None]]:
-    return product((*_formats(cpu), None), (*_formats(cpu), None))
-
-
-def _name(fmt: Format | None) -> str:
-    return fmt.name if fmt is not None else ""
-
-
 # --- the walks --------------------------------------------------------------------------------------
-
-
-class _Words(dict[int, int]):
-    """Memory by quadword index, zero where nothing was written."""
-
-    def __missing__(self, index: int) -> int:
-        return 0
-
-    def put(self, fmt: Format, address: int, entry: int) -> None:
-        """Write one entry of a table of `fmt`."""
-        mask = (1 << (8 << fmt.entry_shift)) - 1
-        shift = (address & 4) * 8
-        self[address >> 3] = self[address >> 3] & ~(mask << shift) | (entry & mask) << shift
-
-
-class _Tables(NamedTuple):
-    """Tables in which every access is permitted: `words` by index, and the access's gVA."""
-
-    paging: Paging
-    words: _Words
-    gva: int
-
-
-_TABLES: Final = 1 << 30
-"""gPA of L2's tables, a page each; the page itself is as far from them as its format and the CPU permit."""
-_NESTED_ROOT: Final = 1 << 24
 
 
 def _walks(cpu: Cpu, guest: Format | None, nested: Format | None) -> Iterator[Cell]:
     """The cells of one pair of formats."""
-    without_nx = {fmt.name: fmt for fmt in _formats(cpu, nxe=False)}
-    for guest_leaf, nested_leaf in product(_leaves(guest), _leaves(nested)):
-        tables = _build(cpu, guest, nested, guest_leaf, nested_leaf)
+    without_nx = {fmt.name: fmt for fmt in formats(cpu, nxe=False)}
+    for guest_leaf, nested_leaf in product(leaves(guest), leaves(nested)):
+        tables = build(cpu, guest, nested, guest_leaf, nested_leaf)
         yield from _look(tables, tables.words, (*ACCESSES, _IMPLICIT), (*GUEST_STATES, *NESTED_STATES))
         yield from _shadow_stacks(tables)
         walk = translate(tables.paging, tables.words, tables.gva, Access())
         table = next((step.purpose for step in walk.steps if step.purpose not in ("", FINAL)), "")
         for step in walk.steps:
             own = step.dimension == GUEST
-            if own and nested_leaf != _leaves(nested)[0]:
+            if own and nested_leaf != leaves(nested)[0]:
                 continue  # the nested page's size changes nothing in the guest dimension
-            if step.purpose not in ("", FINAL) and (step.purpose != table or guest_leaf != _leaves(guest)[0]):
+            if step.purpose not in ("", FINAL) and (step.purpose != table or guest_leaf != leaves(guest)[0]):
                 continue  # one guest table stands for all
             fmt = guest if own else nested
             assert fmt is not None
             loaded = own and fmt.name == "PAE" and step.level == "pdpte" and nested is None  # and checked by VMRUN
             for bit in (P,) if loaded else (P, RW, US, NX):
-                words = _changed(tables.words, step.address, step.entry ^ bit, fmt)
+                words = changed(tables.words, step.address, step.entry ^ bit, fmt)
                 yield from _look(tables, words, ACCESSES, GUEST_STATES if own else NESTED_STATES)
                 if bit == NX and fmt.entry_shift == 3:
                     paging = tables.paging
                     paging = paging._replace(guest=without_nx[fmt.name]) if own else (
                         paging._replace(nested=without_nx[fmt.name]))
                     yield from _look(tables._replace(paging=paging), words, ACCESSES, (_base,))
-            for bits in () if loaded else _reserved_bits(fmt, step.level, step.entry):
-                words = _changed(tables.words, step.address, step.entry ^ bits, fmt)
+            for bits in () if loaded else reserved_bits(fmt, step.level, step.entry):
+                words = changed(tables.words, step.address, step.entry ^ bits, fmt)
                 yield from _look(tables, words, ACCESSES, (_base,))
     if guest is not None and guest.address_bits > 32:
         beyond = tables._replace(gva=1 << guest.address_bits - 1)
         yield from _look(beyond, tables.words, ACCESSES + _STACK, (_base,))
 
 
-def _shadow_stacks(tables: _Tables) -> Iterator[Cell]:
+def _shadow_stacks(tables: Tables) -> Iterator[Cell]:
     """The same tables with the page made a shadow stack, of either privilege, and left as it is."""
     guest, nested = tables.paging.guest, tables.paging.nested
     if guest is None:
@@ -269,17 +240,17 @@ def _shadow_stacks(tables: _Tables) -> Iterator[Cell]:
     walk = translate(tables.paging, tables.words, tables.gva, Access())
     leaf = {step.dimension: step for step in walk.steps}
     step = leaf[GUEST]
-    bases = [_changed(tables.words, step.address, step.entry & ~RW & ~us | D, guest) for us in (0, US)]
+    bases = [changed(tables.words, step.address, step.entry & ~RW & ~us | D, guest) for us in (0, US)]
     bases.append(tables.words)
     if nested is not None:
         step = leaf[NESTED]
-        bases += [_changed(words, step.address, step.entry & ~US | NX, nested) for words in bases]
+        bases += [changed(words, step.address, step.entry & ~US | NX, nested) for words in bases]
     for words in bases:
         yield from _look(tables, words, _SHADOW, _SHADOW_STATES)
 
 
 def _look(
-    tables: _Tables, words: _Words, accesses: Iterable[Access], states: Iterable[_State]
+    tables: Tables, words: Words, accesses: Iterable[Access], states: Iterable[_State]
 ) -> Iterator[Cell]:
     for state in states:
         paging = state(tables.paging)
@@ -290,23 +261,23 @@ def _look(
                 yield from cells_of(paging, access, translate(paging, words, tables.gva, access))
 
 
-def _runs(paging: Paging, words: _Words, access: Access) -> bool:
+def _runs(paging: Paging, words: Words, access: Access) -> bool:
     """Whether L2 comes to make `access`: its own page of code, and that of its results, lie behind the same upper
     nested entries as its tables. What they fault with is what a fetch of the page would."""
     own = paging._replace(guest=None)
-    return all(isinstance(translate(own, words, _TABLES, one).outcome, Reached) for one in _own(access))
+    return all(isinstance(translate(own, words, TABLES, one).outcome, Reached) for one in _own(access))
 
 
 def _own(access: Access) -> tuple[Access, Access]:
     return Access(fetch=True, user=access.user), Access(write=True, user=access.user)
 
 
-def _without_paging(paging: Paging, words: _Words, gva: int, access: Access) -> Iterator[Cell]:
+def _without_paging(paging: Paging, words: Words, gva: int, access: Access) -> Iterator[Cell]:
     """All that L2 has lies behind the same upper entries, below 4 GiB: they are set and fault for L2's own first."""
-    words = _Words(words)
+    words = Words(words)
     own = []
     for one in _own(access):
-        walk = translate(paging, words, _TABLES, one)
+        walk = translate(paging, words, TABLES, one)
         write_back(words, walk.updates)
         own.append((one, walk))
     (fetch, fetched), (_, written) = own
@@ -315,80 +286,6 @@ def _without_paging(paging: Paging, words: _Words, gva: int, access: Access) -> 
     yield from cells_of(paging, fetch, fetched)
     if isinstance(fetched.outcome, Reached):
         yield from cells_of(paging, access, translate(paging, words, gva, access))
-
-
-def _reserved_bits(fmt: Format, name: str, entry: int) -> Iterator[int]:
-    """One bit for each reason for which this entry could be a reserved one."""
-    level = next(level for level in fmt.levels if level.name == name)
-    told: set[str] = set()
-    for bit in range(8 << fmt.entry_shift):
-        reasons = reserved(level, entry ^ 1 << bit)
-        if len(reasons) == 1 and not reasons <= told:
-            told |= reasons
-            yield 1 << bit
-
-
-def _changed(words: _Words, address: int, entry: int, fmt: Format) -> _Words:
-    """`words` with another entry at `address`."""
-    words = _Words(words)
-    words.put(fmt, address, entry)
-    return words
-
-
-def _leaves(fmt: Format | None) -> list[int]:
-    """The shifts of a format's page sizes, the smallest first."""
-    return sorted(level.shift for level in fmt.levels if level.leaf) if fmt is not None else [12]
-
-
-def _build(cpu: Cpu, guest: Format | None, nested: Format | None, guest_leaf: int, nested_leaf: int) -> _Tables:
-    """Identity in the nested dimension; in the guest's, all indices are 2."""
-    words = _Words()
-    width = cpu.maxphyaddr if nested is None or nested.address_bits > 32 else 32
-    if guest is None or (guest.entry_shift == 2 and guest_leaf != PSE36_SHIFT):
-        width = 32
-    elif guest.entry_shift == 2:
-        width = min(width, 40)
-    page = 1 << width - 1
-    gva = page
-    used: list[int] = [_TABLES]
-    if guest is not None:
-        gva = sum(2 << level.shift for level in guest.levels)
-        for number, level in enumerate(guest.levels):
-            at = _TABLES + (number << 12)
-            used.append(at)
-            leaf = level.shift == guest_leaf
-            words.put(guest, at + (2 << guest.entry_shift), _entry(level, page if leaf else at + 0x1000, leaf))
-            if leaf:
-                break
-    if nested is not None:
-        _identity(words, nested, nested_leaf, [page | gva & (1 << guest_leaf) - 1, *used])
-    paging = Paging(guest, _TABLES, wp=True, smep=False, smap=False, ac=False, guest_id=True, nested=nested,
-                    ncr3=_NESTED_ROOT)
-    return _Tables(paging, words, gva)
-
-
-def _identity(words: _Words, fmt: Format, leaf_shift: int, used: list[int]) -> None:
-    """Nested tables for the gPAs of `used`, from `_NESTED_ROOT` on."""
-    tables: dict[int, int] = {}
-    for address in used:
-        table = _NESTED_ROOT
-        for level in fmt.levels:
-            at = table + ((address >> level.shift & fmt.index_mask) << fmt.entry_shift)
-            if level.shift == leaf_shift:
-                words.put(fmt, at, _entry(level, address & ~((1 << leaf_shift) - 1), True))
-                break
-            if at not in tables:
-                tables[at] = _NESTED_ROOT + (len(tables) + 1 << 12)
-                words.put(fmt, at, _entry(level, tables[at], False))
-            table = tables[at]
-
-
-def _entry(level: Level, target: int, leaf: bool) -> int:
-    """An entry that permits everything, with A and D clear; a PAE PDPTE has no rights."""
-    rights = P if level.granted else P | RW | US
-    if leaf and level.shift == PSE36_SHIFT:
-        target = target & 0xFFC0_0000 | (target >> 32 & 0xFF) << 13
-    return target | rights | (PS if leaf and level.shift > 12 else 0)
 
 
 # --- what cannot be reached --------------------------------------------------------------------------
@@ -404,8 +301,8 @@ def gaps(cpu: Cpu) -> list[Gap]:
     return [Gap(rule, "", "", "", reason) for rule, reason in NO_CELLS.items()] + [
         Gap(rule, dimension, level, mode,
             _reason(RULES[rule], dimension, fmt.name, level, *[OFF] * (guest is None), *[NONE] * (nested is None)))
-        for guest, nested in _pairs(cpu)
-        for mode in (f"{_name(guest) or OFF}/{_name(nested) or NONE}",)
+        for guest, nested in pairs(cpu)
+        for mode in (f"{name_of(guest) or OFF}/{name_of(nested) or NONE}",)
         for dimension, fmt in ((GUEST, guest), (NESTED_PAGE, nested), (NESTED_TABLE, nested if guest else None))
         if fmt is not None
         for level in _levels(fmt)
