@@ -39,7 +39,7 @@ QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
 
 OTHERS: Final = QUIET | {
     "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "breakpoint", "overflow", "undefined",
-    "divide", "invd", "xsetbv", "sti", "stiud",
+    "divide", "invd", "xsetbv", "sti", "stiud", "rsm", "skinit",
 }
 """Those that this module carries out."""
 
@@ -70,7 +70,8 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)
     open_to_all = kind in stub.UNPRIVILEGED or (kind in ("invd", "wbinvd") and quirks.has(INVD_WITHOUT_CPL)) or (
-        kind == "skinit" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(SKINIT_ANY_CPL)) or (
+        kind == "skinit" and l2.regs.cpl and quirks.has(SKINIT_ANY_CPL)) or (
+        kind == "rdpmc" and l2.regs.cr4 & CR4.PCE) or (
         kind in _STI and l2.regs.cpl <= l2.regs.rflags >> 12 & 3)
     if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
         l2.exception(Event.exception(events.GP))
@@ -219,7 +220,9 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
             raise UsageError("L1 must intercept INVD: what is in the caches is lost by it")
         case "xsetbv":
             l2.exception(Event.exception(events.GP))  # ECX is none of an extended control register
-        case "vmmcall" | "undefined":
+        case "skinit" if not regs.cpl:
+            raise UsageError("L1 must intercept SKINIT: what it does inside of L2 is not modelled")
+        case "vmmcall" | "undefined" | "rsm" | "skinit":  # RSM outside of SMM; SKINIT only by SKINIT_ANY_CPL
             l2.exception(Event.exception(events.UD))
         case "divide":
             l2.exception(Event.exception(events.DE))

@@ -377,7 +377,15 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "lockstep.instructions", 'return vmcb["tsc_offset"]', "return 0", ("intercepts/tsc-offset",), "C3",
         "rdtsc"),
     "VMMCALL that is not intercepted does nothing": Mutant(
-        "lockstep.instructions", 'case "vmmcall" | "undefined":', 'case "undefined":', ("intercepts/vmmcall",), "C1",
+        "lockstep.instructions", 'case "vmmcall" | "undefined" |', 'case "undefined" |', ("intercepts/vmmcall",), "C1",
+        "outcome"),
+    "RSM is privileged": Mutant(
+        "lockstep.instructions", "kind in stub.UNPRIVILEGED or", 'kind in stub.UNPRIVILEGED - {"rsm"} or',
+        ("intercepts/rsm",), "C1", "outcome"),
+    "RSM does something outside of SMM": Mutant(
+        "lockstep.instructions", '"undefined" | "rsm" |', '"undefined" |', ("intercepts/rsm",), "C1", "outcome"),
+    "RDPMC: CR4.PCE ignored": Mutant(
+        "lockstep.instructions", 'kind == "rdpmc" and l2.regs.cr4 & CR4.PCE', "False", ("intercepts/rdpmc-user",), "C1",
         "outcome"),
     "INT n meets exception intercepts": Mutant(
         "lockstep.instructions", "l2.deliver(Event(_INT_VECTOR, events.SOFTWARE), next_rip",
