@@ -25,7 +25,7 @@ from harness.model.memory import Memory
 from harness.model.registers import Cpu
 from harness.model.vmcb import NP_ENABLE, ExitCode, Vmcb
 from harness.model.vmrun import Host, table_format
-from harness.wire.stop import ENTER, Stop
+from harness.wire.stop import ENTER, EXIT, Stop
 
 KEPT: Final = 50
 """Divergences of one signature that are kept; the others are counted."""
@@ -82,6 +82,8 @@ class Observer:
 
     def stop(self, stop: Stop) -> list[Divergence]:
         """What is wrong at this stop, which follows on the last one; the first of each sort is kept in `seen`."""
+        if stop.kind not in (ENTER, EXIT):
+            return []
         vmcb = Vmcb(self._memory, stop.host["rax"])
         found = list(self._enter(stop, vmcb)) if stop.kind == ENTER else self._exit(stop, vmcb)
         for one in found:

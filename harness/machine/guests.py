@@ -27,6 +27,10 @@ _FLAGS: Final = (
     "-no-pie", "-static", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096",
 )
 
+_PLUGIN_FLAGS: Final = (
+    "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
+)
+
 
 def cache_dir() -> Path:
     """Where built images lie: $XDG_CACHE_HOME/twinwalk, by default ~/.cache/twinwalk."""
@@ -58,12 +62,19 @@ def build_linux(name: str) -> Path:
     return _build(name, [SOURCES / "linux" / f"{name}.c"], [calls / "call.h"], (*_FLAGS, "-I", str(calls)), None)
 
 
+def build_plugin(api: int) -> Path:
+    """The plugin for QEMU's TCG that observes a foreign L1, for this version of QEMU's interface. Raises
+    LaunchFailed."""
+    folder = SOURCES / "observe"
+    return _build(f"stops{api}", [folder / "stops.c"], [folder / "plugin.h"], (*_PLUGIN_FLAGS, f"-DAPI={api}"), None)
+
+
 def _build(
     name: str, sources: Sequence[Path], others: Sequence[Path], flags: Sequence[str], compiler: str | None
 ) -> Path:
     command = compiler or os.environ.get("CC") or "gcc"
     header = c_header()
-    digest = hashlib.sha256("\0".join([command, *_FLAGS, header]).encode())
+    digest = hashlib.sha256("\0".join([command, *_FLAGS, *_PLUGIN_FLAGS, header]).encode())
     for path in (*sources, *others):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"{name}-{digest.hexdigest()[:20]}.elf"

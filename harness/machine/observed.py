@@ -1,34 +1,37 @@
-"""A foreign L1 on QEMU's own SVM, stopped at each VMRUN and behind it, each #VMEXIT, through QEMU's gdb stub."""
+"""A foreign L1 on QEMU's own SVM, stopped at each VMRUN and behind it, each #VMEXIT, by a plugin in QEMU's TCG."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from harness.errors import MachineLost, UsageError
-from harness.machine import gdb, qemu, versions, vmruns
+from harness.errors import LaunchFailed, UsageError
+from harness.machine import guests, qemu, versions
 from harness.machine.l1 import Identity, Layer
 from harness.machine.tcg import check_cpu
-from harness.model.registers import EFER, Cpu
-from harness.wire.stop import ENTER, EXIT, HOST, Stop
+from harness.model.registers import CR0, EFER, Cpu
+from harness.wire.layout import ANSWERS, STOP
+from harness.wire.stop import ENTER, Stop, decode
 
 MAX_MEMORY: Final = 3 << 10
 """MiB: up to there the machine `pc` has its RAM in one range from 0 on."""
 
 _ASIDS: Final = 16
 _POLL: Final = 0.2
-_QUIET_POLLS: Final = 5
-"""Polls between two looks through all of memory, while L1 has not enabled SVM."""
 _END_TIMEOUT: Final = 5.0
-_DRAIN: Final = 2000
-_STEPS: Final = 5
+_SAMPLE: Final = 16
+_OLDEST: Final = (6, 0)
+"""Of QEMU: the first whose plugins take their arguments as ours does."""
+_APIS: Final = {(11, 1): 7, (9, 0): 2, _OLDEST: 1}
+"""The version of the interface for plugins that a QEMU takes from there on. From 9.0 on they may read registers."""
 _FEATURES: Final = {
     "nx": "nx", "pdpe1gb": "page1g", "smep": "smep", "smap": "smap", "pku": "pku", "la57": "la57", "pcid": "pcid",
     "umip": "umip", "lbrv": "lbrv", "nrip-save": "nrips", "fsgsbase": "fsgsbase", "xsave": "xsave", "fxsr-opt": "ffxsr",
@@ -52,11 +55,13 @@ class Options:
 
 
 class Foreign:
-    """A foreign L1 that has not run yet; `stops` runs it. `ended` says, behind them, how it ended."""
+    """A foreign L1 that has not run yet; `stops` runs it. `ended` says, behind them, how it ended. Every `sample`th
+    VMRUN has a stop at a memory access of L2; 0: none."""
 
-    def __init__(self, process: qemu.Qemu, connection: socket.socket, options: Options) -> None:
+    def __init__(self, process: qemu.Qemu, channel: socket.socket, options: Options) -> None:
         self.memory = memoryview(mmap.mmap(process.memory_fd, options.memory << 20))
         self.ended = ""
+        self.sample = _SAMPLE
         self.processors = len(process.command("query-cpus-fast"))
         self.cpu = _cpu(process)
         version = qemu.version(process.binary)
@@ -65,134 +70,75 @@ class Foreign:
             asids=self.cpu.asids, features=tuple(sorted(self.cpu.features)))
         self._process = process
         self._options = options
-        self._gdb = gdb.Gdb(connection, process.lost)
-        self._words = self.memory.cast("Q")
-        self._sites = vmruns.in_elf(options.kernel) if options.kernel else set()
-        self._inside: dict[int, Stop] = {}
-        self._seen = False
-        self._halts = 0
+        self._channel = channel
+        self._entered = 0
 
     def stops(self, plausible: Callable[[Stop], bool], more: Callable[[], bool] = lambda: True) -> Iterator[Stop]:
-        """Every VMRUN and every #VMEXIT, until L1 ends, or there are to be no `more`; memory stands still at each.
-        Raises MachineLost for an L1 that ends, or goes on for long, without any VMRUN."""
-        begun, polls, sites = time.monotonic(), 0, sorted(self._sites)
-        self._gdb.go(insert=sites)
+        """Every VMRUN and #VMEXIT, every INVLPGA, and some memory accesses of L2, until L1 ends, or there are to be no
+        `more`; all vCPUs stand still at each. Raises MachineLost for an L1 that ends, or goes on for long, without any
+        VMRUN."""
+        begun = time.monotonic()
+        self._process.command("cont")
         while more():
-            try:
-                halt = self._gdb.wait(_POLL)
-                if halt is None:
-                    if not self._seen and time.monotonic() - begun > self._options.wait:
-                        raise self._process.lost(f"no VMRUN in {self._options.wait:.0f} s: is this L1 a hypervisor, "
-                                                 "and does it find SVM? (--wait SECONDS waits longer)")
-                    polls += 1
-                    halt = self._poll(polls)
-                if halt is None:
-                    continue
-            except MachineLost:
-                if self._process.exit_status(_END_TIMEOUT) is None:
-                    raise
-                self.ended = self._how_it_ended()
-                break
-            if halt.signal != gdb.STOPPED:
-                self.ended = self._how_it_ended()
-                break
-            yield from self._at(halt, plausible)
-            self._halts += 1
-            if not self._halts % _DRAIN:
-                self._process.events()  # each halt makes two: QEMU would keep them all
-        if self.ended and not self._seen:
+            data = self._receive()
+            if data is None:
+                if ended := self._how_it_ended():
+                    self.ended = ended
+                    break
+                if not self._entered and time.monotonic() - begun > self._options.wait:
+                    raise self._process.lost(f"no VMRUN in {self._options.wait:.0f} s: is this L1 a hypervisor, "
+                                             "and does it find SVM? (--wait SECONDS waits longer)")
+                continue
+            yield from self._at(decode(data, self.processors == 1), plausible)
+        if self.ended and not self._entered:
             raise self._process.lost(f"L1 ended without any VMRUN: {self.ended}")
 
     def console(self) -> str:
         """The end of L1's console."""
         return self._process.log_tail()
 
-    def _at(self, halt: gdb.Halt, plausible: Callable[[Stop], bool]) -> Iterator[Stop]:
-        """A vCPU at a breakpoint; all go on behind it."""
-        registers = self._gdb.registers(HOST, halt.vcpu)
-        rip, alone = registers["rip"], self.processors == 1
-        entered = self._inside.get(halt.vcpu)
-        if entered is not None and rip == entered.host["rip"] + vmruns.LENGTH and _is_back(entered.host, registers):
-            yield Stop(EXIT, halt.vcpu, registers, alone)
-            del self._inside[halt.vcpu]
-            self._pass(halt.vcpu, rip, entered.host["rip"])
-            return
-        stop = Stop(ENTER, halt.vcpu, registers, alone)
-        # L2 may have addresses of L1's; and L1 that is stopped at its VMRUN again had an exception there
-        if rip in self._sites and registers["efer"] & EFER.SVME and plausible(stop) and (
-                entered is None or (rip == entered.host["rip"] and _is_back(entered.host, registers))):
-            self._seen = True
+    def _receive(self) -> bytes | None:
+        """The next stop; None if there is none for a while. Raises MachineLost."""
+        ready, _, _ = select.select([self._channel], [], [], _POLL)
+        if not ready:
+            return None
+        data = b""
+        with suppress(ConnectionError):
+            while len(data) < STOP.size and (part := self._channel.recv(STOP.size - len(data))):
+                data += part
+        if len(data) < STOP.size:
+            if self._process.exit_status(_END_TIMEOUT) is not None:
+                return None
+            raise self._process.lost("QEMU's plugin has given up: there are more VMRUN instructions than it can "
+                                     "remember, or a register that it does not find in this QEMU: try another --qemu")
+        return data
+
+    def _at(self, stop: Stop, plausible: Callable[[Stop], bool]) -> Iterator[Stop]:
+        """A vCPU that waits until it has its answer."""
+        answer = ANSWERS["GO"]
+        if stop.kind != ENTER:
             yield stop
-            self._inside[halt.vcpu] = stop
-            self._pass(halt.vcpu, rip, rip + vmruns.LENGTH)
-            return
-        self._step_over(halt.vcpu, rip)
-        self._gdb.go()
-
-    def _pass(self, vcpu: int, here: int, there: int) -> None:
-        """On from the breakpoint `here`, with one at `there`. A single vCPU needs no other until then."""
-        if self.processors == 1:
-            self._gdb.go(remove=[here], insert=[there])
-            return
-        wanted = self._sites | {one.host["rip"] + vmruns.LENGTH for one in self._inside.values()}
-        if there not in self._sites:
-            self._gdb.change(insert=[there])
-        if here in wanted:
-            self._step_over(vcpu, here)
-        else:
-            self._gdb.change(remove=[here])
-        self._gdb.go()
-
-    def _step_over(self, vcpu: int, here: int) -> None:
-        """One instruction of a vCPU at a breakpoint. A step may end before it began, where other work came first."""
-        self._gdb.change(remove=[here])
-        for _ in range(_STEPS):
-            self._gdb.step(vcpu)
-            if self._gdb.wait(_END_TIMEOUT) is None:
-                raise self._process.lost("the gdb stub does not end a single step")
-            if self._gdb.registers(("rip",), vcpu)["rip"] != here:
-                break
-        self._gdb.change(insert=[here])
-
-    def _poll(self, polls: int) -> gdb.Halt | None:
-        """Nothing has stopped for a while: look for VMRUNs that were loaded since; and set those breakpoints again that
-        a VMRUN which raised an exception has left out. None if the machine goes on running."""
-        halt = self._gdb.interrupt()
-        if halt.signal != gdb.INTERRUPTED:
-            return halt
-        fresh: set[int] = set()
-        if not self._seen:
-            registers = self._gdb.registers(HOST, 1)
-            if registers["efer"] & EFER.SVME or polls % _QUIET_POLLS == 0:
-                fresh = self._look(registers) - self._sites
-        elif self.processors == 1:
-            fresh = {one.host["rip"] for one in self._inside.values()}
-        self._sites |= fresh
-        self._gdb.go(insert=sorted(fresh))
-        return None
-
-    def _look(self, registers: dict[str, int]) -> set[int]:
-        """Addresses of VMRUNs in memory that L1 can execute, as its tables are now."""
-        size = self._options.memory << 20
-        return vmruns.to_l1(vmruns.in_memory(self._process.memory_fd, size), self._words, registers["cr0"],
-                            registers["cr3"], registers["cr4"], registers["efer"], self.cpu)
+        elif _may_run(stop.host) and plausible(stop):
+            self._entered += 1
+            yield stop
+            answer = ANSWERS["ENTERED"]
+            if self.sample and not self._entered % self.sample:
+                answer |= ANSWERS["SAMPLE"]
+        with suppress(ConnectionError):  # QEMU may have gone meanwhile: the next look tells
+            self._channel.sendall(bytes([answer]))
 
     def _how_it_ended(self) -> str:
+        """Why the machine goes on no more; empty while it does. Raises MachineLost for a QEMU that died."""
         status = self._process.exit_status()
         if status:
-            return f"QEMU ended with status {status}"
+            raise self._process.lost(f"QEMU ended with status {status}")
         reasons = {"guest-reset": "it reset the machine, by a triple fault perhaps, or it panicked",
                    "guest-shutdown": "it switched the machine off", "guest-panic": "it panicked"}
         for event in self._process.events() if status is None else ():
             if event.get("event") == "SHUTDOWN":
                 reason = str(event.get("data", {}).get("reason", ""))
                 return reasons.get(reason, f"QEMU was shut down ({reason})")
-        return "QEMU ended" if status is not None else "the machine stands still"
-
-
-def _is_back(before: dict[str, int], now: dict[str, int]) -> bool:
-    """Whether this is the L1 that executed VMRUN, and not an L2 with the same address."""
-    return all(before[name] == now[name] for name in ("rax", "cr3"))
+        return "QEMU ended" if status is not None else ""
 
 
 def _cpu(process: qemu.Qemu) -> Cpu:
@@ -211,8 +157,9 @@ def start(options: Options, say: Callable[[str], None] = lambda text: None) -> I
     """L1 in memory, stopped before its first instruction; gone at the block's end. Raises UsageError for files that
     cannot be read, LaunchFailed for a machine that cannot be started."""
     path = versions.find_qemu(options.qemu, say)
-    qemu.version(path)
-    args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", options.cpu, "-no-shutdown"]
+    version = qemu.version(path)
+    # one thread for all vCPUs: all wait while one does
+    args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg,thread=single", "-cpu", options.cpu, "-no-shutdown"]
     for option, file in (("kernel", options.kernel), ("initrd", options.initrd)):
         if file is not None:
             if not (file.is_file() and os.access(file, os.R_OK)):
@@ -222,10 +169,36 @@ def start(options: Options, say: Callable[[str], None] = lambda text: None) -> I
         args += ["-append", options.append]
     with ExitStack() as stack:
         ours, theirs = socket.socketpair()
-        stack.enter_context(ours)
         stack.enter_context(theirs)
-        args += ["-chardev", f"socket,id=gdb,fd={theirs.fileno()}", "-gdb", "chardev:gdb", *options.args]
-        process = stack.enter_context(qemu.Qemu(path, args, options.memory << 20, (theirs.fileno(),)))
+        args += [*plugin(path, version, theirs.fileno()), *options.args]
+        try:
+            process = stack.enter_context(qemu.Qemu(path, args, options.memory << 20, (theirs.fileno(),)))
+        except LaunchFailed as reason:
+            raise _no_plugins(path, reason) from None
+        stack.enter_context(ours)  # closed before QEMU is ended: a vCPU may wait for an answer
         theirs.close()
         check_cpu(process, options.cpu)
         yield Foreign(process, ours, options)
+
+
+def _may_run(host: dict[str, int]) -> bool:
+    """Whether VMRUN raises no exception in this state (15.5.1)."""
+    return bool(host["efer"] & EFER.SVME and host["cr0"] & CR0.PE and not host["cs"] & 3)
+
+
+def plugin(path: str, version: tuple[int, int, int], channel: int, more: str = "") -> list[str]:
+    """The arguments for QEMU at `path` that load our plugin; `channel` is the descriptor it talks over. Raises
+    LaunchFailed where it cannot be built, or this QEMU is too old."""
+    if version < _OLDEST:
+        raise LaunchFailed(f"{path} is QEMU {version[0]}.{version[1]}: observing needs 6.0 or later, with plugins")
+    api = next(api for first, api in _APIS.items() if version >= first)
+    built = str(guests.build_plugin(api)).replace(",", ",,")
+    return ["-plugin", f"{built},fd={channel}{more}"]
+
+
+def _no_plugins(path: str, reason: LaunchFailed) -> LaunchFailed:
+    text = str(reason)
+    if "-plugin" not in text.partition("it was started as")[0] and "plugin" not in text.partition("\n")[0]:
+        return reason
+    return LaunchFailed(f"{text}\n{path} takes no TCG plugins, or lets them read no registers: build it with "
+                        "--enable-plugins (before 9.0 with --enable-modules too), or use --qemu 10.0")

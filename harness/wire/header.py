@@ -32,6 +32,8 @@ def c_header() -> str:
         ("TW_RECORD_", layout.RECORDS),
         ("TW_PROBE_", layout.PROBES),
         ("TW_REQUEST_", layout.REQUESTS),
+        ("TW_STOP_", layout.STOPS),
+        ("TW_ANSWER_", layout.ANSWERS),
     ):
         constants |= {prefix + name.upper(): value for name, value in table.items()}
     constants |= {f"TW_FEATURE_{name.upper()}": 1 << bit for bit, name in enumerate(layout.FEATURES)}

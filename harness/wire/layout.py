@@ -150,6 +150,23 @@ DIFF = _declare(
     Field("value"),
 )
 
+STOP = _declare(
+    "tw_stop",
+    "What QEMU's plugin tells of a foreign L1, or of its L2, where it has stopped (guests/observe/stops.c).",
+    Field("kind", "u32"),
+    Field("vcpu", "u32"),
+    *(Field(n) for n in (
+        "pc", "rax", "rcx", "rsp", "eflags", "cs", "ss", "ds", "es", "cr0", "cr3", "cr4", "efer",
+        "gva", "spa", "write",  # of INVLPGA and of a memory access
+    )),
+)
+
+STOPS = {"ENTER": 1, "EXIT": 2, "INVLPGA": 3, "ACCESS": 4}
+"""Kinds of stops: at VMRUN, behind it, at INVLPGA, behind a memory access of L2."""
+
+ANSWERS = {"GO": 0, "ENTERED": 1, "SAMPLE": 2}
+"""Bits of the byte that lets a vCPU go on: this VMRUN's #VMEXIT is to be a stop, and a memory access before it."""
+
 MAILBOX_CODE = 4064
 """Offset in L2's mailbox page of the gVA at which L2's code page is mapped; probes come from 0 on."""
 

@@ -1,8 +1,8 @@
 /*
  * A hypervisor that knows nothing of twinwalk: PVH, long mode, nested paging. Its L2 shares its tables, and makes
  * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
- * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `l` waits a while before
- * the first VMRUN, `e` never ends. It ends by a reset.
+ * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `v` has an
+ * L2 that executes VMRUN too, `e` never ends. It ends by a reset.
  */
 	.set ROUNDS, 25
 	.set HOLE, 0x3fe00000		/* the gPA that is mapped on demand, to PAGE */
@@ -61,15 +61,11 @@ long:	mov $stack_top, %esp
 hang:	cmp $'h', %al
 	je hang
 
-	mov %eax, %ebx
 	mov $host_save, %eax
 	xor %edx, %edx
 	mov $0xc0010117, %ecx		/* VM_HSAVE_PA */
 	wrmsr
-	cmp $'l', %bl
-	jne 2f
-	call idle
-2:	mov $vmcb, %ebp
+	mov $vmcb, %ebp
 	cmpb $'r', letter
 	jne fill
 	mov %rbp, %rax
@@ -119,6 +115,8 @@ run:	mov %rbp, %rax
 	je cpuid_exit
 	cmp $0x4e, %eax
 	je pf
+	cmp $0x80, %eax
+	je own_vmrun
 	cmp $0x81, %eax
 	jne reset
 	addl $3, 0x578(%rbp)		/* VMMCALL ends a round */
@@ -145,6 +143,9 @@ npf:	mov $PAGE + 0x85, %eax		/* first read-only */
 cpuid_exit:
 	addl $2, 0x578(%rbp)
 	jmp run
+own_vmrun:
+	addl $3, 0x578(%rbp)
+	jmp run
 pf:	addl $8, 0x578(%rbp)
 	jmp run
 
@@ -152,14 +153,12 @@ l2:	mov HOLE, %ecx
 	cpuid
 	movl $1, HOLE
 	mov NOWHERE, %rcx		/* eight bytes */
-	vmmcall
+	cmpb $'v', letter
+	jne 1f
+	mov $vmcb, %eax
+	vmrun
+1:	vmmcall
 	jmp l2
-
-	.balign 4096			/* code is slow in a page with a breakpoint */
-idle:	mov $400000000, %ecx
-1:	dec %ecx
-	jnz 1b
-	ret
 
 	.section .rodata
 message: .ascii "the foreign L1 is done\n"

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from harness.machine import qemu
-from harness.machine.gdb import Gdb
 from harness.model.registers import CR0, CR4, EFER
+from tests.second_opinion.gdb import Gdb
 
 RAM: Final = 16 << 20
 TABLES: Final = 1 << 20

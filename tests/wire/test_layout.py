@@ -14,6 +14,7 @@ import pytest
 from elftools.dwarf.die import DIE
 from elftools.elf.elffile import ELFFile
 
+from harness.machine import guests
 from harness.model.vmcb import FIELDS
 from harness.scenario.ops import MEMORY, PORTS, SIZED
 from harness.wire import layout
@@ -61,7 +62,7 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
 
 @pytest.fixture(scope="module")
 def compiled(kernel: Path) -> dict[str, dict[str, Any]]:
-    return _structures(kernel)
+    return _structures(kernel) | _structures(guests.build_plugin(1))
 
 
 @pytest.mark.parametrize("name", layout.STRUCTS)
