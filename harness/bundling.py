@@ -18,7 +18,8 @@ from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature, of_loss
 from harness.model.rules import RULES
 from harness.report.bundle import About, Bundle, write
-from harness.report.findings import Finding, findings, headline
+from harness.report.findings import Finding, findings
+from harness.report.headline import headline
 from harness.report.jsonfile import divergence
 from harness.report.styled import MAX_WIDTH, harmless, plain
 from harness.report.summary import Summary, identity_of

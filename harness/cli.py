@@ -14,10 +14,11 @@ from harness.bundling import Setup
 from harness.errors import TwinwalkError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
-from harness.options import LIBRARY, add_mode, add_target, count, is_pipelined, local, targeted
+from harness.options import LIBRARY, add_mode, add_target, add_volume, count, is_pipelined, local, screen, targeted
 from harness.pool import jobs_for
-from harness.report import bundle, html, jsonfile, junit, output, terminal
+from harness.report import bundle, html, jsonfile, junit, output, table, terminal
 from harness.report.journal import Journal
+from harness.report.styled import line
 from harness.report.summary import summarize
 from harness.run import Outcome, run
 from harness.scenario import files, sweepfiles, writer
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
     runner.add_argument("--bundles", type=Path, metavar="FOLDER",
                         help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
+    add_volume(runner)
     runner.set_defaults(command=_run)
 
     lister = commands.add_parser("list", help="list scenarios")
@@ -135,11 +137,11 @@ def _run(options: argparse.Namespace) -> int:
     pipelined = is_pipelined(options, target)
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
-    outcome = Outcome()
+    outcome, shown = Outcome(), screen(options)
     journal = Journal(options.json)
     interrupted: BaseException | None = None
     try:
-        with terminal.Watch(scenarios, options.strict, cases=plan.cases if plan else 0) as watch, journal:
+        with terminal.Watch(scenarios, options.strict, shown, plan.cases if plan else 0) as watch, journal:
             def take(result: Result) -> None:
                 if outcome.results and result is outcome.results[-1]:  # cases that agree are counted, not listed
                     journal.result(result)
@@ -153,12 +155,12 @@ def _run(options: argparse.Namespace) -> int:
         interrupted = reason  # what was checked is reported all the same
     summary = summarize(outcome.identity, [*scenarios, *outcome.cases.values()], outcome.results, errata,
                         outcome.seconds, options.strict, outcome.coverage.cells, outcome.tallies)
-    terminal.show(summary)
+    table.show(summary, shown)
     if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
         setup = Setup(target, errata, pipelined, options.strict)
         summary = bundling.of_run(setup, summary, outcome.before, places.again(), options.bundles)
-    elif summary.found:
-        print(f"bundles of what is new: {places.again()} --bundles FOLDER")
+    elif summary.found and shown.volume > terminal.Volume.QUIET:
+        shown.show([line(f"bundles of what is new: {places.again()} --bundles FOLDER")])
     if options.junit:
         try:
             junit.write(options.junit, summary)
@@ -205,8 +207,8 @@ def _coverage(options: argparse.Namespace) -> int:
         code = outcome.exit_code()
         runs = [coverage.Covered.of(outcome.identity, outcome.coverage.cells)]
     merged = coverage.merge(runs, errata)
-    screen = terminal.Screen()
-    screen.show(coverage.table(merged, screen.width))
+    shown = terminal.Screen()
+    shown.show(coverage.table(merged, shown.width))
     if options.json:
         output.write(options.json, coverage.text(merged))
     return code

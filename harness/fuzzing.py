@@ -24,10 +24,11 @@ from harness.maker import Batch, End, Maker
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.universe import universe
-from harness.options import LIBRARY, add_mode, add_target, is_pipelined, targeted
-from harness.report import bundle, catches, jsonfile, output, terminal
+from harness.options import LIBRARY, add_mode, add_target, add_volume, is_pipelined, screen, targeted
+from harness.report import bundle, catches, jsonfile, output, table, terminal
 from harness.report.catches import Hunt
-from harness.report.findings import findings, kind
+from harness.report.findings import findings
+from harness.report.headline import kind
 from harness.report.summary import summarize
 from harness.run import Outcome, run
 from harness.scenario import files, writer
@@ -72,6 +73,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--bundles", type=Path, metavar="FOLDER",
                         help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_volume(parser)
     parser.set_defaults(command=command)
 
 
@@ -178,12 +180,12 @@ def command(options: argparse.Namespace) -> int:
         bundle.check_folder(options.bundles, "--bundles")
     target = targeted(options).chosen()
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
-    outcome = Outcome()
+    outcome, shown = Outcome(), screen(options)
     interrupted: BaseException | None = None
     with Campaign(options.journal, options.seed, " ".join(target.arguments())) as campaign:
         programs = Programs(campaign, options.seed, options.budget, options.corpus)
         try:
-            with terminal.Watch([]) as watch:
+            with terminal.Watch([], screen=shown) as watch:
                 def take(result: Result) -> None:
                     watch.result(result, outcome.cases.get(result.scenario))
 
@@ -198,8 +200,7 @@ def command(options: argparse.Namespace) -> int:
                         cells=outcome.coverage.cells, sweeps=[tally])
     hunt = Hunt(options.seed, tally.done, campaign.before, programs.left_off, tally.skipped, len(programs.cells),
                 len(universe(CPU).reachable), tuple(campaign.catches.values()))
-    screen = terminal.Screen()
-    screen.show(terminal.table(summary, screen.width, catches.table(hunt, screen.width)))
+    table.show(summary, shown, catches.table(hunt, shown.width))
     if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
         setup = Setup(target, errata, is_pipelined(options, target), False)
         summary = bundling.of_run(setup, summary, outcome.before, places.again(), options.bundles)

@@ -16,11 +16,13 @@ from harness.lockstep.observe import Observer, Seen
 from harness.lockstep.signature import signature
 from harness.machine import observed
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
-from harness.options import LIBRARY, positive
-from harness.report import jsonfile, terminal
-from harness.report.findings import findings
-from harness.report.styled import Line, harmless, line, wrap
+from harness.options import LIBRARY, add_volume, positive, screen
+from harness.report import jsonfile, table
+from harness.report.findings import Finding, findings
+from harness.report.headline import headline
+from harness.report.styled import BAD, Line, harmless, line, wrap
 from harness.report.summary import is_new, summarize
+from harness.report.terminal import Screen, Volume
 from harness.report.walks import draw
 from harness.scenario import files
 from harness.target import say
@@ -61,6 +63,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--vmruns", type=positive, metavar="N", help="end after so many VMRUNs")
     parser.add_argument("--strict", action="store_true", help="count known errata as divergences")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, as `run` does")
+    add_volume(parser)
     parser.set_defaults(command=_observe)
 
 
@@ -95,14 +98,15 @@ def _observe(options: argparse.Namespace) -> int:
         jsonfile.check(options.json)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     name, wanted = _options(options)
-    screen = terminal.Screen()
+    shown = screen(options)
     with observed.start(wanted, say) as machine:
-        result, seen, seconds, interrupted = _watch(name, machine, errata, options, screen)
+        result, seen, seconds, interrupted = _watch(name, machine, errata, options, shown)
         identity, ended, console = machine.identity, machine.ended, machine.console()
     summary = summarize(identity, [], [result], errata, seconds, options.strict)
-    terminal.show(summary, screen)
-    screen.show(figures(seen, ended, seconds, screen.width))
-    screen.show([line(f"console: {harmless(text)}") for text in console.splitlines()[-_CONSOLE:]])
+    table.show(summary, shown)
+    if shown.volume > Volume.QUIET:
+        shown.show(figures(seen, ended, seconds, shown.width))
+        shown.show([line(f"console: {harmless(text)}") for text in console.splitlines()[-_CONSOLE:]])
     if options.json:
         jsonfile.write(options.json, summary)
     if interrupted is not None:
@@ -110,7 +114,7 @@ def _observe(options: argparse.Namespace) -> int:
     return 3 if result.lost is not None else int(summary.totals.divergences_new > 0)
 
 
-def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse.Namespace, screen: terminal.Screen
+def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse.Namespace, screen: Screen
            ) -> tuple[Result, Seen, float, KeyboardInterrupt | None]:
     """All stops; what is new is shown at once, the first of its sort. Raises MachineLost where there was no VMRUN."""
     observer = Observer(name, machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
@@ -127,8 +131,8 @@ def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse
             for one in findings(observer.stop(stop)):
                 if one.is_new(options.strict) and signature(one.first) not in shown:
                     shown.add(signature(one.first))
-                    screen.show([*draw(one, None, screen.width), line("")])
-            if time.monotonic() - told > _TOLD:
+                    screen.show(_told(one, screen))
+            if screen.volume > Volume.QUIET and time.monotonic() - told > _TOLD:
                 told = time.monotonic()
                 screen.show([_progress(stop, seen, told - begun, options.strict)])
     except MachineLost as lost:
@@ -139,6 +143,12 @@ def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse
         interrupted = reason
     result.vmruns, result.table_bytes, result.divergences = seen.vmruns, seen.table_bytes, seen.divergences
     return result, seen, time.monotonic() - begun, interrupted
+
+
+def _told(one: Finding, screen: Screen) -> list[Line]:
+    if screen.volume == Volume.QUIET:
+        return wrap(headline(one, None), screen.width, rest="    ", style=BAD)
+    return [*draw(one, None, screen.width, screen.height), line("")]
 
 
 def _progress(stop: Stop, seen: Seen, seconds: float, strict: bool) -> Line:

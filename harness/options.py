@@ -10,6 +10,7 @@ from harness import places
 from harness.errors import UsageError
 from harness.machine import kvm_on_tcg
 from harness.machine.address import FORM, SCHEME, Address, parse
+from harness.report.terminal import Screen, Volume
 from harness.target import AUTO, MACHINES, Target, say
 
 LIBRARY: Final = places.folder("scenarios")
@@ -85,6 +86,20 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
                       help="the checker follows behind L1: faster (the default on KVM)")
     parser.add_argument("--jobs", type=positive, metavar="N",
                         help="machines at once (default: one for two cores on tcg, 1 on KVM)")
+
+
+def add_volume(parser: argparse.ArgumentParser) -> None:
+    """How much is said: see `screen`."""
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", dest="volume", action="store_const", const=Volume.QUIET,
+                        default=Volume.NORMAL, help="say what is new, a line each, and the verdict")
+    volume.add_argument("-v", "--verbose", dest="volume", action="store_const", const=Volume.VERBOSE,
+                        help="say all: whole walks, every erratum with its reason")
+
+
+def screen(options: argparse.Namespace) -> Screen:
+    """Where reports go, as loud as `add_volume`'s options ask for."""
+    return Screen(volume=options.volume)
 
 
 def is_pipelined(options: argparse.Namespace, target: Target) -> bool:

@@ -63,7 +63,7 @@ class TestDump:
         assert by_vmcb[0] == f"#NPF 0x100000007 (P|W|U|FINAL) at gPA {PAGE:#x}"
         assert "rule nested.write (AMD APM vol. 2, 15.25.7)" in by_vmcb[1]
         steps = [text for text in by_vmcb if " at sPA " in text or " at gPA " in text or "ends here" in text][1:]
-        assert len(steps) == 24 and steps[-1].endswith("ends here: R/W is 0")
+        assert len(steps) == 24 and steps[-1].endswith("ends here: R/W=0")
         assert sum("+A +D" in text for text in steps) == 4, "a guest table is written, by the nested walk"
         by_cr3 = explained(capsys, raw, GVA, "--cr3", space.gcr3, "--ncr3", space.ncr3, "--access", "write", "--user")
         assert by_cr3 == by_vmcb
@@ -165,4 +165,4 @@ class TestBundle:
         gva = hex(compiler.compile(found.scenario).world.gva["a"])
         assert explained(capsys, bundle, gva)[0].startswith("sPA ")
         text = explained(capsys, bundle, gva, "--access", "write")
-        assert text[0].startswith("#NPF") and text[-1].endswith("ends here: R/W is 0")
+        assert text[0].startswith("#NPF") and text[-1].endswith("ends here: R/W=0")

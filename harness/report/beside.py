@@ -15,8 +15,12 @@ from harness.report import words
 from harness.report.findings import Finding
 
 _SHIFTS: Final = {"pte": 12, "pde": 21, "pdpte": 30, "pml4e": 39, "pml5e": 48}
-_DENIED_BY: Final = {"user": (US, "U/S is 0"), "write": (RW, "R/W is 0"), "execute": (NX, "NX is 1")}
+_DENIED_BY: Final = {"user": (US, "U/S=0"), "write": (RW, "R/W=0"), "execute": (NX, "NX=1")}
 """By what follows the dot in a rule's id: the bit, and how it reads where it forbids."""
+_ENDED_BY: Final = {
+    "present": "P=0", "reserved": "a reserved bit set", "smep": "U/S=1, and CR4.SMEP=1",
+    "smap": "U/S=1, and CR4.SMAP=1", "key": "a key that PKRU denies", "gmet": "U/S=1, and GMET is enabled"}
+"""The same for what the last entry of a walk is to blame for."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,36 @@ class Beside:
 
     def part(self, index: int) -> str:
         """What the entry at `index` does in the model's walk: it leads to a table or a page, or it ends the walk."""
-        stop = None if isinstance(self.walk.outcome, Reached) else self._denier()
+        stop = None if isinstance(self.walk.outcome, Reached) else self.end()
         if stop is not None and index == stop[0]:
             return f"ends here: {stop[1]}"
         step, last = self.steps[index], self._together(index)[-1]
-        kind = "sPA" if step.dimension == NESTED or not any(one.dimension == NESTED for one in self.steps) else "gPA"
+        kind = self._kind(step)
         if index != last:
             return f"table at {kind} {step.entry & FRAME:#x}"
+        return f"page at {kind} {self._page(step)[0]:#x}"
+
+    def stopped_at(self) -> str:
+        """Where the access would have gone that the rights of its last translation forbid: `sPA 0x1008`, or, if it is
+        L2's own tables that do, `gPA 0x1008`; empty if the walk did not come so far."""
+        outcome, last = self.walk.outcome, self.steps[-1]
+        if self.walk.rule.rpartition(".")[2] in ("present", "reserved") or last.purpose not in ("", FINAL):
+            return ""
+        if not isinstance(outcome, PageFault | NestedPageFault):
+            return ""
+        base, size = self._page(last)
+        return f"{self._kind(last)} {base | outcome.address & size - 1:#x}"
+
+    def _kind(self, step: Step) -> str:
+        """Of the addresses that an entry holds: L2's own tables have sPAs only where there is no nested dimension."""
+        alone = not any(one.dimension == NESTED for one in self.steps)
+        return "sPA" if step.dimension == NESTED or alone else "gPA"
+
+    def _page(self, step: Step) -> tuple[int, int]:
+        """The page that a leaf maps: its address and its size."""
         if step.level == "pde" and words.narrow(self.walk, step.dimension):  # a page of 4M, with address bits 39:32
-            return f"page at {kind} {step.entry & 0xFFC0_0000 | (step.entry >> 13 & 0xFF) << 32:#x}"
-        return f"page at {kind} {step.entry & FRAME & -(1 << _SHIFTS[step.level]):#x}"
+            return step.entry & 0xFFC0_0000 | (step.entry >> 13 & 0xFF) << 32, 1 << 22
+        return step.entry & FRAME & -(1 << _SHIFTS[step.level]), 1 << _SHIFTS[step.level]
 
     def wrong(self, index: int) -> Divergence | None:
         """The divergence that is about the entry of that step, if it is of the same VMRUN."""
@@ -113,7 +137,7 @@ class Beside:
 
     def _parting(self, expected: Outcome, observed: Outcome | str) -> list[tuple[int, str]]:
         """Where the walks part if they come to different ends, as far as these ends tell."""
-        stop = None if isinstance(expected, Reached | GeneralProtection) else self._denier()
+        stop = None if isinstance(expected, Reached | GeneralProtection) else self.end()
         goes_on = ", the machine goes on" if isinstance(observed, str) else ""
         end = [(stop[0], f"the model stops here ({stop[1]}){goes_on}")] if stop is not None else []
         if not isinstance(observed, PageFault | NestedPageFault):
@@ -130,12 +154,12 @@ class Beside:
         outcome = self.walk.outcome
         return self._stopped(outcome) if isinstance(outcome, PageFault | NestedPageFault) else None
 
-    def _denier(self) -> tuple[int, str] | None:
-        """The entry that the model's walk failed at, and why."""
+    def end(self) -> tuple[int, str]:
+        """The index of the entry that the model's walk failed at, and what that has: `R/W=0`."""
         last = len(self.steps) - 1
         kind = self.walk.rule.rpartition(".")[2]
         if kind not in _DENIED_BY:
-            return last, {"present": "P is 0", "reserved": "a reserved bit is set"}.get(kind, "by its rights")
+            return last, _ENDED_BY.get(kind, "rights that forbid it")
         bit, why = _DENIED_BY[kind]
         for index in self._together(last):
             if bool(self.steps[index].entry & bit) == (bit == NX):

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
 
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.signature import Signature, of_loss, signature
-from harness.model.access import NestedPageFault, Outcome, PageFault, Reached
-from harness.model.vmcb import FIELDS
+from harness.model.access import NestedPageFault, Outcome, PageFault
 from harness.model.walk import Walk
 from harness.report import words
-from harness.scenario.ops import Probe, Scenario
-
-_REFUSED: Final = "VMEXIT_INVALID"
-_NUMBER: Final = re.compile(r"0x[0-9a-f]+")
-_HALF_REFUSED: Final = "VMEXIT 0xffffffff,"
-_CONTEXTS: Final = {
-    "context.direct-l1": "of L1",
-    "context.direct-l2": "of L2, which runs without nested paging,",
-    "context.nested": "of L2, which runs on L1's nested table,",
-    "context.guest-table": "of a guest on a host without usable nested paging",
-    "context.back": "of L1 after #VMEXIT",
-}
+from harness.scenario.ops import Scenario
 
 
 @dataclass(frozen=True)
@@ -140,117 +126,3 @@ def _source(finding: Finding, scenario: Scenario | None) -> str:
     shown = path.relative_to(here) if path.is_relative_to(here) else path
     line = f":{scenario.lines[finding.op]}" if finding.op < len(scenario.lines) else ""
     return f" ({shown}{line})"
-
-
-def headline(finding: Finding, scenario: Scenario | None) -> str:
-    """What is wrong, in a sentence, of the finding's first divergence."""
-    one = finding.first
-    found = words.probe_of(scenario, finding.op, finding.probe)
-    probe, who = (found[0], f"`{found[0]}`") if found is not None else (None, "L2")
-    address = words.entry_address(one.field)
-    if one.check == "C4":
-        return _context(one)
-    if one.field == "outcome":
-        return _outcome(one, who)
-    if address is not None:
-        return _entry(one, who)
-    if one.field.startswith("memory at "):
-        return _memory(one, who)
-    if one.field == "value":
-        return _value(one, who, probe)
-    if one.check == "C1" and any(d.field == "rip" for d in finding.divergences):
-        return f"L2 faults at another instruction than {who}{_why(one)}."
-    if one.check == "C1":
-        return f"{who} faults as it must, but {one.field.upper()} is wrong{_why(one)}."
-    return _state(one, who, probe)
-
-
-def kind(finding: Finding) -> str:
-    """What is wrong, without the probe and the addresses."""
-    return f"{_NUMBER.sub('...', headline(finding, None))} (rule {finding.first.rule})"
-
-
-def _context(one: Divergence) -> str:
-    """C4: which context, and what of it."""
-    if one.rule == "context.vmrun":
-        return f"The hypervisor under L1 did not run what L1's VMCB says: {one.field}."
-    return f"The MMU context {_CONTEXTS.get(one.rule, 'under L1')} is wrong: {one.field}."
-
-
-def _outcome(one: Divergence, who: str) -> str:
-    want, got = str(one.expected), str(one.observed)
-    if want == _REFUSED and got.startswith(_HALF_REFUSED):
-        return "VMRUN was refused as it must be, but EXITCODE is 0xffffffff, half of VMEXIT_INVALID."
-    if want == _REFUSED:
-        return f"VMRUN must be refused, and was not: the machine ran L2 ({got})."
-    if got.startswith(_REFUSED):
-        return "VMRUN was refused, and must not be."
-    fault = one.walk is not None and not isinstance(one.walk.outcome, Reached)
-    if fault and got.startswith("done"):
-        return f"{who} went through; it must end in {_kind(want)}."
-    if not fault and words.parse_outcome(got) is not None:
-        return f"{who} ended in {_kind(got)}; it must go through."
-    if words.parse_outcome(got) is not None and _kind(got) == _kind(want):
-        return f"{who} ended in another {_kind(got)} than it must."
-    return f"{who} ended in {_kind(got)}, not in {_kind(want)}."
-
-
-def _kind(outcome: str) -> str:
-    """`#NPF` of an outcome's text, without its numbers."""
-    return outcome.split()[0].rstrip(",") if outcome else "nothing"
-
-
-def _entry(one: Divergence, who: str) -> str:
-    why = words.difference(one) or "it has another value"
-    name = entry_name(one)
-    return f"{who} left the {name} wrong: {why}." if name else f"The {one.field} is wrong: {why}."
-
-
-def entry_name(one: Divergence) -> str:
-    """`nested pte for the guest's pde`, of an entry that the divergence's walk went through; else empty."""
-    step = words.step_of(one)
-    return step_name(step.dimension, step.level, step.purpose) if step is not None else ""
-
-
-def step_name(dimension: str, level: str, purpose: str) -> str:
-    """A step of a walk in words: `guest pde`, or `nested pte for the guest's pde`."""
-    if not purpose:
-        return f"{dimension} {level}"
-    return f"{dimension} {level} for the {'page itself' if purpose == 'final' else f'guest{chr(39)}s {purpose}'}"
-
-
-def _memory(one: Divergence, who: str) -> str:
-    what = one.field.removeprefix("memory at ")
-    if one.expected == "unchanged":
-        return f"{who} or another access changed memory at {what}, which must stay as it was."
-    if one.observed == "unchanged":
-        return f"{who} did not reach memory at {what}, which it must change."
-    return f"Memory at {what} does not hold what it must."
-
-
-def _value(one: Divergence, who: str, probe: Probe | None) -> str:
-    came = words.reached_instead(one, probe)
-    if came is not None and one.walk is not None and isinstance(one.walk.outcome, Reached):
-        return f"{who} came to sPA {came:#x}; it must come to sPA {one.walk.outcome.spa:#x}."
-    return f"{who} returned a wrong value."
-
-
-def _state(one: Divergence, who: str, probe: Probe | None) -> str:
-    name, why = one.field, _why(one)
-    if name.endswith(" before VMRUN"):
-        return f"Before VMRUN the VMCB's {name.removeprefix('vmcb.').removesuffix(' before VMRUN')} was wrong{why}."
-    if name.startswith("l1."):
-        return f"#VMEXIT did not give L1 its {name[3:].upper()} back{why}."
-    if name.startswith("l2."):
-        return f"{name[3:].upper()} of L2 is not what it must be after #VMEXIT{why}."
-    if probe is not None and name == probe.kind:
-        return f"{who} returned a wrong value{why}."
-    if name in FIELDS or name.startswith("reserved+"):
-        behind = f"After {who} the" if probe is not None else "The"
-        return f"{behind} VMCB's {name} is wrong{why}."
-    return f"{name} is wrong{why}."
-
-
-def _why(one: Divergence) -> str:
-    difference = words.difference(one)
-    return f": {difference}" if difference else ""

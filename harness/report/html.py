@@ -22,9 +22,10 @@ from harness.model.rules import RULES
 from harness.model.walk import FINAL, GUEST, NESTED
 from harness.report import coverage, output, words
 from harness.report.beside import Beside
-from harness.report.findings import Finding, findings, headline, place
+from harness.report.findings import Finding, findings, place
+from harness.report.headline import headline, rule_of
 from harness.report.summary import Summary, describe_machine
-from harness.report.terminal import totals, verdict
+from harness.report.table import totals, verdict
 
 OPTION: Final = "--html"
 _DRAWN: Final = 500
@@ -100,9 +101,7 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _rule(finding: Finding) -> list[str]:
-    name = finding.first.rule
-    if finding.walk is not None and finding.first.field in ("outcome", "value"):
-        name = finding.walk.rule
+    name = rule_of(finding.first)
     found = RULES.get(name)
     return [found.id, found.reference, found.text] if found is not None else [name, "", ""]
 

@@ -13,7 +13,8 @@ from typing import Final
 
 from harness.lockstep.driver import Result
 from harness.report import output
-from harness.report.findings import findings, headline
+from harness.report.findings import findings
+from harness.report.headline import headline
 from harness.report.styled import MAX_WIDTH, harmless, plain
 from harness.report.summary import Summary, errata_of, is_new
 from harness.report.walks import draw

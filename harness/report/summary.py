@@ -13,7 +13,8 @@ from harness.lockstep.errata import Erratum, outdated
 from harness.lockstep.signature import Signature, of_loss
 from harness.lockstep.tally import Tally
 from harness.model.coverage import Cell
-from harness.report.findings import findings, kind
+from harness.report.findings import findings
+from harness.report.headline import kind
 from harness.scenario.ops import Scenario
 
 

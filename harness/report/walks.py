@@ -18,18 +18,28 @@ from harness.model.rules import RULES
 from harness.model.walk import GUEST, NESTED, Step, Walk
 from harness.report import words
 from harness.report.beside import Beside
-from harness.report.findings import Finding, headline, place, step_name
+from harness.report.findings import Finding, place
+from harness.report.headline import cited, headline, rule_of, step_name
 from harness.report.styled import BAD, DIM, HEAD, KNOWN, PLAIN, Cell, Line, Span, clamp, line, side_by_side, wrap
 from harness.scenario.ops import Scenario
 
 _MARGIN: Final = "  "
 _FIRST, _ALSO, _SINCE, _NONE = "> ", "! ", "~ ", "  "
 _MAX_LISTED: Final = 8
+_MAX_BRIEF: Final = 2
+_MAX_EVENTS: Final = 4
+"""What is listed where there is little room; events on either side of the one in question."""
 
 
-def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100) -> list[Line]:
-    """The whole finding, in `width` columns (80 to 120)."""
+def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100, height: int | None = None) -> list[Line]:
+    """The finding in `width` columns (80 to 120): the whole of it, or what fits `height` lines, which leaves out
+    nested walks in which nothing differs, and what the headline says already."""
     width = clamp(width)
+    lines = _whole(finding, scenario, width)
+    return lines if height is None or len(lines) <= height else _brief(finding, scenario, width)
+
+
+def _whole(finding: Finding, scenario: Scenario | None, width: int) -> list[Line]:
     lines = wrap(f"{finding.scenario}: {headline(finding, scenario)}", width, rest=_MARGIN, style=BAD)
     lines += wrap(place(finding, scenario), width, _MARGIN, style=DIM)
     for one in finding.divergences[:_MAX_LISTED]:
@@ -41,6 +51,24 @@ def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100) -
         lines += [line(""), *_Drawing(finding, width).lines()]
     if finding.first.events:
         lines += [line(""), *events(finding.first, width)]
+    return lines
+
+
+def _brief(finding: Finding, scenario: Scenario | None, width: int) -> list[Line]:
+    lines = wrap(f"{finding.scenario}: {headline(finding, scenario)}", width, rest=_MARGIN, style=BAD)
+    lines += wrap(place(finding, scenario), width, _MARGIN, style=DIM)
+    has_walk = finding.walk is not None and bool(finding.walk.trail) and _about_walk(finding)
+    told = [one for one in finding.divergences if not (has_walk and one.field == "outcome")]  # the drawing has that
+    for one in told[:_MAX_BRIEF]:
+        lines += _listed(one, width)
+    if len(told) > _MAX_BRIEF:
+        lines.append(line(f"{_MARGIN}and {len(told) - _MAX_BRIEF} more like it"))
+    if has_walk:
+        lines += [line(""), *_Drawing(finding, width).lines(folded=True)]
+    if finding.first.events:
+        at = next((n for n, text in enumerate(finding.first.events) if text.startswith(_FIRST)), 0)
+        around = finding.first.events[max(0, at - _MAX_EVENTS + 1) : at + _MAX_EVENTS]
+        lines += [line(""), *events(finding.first._replace(events=around), width)]
     return lines
 
 
@@ -95,9 +123,7 @@ def _listed(one: Divergence, width: int) -> list[Line]:
 
 def rule(one: Divergence, width: int) -> list[Line]:
     """The rule behind an expectation, with the manual's section."""
-    name = one.rule
-    if one.walk is not None and one.check == "C1" and one.field in ("outcome", "value"):
-        name = one.walk.rule  # the exit's own rule says nothing of a probe in the middle of a run
+    name = rule_of(one)
     found = RULES.get(name)
     label = f"{_MARGIN}rule "
     if one.check == "C3" and name.startswith(("guest.", "nested.")):
@@ -107,8 +133,7 @@ def rule(one: Divergence, width: int) -> list[Line]:
     reference = f" ({found.reference})" if found.reference else ""
     lines = wrap(f"{found.id}{reference}: {found.text}", width, label, f"{_MARGIN}     ")
     if one.field == "exitinfo1" and one.check == "C1":
-        section = "15.25.6" if name.startswith("nested.") else "8.4.2"
-        lines += wrap(f"the error code's bits: AMD APM vol. 2, {section}", width, f"{_MARGIN}     ")
+        lines += wrap(f"the error code's bits: AMD APM vol. 2, {cited(one)}", width, f"{_MARGIN}     ")
     return lines
 
 
@@ -129,32 +154,48 @@ class _Drawing:
         self.aligned = self.cell >= self.digits + 1 + _ALIGNED
         self.width = width
 
-    def lines(self) -> list[Line]:
-        """Headings, the steps, both outcomes, and what the marks mean."""
+    def lines(self, folded: bool = False) -> list[Line]:
+        """Headings, the steps, both outcomes, and what the marks mean. Folded, nested walks in which nothing differs
+        are counted, and nothing is explained."""
         heads = side_by_side((Span("model", HEAD),), (Span("what it does" if self.alone else "machine", HEAD),),
                              self.cell)[0]
         entry = f"{_MARGIN}{_NONE}{'entry':11} {'sPA':>{self.spa}}  "
         out: list[Line] = [(Span(entry, HEAD), *heads)]
-        group = ""
+        group, left_out = "", self._alike() if folded else []
         for index, step in enumerate(self.steps):
+            if index in left_out:
+                continue
             if step.dimension == NESTED and step.purpose != group:
                 group = step.purpose
                 out.append(line(f"{_MARGIN}{_NONE}{self.both.group(index)}", DIM))
             out += self._step(index, step)
-        return [*out, *self._outcomes(), *self._legend()]
+        if left_out:
+            said = f"and {len(left_out)} nested entries, of walks in which nothing differs"
+            out.append(line(f"{_MARGIN}{_NONE}{said}", DIM))
+        return [*out, *self._outcomes(), *([] if folded else self._legend())]
+
+    def _alike(self) -> list[int]:
+        """The steps of nested walks in which no entry is marked, and the walk does not end."""
+        marks = [self._mark(index) for index in range(len(self.steps))]
+        faulted = not isinstance(self.walk.outcome, Reached)
+        kept = {step.purpose for index, step in enumerate(self.steps)
+                if marks[index] != _NONE or (faulted and index == len(self.steps) - 1)}
+        return [index for index, step in enumerate(self.steps) if step.dimension == NESTED and step.purpose not in kept]
 
     # --- lines ------------------------------------------------------------------------------------
 
+    def _mark(self, index: int) -> str:
+        """What stands before a step: it is the first that differs, or another one, or was changed since, or none."""
+        model, machine = self.rows[index]
+        if index == self.mark.index:
+            return _FIRST
+        if machine is None or model == machine:
+            return _NONE
+        return _ALSO if self.both.wrong(index) is not None else _SINCE
+
     def _step(self, index: int, step: Step) -> list[Line]:
         model, machine = self.rows[index]
-        differs = machine is not None and model != machine and self.both.wrong(index) is not None
-        mark = _NONE
-        if index == self.mark.index:
-            mark = _FIRST
-        elif differs:
-            mark = _ALSO
-        elif machine is not None and model != machine:
-            mark = _SINCE
+        mark = self._mark(index)
         style = BAD if mark in (_FIRST, _ALSO) else PLAIN
         what = f"guest {step.level}" if step.dimension == GUEST else f"  {step.level}"
         name = f"{_MARGIN}{mark}{what:11} {step.address:>{self.spa}x}  "

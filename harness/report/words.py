@@ -170,7 +170,12 @@ def reached_instead(divergence: Divergence, probe: Probe | None) -> int | None:
     got = divergence.observed
     if probe is None or divergence.field != "value" or not isinstance(got, int):
         return None
+    return told_by(got, probe)
+
+
+def told_by(result: int, probe: Probe) -> int | None:
+    """The sPA that a read or fetch of data pages came to, by its result; None where that does not tell."""
     if probe.kind == "fetch":
-        return got * 8
-    spa = (got >> 8 & 0xFFFF_FFFF) * 8
-    return spa if probe.kind == "read" and tag(spa) == got else None
+        return result * 8
+    spa = (result >> 8 & 0xFFFF_FFFF) * 8
+    return spa if probe.kind == "read" and tag(spa) == result else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from harness.lockstep.compare import Divergence
-from harness.report.findings import findings, headline, kind
+from harness.report.findings import findings
+from harness.report.headline import headline, kind
 from harness.report.styled import BAD
 from harness.report.walks import draw
 from tests.report.cases import divergence
@@ -34,7 +35,7 @@ def wrong(field: str = "role.direct", rule: str = "context.nested") -> Divergenc
 def test_headlines(rule: str, sentence: str) -> None:
     (finding,) = findings([wrong(rule=rule)])
     assert headline(finding, None) == sentence
-    assert kind(finding) == f"{sentence} (rule {rule})"
+    assert kind(finding) == f"{sentence.removesuffix('.')} (rule {rule})"
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -11,7 +11,8 @@ from tests.model.tables import WRITE
 from tests.report.cases import SCENARIO, Case, divergence, entry, only, rows
 
 NARROW = """\
-nested-write[pte]: `write a+0x8` went through; it must end in #NPF.
+nested-write[pte]: The machine let L2 write sPA 0x654008: the nested pte for
+  the page itself has R/W=0; manual 15.25.7.
   op 1 (/somewhere/scenarios/walk/nested-write.toml:9), probe 1: write a+0x8 at
   CPL 3
   C1 outcome
@@ -50,7 +51,8 @@ nested-write[pte]: `write a+0x8` went through; it must end in #NPF.
 """
 
 WIDE = """\
-nested-write[pte]: `write a+0x8` went through; it must end in #NPF.
+nested-write[pte]: The machine let L2 write sPA 0x654008: the nested pte for the page itself has R/W=0;
+  manual 15.25.7.
   op 1 (/somewhere/scenarios/walk/nested-write.toml:9), probe 1: write a+0x8 at CPL 3
   C1 outcome
      expected #NPF 0x100000007 (P|W|U|FINAL) at gPA 0x81dd7e6008

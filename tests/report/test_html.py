@@ -74,7 +74,7 @@ def test_the_grid(summary: Summary) -> None:
     assert [row["guest"] is not None for row in grid["rows"]] == [True] * 4 + [False]
     cells = [cell for row in grid["rows"] for cell in [*row["nested"], row["guest"]] if cell]
     assert [cell["last"] for cell in cells].count(True) == 1 and grid["rows"][4]["nested"][3]["last"]
-    assert grid["rows"][4]["nested"][3]["first"] and grid["differs"] and "R/W is 0" in grid["why"]
+    assert grid["rows"][4]["nested"][3]["first"] and grid["differs"] and "R/W=0" in grid["why"]
 
 
 def test_an_entry_that_differs(summary: Summary) -> None:

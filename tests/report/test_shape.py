@@ -81,7 +81,7 @@ class TestShape:
         case.space.change(case.final["pte"], clear=RW)
         walk = case.walk(WRITE, 8)
         text = "\n".join(drawn(only(went_through(case, walk))))
-        assert "nested-write[pte]: `write a+0x8` went through; it must end in #NPF." in text
+        assert "nested-write[pte]: The machine let L2 write sPA 0x654008: the nested pte for the page" in text
         assert "probe 1: write a+0x8 at CPL 3" in text
         assert "rule nested.write (AMD APM vol. 2, 15.25.7): What L2 writes must have R/W=1" in text
         assert f"expected #NPF 0x100000007 (P|W|U|FINAL) at gPA {GPA + 8:#x}" in text

@@ -139,7 +139,7 @@ class TestFound:
             ("C1 value, rule exit.host", 2, "other"), ("C3 l1.cr4, rule exit.host", 1, NAME),
             ("lost QEMU exited with status ...", 1, "third"),
         ]
-        assert found[1].what == "#VMEXIT did not give L1 its CR4 back: VME is missing. (rule exit.host)"
+        assert found[1].what == "#VMEXIT did not give L1 its CR4 back: VME is missing (rule exit.host)"
 
     def test_strict_has_the_known_ones_too(self) -> None:
         assert not summary(results=[result(divergence(erratum="e1"))]).found

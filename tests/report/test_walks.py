@@ -18,7 +18,7 @@ class TestTheModelStops:
     @pytest.mark.parametrize("level", ["pml4e", "pdpte", "pde", "pte"])
     @pytest.mark.parametrize(
         ("access", "bit", "present", "why"),
-        [(READ, US, False, "U/S is 0"), (WRITE, RW, False, "R/W is 0"), (FETCH, NX, True, "NX is 1")],
+        [(READ, US, False, "U/S=0"), (WRITE, RW, False, "R/W=0"), (FETCH, NX, True, "NX=1")],
     )
     def test_nested_rights(self, level: str, access: Access, bit: int, present: bool, why: str) -> None:
         case = Case()
@@ -43,7 +43,7 @@ class TestTheModelStops:
         assert walk.rule == "guest.smep"
         assert "guest pte " in marked(only(went_through(case, walk)))
 
-    @pytest.mark.parametrize(("set_", "clear", "why"), [(0, P, "P is 0"), (1 << 51, 0, "a reserved bit is set")])
+    @pytest.mark.parametrize(("set_", "clear", "why"), [(0, P, "P=0"), (1 << 51, 0, "a reserved bit set")])
     def test_not_present_and_reserved(self, set_: int, clear: int, why: str) -> None:
         case = Case()
         case.space.change(case.final["pde"], set=set_, clear=clear)
@@ -151,7 +151,7 @@ class TestTheMachineStops:
         case = Case()
         case.space.change(case.guest["pte"], clear=RW)
         finding = self.stops(case, NestedPageFault(E.P | E.W | E.U | E.FINAL, GPA), WRITE)
-        assert "guest pte " in marked(finding) and "R/W is 0" in rows(finding)[-1]
+        assert "guest pte " in marked(finding) and "R/W=0" in rows(finding)[-1]
 
 
     def test_in_the_same_place_by_another_name(self) -> None:
