@@ -9,9 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from harness import bisect, bundling, explaining, fetching, fuzzing, matrix, observing, places, replay, usage
+from harness import (
+    bisect,
+    bundling,
+    campaigning,
+    explaining,
+    fetching,
+    fuzzing,
+    matrix,
+    observing,
+    places,
+    replay,
+    usage,
+)
 from harness.bundling import Setup
-from harness.errors import TwinwalkError
+from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
 from harness.options import LIBRARY, add_mode, add_target, add_volume, count, is_pipelined, local, screen, targeted
@@ -24,7 +36,7 @@ from harness.run import Outcome, run
 from harness.scenario import files, sweepfiles, writer
 from harness.scenario.sweep import Sweep
 from harness.selection import selected, selection
-from harness.sweeping import BUDGET, Plan, Record
+from harness.sweeping import BUDGET, WHOLE, Plan, Record, shard
 from harness.target import AUTO
 
 INTERRUPTED: Final = 130
@@ -73,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of cases (default: 0)")
     runner.add_argument("--record", type=Path, metavar="FILE",
                         help="go on behind the cases of earlier runs that FILE has, and add those of this one")
+    runner.add_argument("--shard", type=shard, default=WHOLE, metavar="K/N",
+                        help="the K-th of N parts: together they do what one run does, each of it once")
     runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     runner.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
     runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
@@ -100,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     matrix.add(commands)
     bisect.add(commands)
     observing.add(commands)
+    campaigning.add(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and what mends the rest")
     add_target(doctor)
     doctor.set_defaults(command=_doctor)
@@ -120,7 +135,7 @@ def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) ->
         return None
     target = " ".join([machine, options.qemu or "the QEMU in PATH", options.cpu, *options.qemu_arg])
     record = Record(options.record, target) if options.record else None
-    return Plan(sweeps, None if options.exhaustive else options.budget, options.seed, record)
+    return Plan(sweeps, None if options.exhaustive else options.budget, options.seed, record, options.shard)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -132,8 +147,10 @@ def _run(options: argparse.Namespace) -> int:
         junit.check(options.junit)
     if options.bundles:
         bundle.check_folder(options.bundles, "--bundles")
+    if options.record and options.shard != WHOLE:
+        raise UsageError("--record is of whole runs: give each --shard another --seed instead, and it has other cases")
     picked, target = selected(options.paths, options.expression), targeted(options).chosen()
-    scenarios, plan = picked.scenarios, _plan(options, target.label, picked.sweeps)
+    scenarios, plan = options.shard.of_all(picked.scenarios), _plan(options, target.label, picked.sweeps)
     pipelined = is_pipelined(options, target)
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)

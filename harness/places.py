@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
 _PACKAGE: Final = Path(__file__).resolve().parent
 _LAUNCHER: Final = _PACKAGE.parent / "twinwalk"
+_SOURCES: Final = (".py", ".c", ".h", ".S", ".ld", ".toml")
 
 
 def folder(name: str) -> Path:
@@ -23,6 +26,17 @@ def folder(name: str) -> Path:
 def command() -> str:
     """What one types: the launcher in a checkout, else the script that was installed."""
     return "./twinwalk" if _LAUNCHER.is_file() else "twinwalk"
+
+
+@lru_cache(maxsize=1)
+def edition() -> str:
+    """A digest of this twinwalk's code, guests and scenarios: where it is the same, so is all that is checked."""
+    out = blake2b(digest_size=8)
+    for name, root in (("harness", _PACKAGE), ("guests", folder("guests")), ("scenarios", folder("scenarios"))):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in _SOURCES and path.is_file():
+                out.update(f"{name}/{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return out.hexdigest()
 
 
 def again() -> str:

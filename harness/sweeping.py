@@ -3,7 +3,7 @@
 Every sweep has one fixed sequence of its cases for a seed (harness.scenario.cover); a budget is a prefix
 of it. Cases are run by the chunk, sorted by the world that they play in, since a machine does many of one
 world in one batch. A record file says after each chunk how far each sweep is, so that the next run goes on
-behind it; a run that is interrupted loses its last chunk and no more.
+behind it; a run that is interrupted loses its last chunk and no more. A shard has each so many of the cases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from harness.errors import UsageError
 from harness.lockstep.driver import Result
@@ -22,8 +22,10 @@ from harness.model.registers import Cpu
 from harness.scenario.cover import Coverage, sequence
 from harness.scenario.ops import Scenario
 from harness.scenario.program import world_key
+from harness.scenario.space import Case
 from harness.scenario.sweep import Sweep
 
+T = TypeVar("T")
 BUDGET: Final = 8_000
 """Cases of all sweeps together, where nobody says otherwise."""
 MAX_EXHAUSTIVE: Final = 10_000_000
@@ -45,6 +47,33 @@ def shares(budget: int, sizes: Sequence[int]) -> list[int]:
     more = [n for n, size in enumerate(sizes) if size > low]
     for n in more[: budget - sum(out)]:
         out[n] += 1
+    return out
+
+
+class Shard(NamedTuple):
+    """Part `number`, from 1, of `of` parts, in which all of a run is done once."""
+
+    number: int = 1
+    of: int = 1
+
+    def share(self, whole: int) -> int:
+        """How many of `whole` things are in this part, if it has each `of`-th."""
+        return (whole + self.of - self.number) // self.of
+
+    def of_all(self, things: Sequence[T]) -> list[T]:
+        """Those of `things` that are in this part."""
+        return list(things[self.number - 1 :: self.of])
+
+
+WHOLE: Final = Shard()
+
+
+def shard(text: str) -> Shard:
+    """An option's value: `3/8`. Raises ValueError."""
+    number, _, of = text.partition("/")
+    out = Shard(int(number), int(of))
+    if not 1 <= out.number <= out.of:
+        raise ValueError
     return out
 
 
@@ -114,14 +143,20 @@ def digest(sweep: Sweep) -> str:
 class _Progress:
     """One sweep on its way."""
 
-    def __init__(self, sweep: Sweep, seed: int, start: Place, budget: int) -> None:
-        self.sweep, self.seed, self.left, self.next = sweep, seed, budget, start
-        self.tally = Tally(sweep.name, sweep.space.size, start.done, min(budget, sweep.space.size - start.done))
+    def __init__(self, sweep: Sweep, seed: int, start: Place, budget: int, shard: Shard) -> None:
+        self.sweep, self.seed, self.next, self._shard = sweep, seed, start, shard
+        self.left = shard.share(budget)
+        if shard.of > 1 and budget == sweep.space.size:  # then each of its cases is done, however they are spread
+            self.left = sum(1 for _ in self._sequence())
+        self.tally = Tally(sweep.name, sweep.space.size, start.done, self.left)
         self.coverage = Coverage(sweep.space)
-        self._cases = sequence(sweep.space, seed, start.position, self.coverage)
+        self._cases = self._sequence(start.position, self.coverage)
         self._due: dict[str, Place] = {}
         self._skipped: set[int] = set()
         """Positions of cases that cannot be run on this CPU."""
+
+    def _sequence(self, start: int = 0, coverage: Coverage | None = None) -> Iterator[tuple[int, Case]]:
+        return sequence(self.sweep.space, self.seed, start + self._shard.number - 1, coverage, self._shard.of)
 
     def take(self, count: int) -> Iterator[Scenario]:
         """The next cases as scenarios."""
@@ -146,9 +181,9 @@ class _Progress:
     def close(self) -> None:
         """Fill in what was covered: what was skipped is not, nor, in a run that was cut short, all that was taken."""
         had, due = self.coverage, {place.position for place in self._due.values()} | self._skipped
-        if due:
+        if due or self._shard.of > 1:
             had = Coverage(self.sweep.space)
-            for position, case in sequence(self.sweep.space, self.seed):
+            for position, case in self._sequence():
                 if position >= self.next.position:
                     break
                 if position not in due:
@@ -159,11 +194,12 @@ class _Progress:
 
 
 class Plan:
-    """The part of a run that is sweeps: `budget` cases of them, None for all. Raises UsageError for more
-    than anybody can wait for."""
+    """The part of a run that is sweeps: `budget` cases of them, None for all, and of those one shard's. Raises
+    UsageError for more than anybody can wait for. A record is of whole runs, not of shards."""
 
     def __init__(
-        self, sweeps: Sequence[Sweep], budget: int | None, seed: int = 0, record: Record | None = None
+        self, sweeps: Sequence[Sweep], budget: int | None, seed: int = 0, record: Record | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
         starts = [record.place(sweep, seed) if record else _START for sweep in sweeps]
         sizes = [sweep.space.size - start.done for sweep, start in zip(sweeps, starts, strict=True)]
@@ -172,7 +208,7 @@ class Plan:
             budget = sum(sizes)
         self.seed, self._record, self._since = seed, record, 0
         self._sweeps = {
-            sweep.name: _Progress(sweep, seed, start, share)
+            sweep.name: _Progress(sweep, seed, start, share, shard)
             for sweep, start, share in zip(sweeps, starts, shares(budget, sizes), strict=True)
         }
         self.cases = sum(one.left for one in self._sweeps.values())

@@ -63,6 +63,10 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("linux", "the distribution's KVM as L1, and in it a Linux L2"),
         ("--kernel my-hypervisor.elf --seconds 60", "any image that QEMU's -kernel takes"),
     ),
+    "campaign": (
+        ("--scheduler tcp://head:8786 --budget 1000000 --journal fleet.journal", "a million cases, over its workers"),
+        ("--hosts amd-hosts --machine kvm --fuzz 0..999", "workers started over SSH; a thousand seeds of programs too"),
+    ),
     "doctor": (("", "everything"), ("--kernel build/", "with a kernel of your own")),
     "bench": (("--machine tcg --pairs 10000", "a short one"),),
     "completion": (("bash", "to be read by the shell: eval \"$(twinwalk completion bash)\""),),

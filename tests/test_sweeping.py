@@ -18,7 +18,7 @@ from harness.scenario.cover import sequence
 from harness.scenario.ops import Scenario
 from harness.scenario.program import world_key
 from harness.scenario.sweep import Sweep
-from harness.sweeping import Plan, Record, shares
+from harness.sweeping import Plan, Record, Shard, shares
 
 
 def small(name: str, probes: int = 4) -> Sweep:
@@ -72,6 +72,24 @@ def test_shares_are_fair(budget: int, sizes: list[int]) -> None:
     assert sum(out) == min(budget, sum(sizes)) and all(0 <= part <= size for part, size in zip(out, sizes, strict=True))
     cut = [part for part, size in zip(out, sizes, strict=True) if part < size]
     assert all(part <= min(cut) + 1 for part in out) if cut else True
+
+
+@pytest.mark.parametrize("of", [1, 2, 7, 30])
+def test_shards_have_each_case_once(of: int) -> None:
+    one, other = small("one"), small("other", 10)
+    plans = [Plan([one, other], None, shard=Shard(number, of)) for number in range(1, of + 1)]
+    done = [run(plan) for plan in plans]
+    assert sorted(name for part in done for name in part) == sorted(names(one, 80) + names(other, 200))
+    assert [len(part) for part in done] == [plan.cases for plan in plans]
+    assert max(map(len, done)) < 2 * 280 / of + 8
+
+
+def test_shards_share_a_budget() -> None:
+    plans = [Plan([small("one", 100)], 500, seed=4, shard=Shard(number, 3)) for number in (1, 2, 3)]
+    done = [run(plan) for plan in plans]
+    assert [len(part) for part in done] == [167, 167, 166]
+    assert len({name for part in done for name in part}) == 500
+    assert [plan.tallies[0].pairs for plan in plans] != [plans[0].tallies[0].pairs_total] * 3
 
 
 def test_a_budget_is_a_prefix() -> None:

@@ -14,7 +14,7 @@
                  cases of sweeps only where there is a new one; with check C4 also events, what KVM's kernel
                  said around it, the event in question marked `>`
     findings     what is new, by signature, the most frequent first; each: check (`lost` for lost machines), field,
-                 rule, count, scenario (the first one), bundle (the path of its bundle, or null)
+                 rule, count, scenario (the first one), what (in a sentence), bundle (the path of its bundle, or null)
     outdated     errata, by id, that are said to be of this version and did not show where they should have
     skipped      scenarios that cannot be run on this CPU, by name, with the reason
     lost         each: scenario, reason, argv, log, last_record
@@ -81,7 +81,7 @@ def document(summary: Summary) -> dict[str, Any]:
 
 def _found(one: Found) -> dict[str, Any]:
     return one.signature._asdict() | {
-        "count": one.count, "scenario": one.scenario, "bundle": one.bundle or None}
+        "count": one.count, "scenario": one.scenario, "what": one.what, "bundle": one.bundle or None}
 
 
 def _sweep(tally: Tally) -> dict[str, Any]:

@@ -6,7 +6,7 @@ array). Behind them follow all other cases in the order of a pseudo-random permu
 So a longer budget is a longer prefix of the same sequence.
 
     coverage   which pairs and triples some cases have between them
-    sequence   the cases in their order, from any position on
+    sequence   the cases in their order, from any position on, or each so many of them
 """
 
 from __future__ import annotations
@@ -63,19 +63,22 @@ class Coverage:
         self.triples_left -= triples // 3
 
 
-def sequence(space: Space, seed: int, start: int = 0, coverage: Coverage | None = None) -> Iterator[tuple[int, Case]]:
-    """All cases, each once, with positions that grow; from position `start` on. The same for the same
-    `space`, `seed` and `start`, whenever and wherever. `coverage`, made for `space`, has after each case
-    what it and all before it cover, those before `start` included."""
+def sequence(
+    space: Space, seed: int, start: int = 0, coverage: Coverage | None = None, step: int = 1
+) -> Iterator[tuple[int, Case]]:
+    """All cases, each once, with positions that grow; from position `start` on, and of those each `step`-th. The same
+    for the same arguments, whenever and wherever. `coverage`, made for `space`, has after each case what it and all
+    before it cover, those before `start` included; with a `step` it is of no use."""
     had = coverage if coverage is not None else Coverage(space)
     chosen: set[Case] = set()
     position = 0
     for case in _covering(had, Random(seed)):
         chosen.add(case)
-        if position >= start:
+        if position >= start and not (position - start) % step:
             yield position, case
         position += 1
-    for number in range(max(0, start - position), space.size):
+    first = start if position <= start else position + (start - position) % step
+    for number in range(first - position, space.size, step):
         case = space.at(_permuted(number, space.size, seed))
         if case not in chosen:
             yield position + number, case

@@ -66,6 +66,13 @@ def test_a_later_start_is_the_same_sequence(start: int) -> None:
     assert positions == sorted(set(positions))
 
 
+@pytest.mark.parametrize("start", [0, 2, 900])
+def test_each_third_case(start: int) -> None:
+    whole = list(islice(sequence(LARGE, 5), 4000))
+    thirds = [(position, case) for position, case in whole if position >= start and not (position - start) % 3]
+    assert thirds == list(islice(sequence(LARGE, 5, start, step=3), len(thirds)))
+
+
 def test_seeds_differ() -> None:
     def begin(seed: int) -> list[Case]:
         return [case for _, case in islice(sequence(LARGE, seed), 3000)]
