@@ -44,8 +44,8 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     ),
     "explain": (
         ("found/NAME.twin", "a bundle's finding: both walks, and the VMCB"),
-        ("memory.bin 0x7f0012345000 --vmcb 0x12000 --svg walk.svg", "an address of L2 in a dump, by its VMCB"),
-        ("dump.elf 0x7f0012345000 --cr3 0x1000 --ncr3 0x5000 --access write", "by CR3 and nCR3"),
+        ("memory.bin 0x3c5a9d7e6000 --vmcb 0x20000 --svg walk.svg", "an address of L2 in a dump, by its VMCB"),
+        ("dump.elf 0x3c5a9d7e6000 --cr3 0x3140002000 --ncr3 0x1000", "by CR3 and nCR3"),
     ),
     "fetch": (
         ("--list", "what there is"),

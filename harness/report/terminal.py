@@ -35,7 +35,7 @@ DRAWN: Final = 5
 NAMED: Final = 40
 """Further scenarios with new divergences that are named."""
 _REFRESH: Final = 8  # a second; the checker has better things to do
-_PAUSE: Final = 10.0  # seconds between plain lines, while nothing is found
+_PAUSE: Final = 20.0  # seconds between plain lines, while nothing is found
 _SWEEPS: Final = "sweeps"
 
 
@@ -106,6 +106,8 @@ class Watch:
         self._done = self._new = self._known = self._named = 0
         self._drawn: set[Signature] = set()
         self._begun = self._spoken = time.monotonic()
+        self._first: float | None = None
+        """When the first result came: what was before is a boot, and says nothing of the rate."""
         self._families = Families(self._scenarios, cases)
         self._progress: Progress | None = None
 
@@ -139,6 +141,7 @@ class Watch:
         if case is not None:
             self._scenarios[case.name] = case
         new = sum(is_new(d, self._strict) for d in result.divergences)
+        self._first = self._first or time.monotonic()
         self._done += 1
         self._new += new
         self._known += len(result.divergences) - new
@@ -179,14 +182,20 @@ class Watch:
     def _found(self) -> str:
         return f"{self._new:,} new, {self._known:,} known"
 
+    def _speed(self) -> float:
+        """Results a second."""
+        assert self._first is not None
+        return (self._done - 1) / max(0.001, time.monotonic() - self._first)
+
     def _rate(self) -> str:
-        return f"{self._done / max(0.001, time.monotonic() - self._begun):,.0f}/s"
+        return f"{self._speed():,.0f}/s"
 
     def _progress_line(self) -> str:
-        seconds = time.monotonic() - self._begun
         done = f"{self._done:,} of {self._total:,} scenarios" if self._total else f"{self._done:,} programs"
-        left = f", {seconds / self._done * (self._total - self._done):,.0f} s left" if self._total else ""
-        return f"{done}, divergences: {self._found()}, {self._rate()}, {seconds:,.0f} s{left}"
+        left = self._total - self._done
+        minutes = f", {left / self._speed() / 60:,.0f} min left" if left > 0 and self._speed() else ""
+        seconds = time.monotonic() - self._begun
+        return f"{done}, divergences: {self._found()}, {self._rate()}, {seconds:,.0f} s{minutes}"
 
 
 @dataclass

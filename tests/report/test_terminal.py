@@ -168,11 +168,11 @@ class TestWatch:
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         with Watch(self.scenarios(20), screen=Screen(log)) as watch:
             for n in range(20):
-                now[0] += 4
+                now[0] += 8
                 watch.result(result(scenario=f"s{n}"))
         lines = log.getvalue().splitlines()
         assert [one.split()[0] for one in lines[1:-1]] == ["3", "6", "9", "12", "15", "18", "others"]
-        assert lines[1] == "3 of 20 scenarios, divergences: 0 new, 0 known, 0/s, 12 s, 68 s left"
+        assert lines[1] == "3 of 20 scenarios, divergences: 0 new, 0 known, 0/s, 24 s, 2 min left"
 
     def test_a_finding_is_drawn(self, log: io.StringIO) -> None:
         with Watch([SCENARIO], screen=Screen(log)) as watch:
