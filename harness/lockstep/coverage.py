@@ -17,7 +17,8 @@ _MAX_SEEN: Final = 200_000
 _KINDS: Final = {
     events.INTERRUPT: "interrupt", events.NMI: "NMI", events.SOFTWARE: "software interrupt",
 }
-_RAISED: Final = {ExitCode.EXCEPTION + events.GP: "#GP", ExitCode.EXCEPTION + events.NP: "#NP"}
+_RAISED: Final = {ExitCode.EXCEPTION + vector: name for vector, name in (
+    (events.TS, "#TS"), (events.NP, "#NP"), (events.SS, "#SS"), (events.GP, "#GP"))}
 _VECTORS: Final = {events.PF: "#PF", events.GP: "#GP"}
 
 

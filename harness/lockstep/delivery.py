@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from harness.errors import UsageError
+from harness.lockstep.hazards import BUSY_TSS
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
     DOUBLE_FAULT_NOT_INTERCEPTED,
@@ -15,7 +16,7 @@ from harness.lockstep.quirks import (
     IST_NULL_SS,
     WINDOW_AS_INTERRUPT,
 )
-from harness.model import events
+from harness.model import events, legacy_events
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.events import Event, Habits
 from harness.model.intercepts import INTERCEPTS, asks
@@ -27,6 +28,7 @@ from harness.wire.layout import INTERRUPT_VECTOR
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
 
+_BUSY_TSS = 0xB
 _READ = Access(implicit=True)
 _WRITE = Access(write=True, implicit=True)
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
@@ -52,26 +54,27 @@ class Bus:
     def __init__(self, l2: L2, event: Event) -> None:
         self._l2, self._event = l2, event
 
-    def load(self, gva: int) -> int:
-        spa = self._reach(gva, _READ)
-        return self._l2.state.memory.words[spa >> 3]
+    def load(self, gva: int, width: int = 8) -> int:
+        return self._l2.state.memory.read(self._reach(gva, _READ, width), width)
 
-    def store(self, gva: int, value: int, free: int) -> None:
-        spa = self._reach(gva, _WRITE)
+    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
+        spa = self._reach(gva, _WRITE, width)
         state, out = self._l2.state, self._l2.out
-        state.changed(out, spa, state.memory.words[spa >> 3])
-        state.memory.words[spa >> 3] = value
+        word, shift = spa & ~7, 8 * (spa & 7)
+        before = state.memory.words[word >> 3]
+        state.changed(out, word, before)
+        state.memory.words[word >> 3] = before & ~((1 << 8 * width) - 1 << shift) | value << shift
         if free:
-            out.permitted[spa] = out.permitted.get(spa, 0) | free
+            out.permitted[word] = out.permitted.get(word, 0) | free << shift
 
     def raises(self, event: Event) -> NoReturn:
         _second(self._l2, self._event, event, 0, None, "exit.delivery")
 
-    def _reach(self, gva: int, access: Access) -> int:
+    def _reach(self, gva: int, access: Access, width: int) -> int:
         walk = self._l2.access(gva, access)
         match walk.outcome:
             case Reached(spa, _):
-                if gva & 7 or not self._l2.state.image.in_arena(spa):
+                if gva & width - 1 or not self._l2.state.image.in_arena(spa):
                     raise UsageError(f"a delivery reaches sPA {spa:#x} through gVA {gva:#x}: no page of L2's own")
                 return spa
             case NestedPageFault(code, gpa):
@@ -85,18 +88,24 @@ class Bus:
 def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> NoReturn:
     """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame where
     that is not RIP."""
-    if not l2.state.mode.long:
-        if not l2.state.mode.real:
-            events.legacy_gate(event, l2.state.vmcb, Bus(l2, event))
-        raise UsageError(f"vector {event.vector} is delivered outside of long mode, which is not modelled")
     l2.out.event = event
     l2.first = l2.first or event
-    undefined = events.deliver(event, l2.regs, l2.state.vmcb, Bus(l2, event), next_rip, _habits(l2, event))
-    l2.undefined |= dict.fromkeys(undefined, WHOLE)
+    mode, vmcb, bus = l2.state.mode, l2.state.vmcb, Bus(l2, event)
+    if mode.long:
+        undefined = events.deliver(event, l2.regs, vmcb, bus, next_rip, _habits(l2, event))
+        l2.undefined |= dict.fromkeys(undefined, WHOLE)
+    elif mode.real:
+        legacy_events.real(event, l2.regs, vmcb, bus, next_rip)
+    else:
+        if l2.regs.cpl and vmcb["tr.attrib"] & 0x1F == _BUSY_TSS:
+            l2.out.perils.add(BUSY_TSS)
+        legacy_events.protected(event, l2.regs, vmcb, bus, next_rip, _habits(l2, event))
     physical(l2)
-    landed = l2.access(l2.regs.rip, _FETCH[l2.regs.cpl])
+    landed = l2.access(l2.regs.rip + (0 if mode.long else vmcb["cs.base"]), _FETCH[l2.regs.cpl])
     if not isinstance(landed.outcome, Reached):
         l2.fault(landed)
+    if l2.regs.cpl:  # HLT is CPL 0's
+        l2.exception(Event.exception(events.GP))
     if not asks(l2.state.vmcb, "hlt"):
         raise UsageError("L1 must intercept HLT, by which L2's handlers end")
     raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)

@@ -98,6 +98,9 @@ class Hazard(NamedTuple):
 CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
 """L2 writes CR8 while a virtual interrupt is pending whose priority is not below V_TPR then."""
 
+BUSY_TSS: Final = "busy-tss"
+"""An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
+
 HAZARDS: Final = {
     "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits),
     "nested-root-outside": Hazard(
@@ -107,6 +110,7 @@ HAZARDS: Final = {
     "nmi-with-event": Hazard(_pending("nmi"), vmrun=_nmi_with_event),
     "nested-nx-at-table": Hazard(_any, walk=_nested_nx_at_table),
     "vmrun-unchecked": Hazard(_any, refused=True),
+    BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
 }
 

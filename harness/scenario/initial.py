@@ -18,6 +18,11 @@ _DATA_SELECTOR: Final = 0x30
 _DATA: Final = 0x12CA_9334_5678_BCDE
 """Base 1234_5678h, limit ABCD_EFFFh, attributes C93h: unlike any in the VMCB."""
 _GDT: Final = 0x200
+_FLAT_SELECTOR: Final = 0x38
+_FLAT: Final = 0x00CF_9300_0000_FFFF
+"""Of legacy mode: the stack segment for a change to CPL 0."""
+_CODES: Final = {"long": 0x00AF_9B00_0000_FFFF, "prot": 0x00CF_9B00_0000_FFFF, "real": 0}
+"""L2's code segment, by its code page."""
 _TSS: Final = 0x304
 """Offsets in the system page; so that RSP0, four bytes into the TSS, is aligned."""
 _DF: Final = 8
@@ -59,7 +64,7 @@ def vmcb_fields(maps: dict[str, int], mode: Mode, gva: dict[str, int], gcr3: int
         **_segment("gdtr", 0, 0, 0x7F, gva["gdt"] + _GDT),
         **_segment("ldtr", 0x0058, 0x082, 0x17, 0x0000_1234_8000_0000),
         **_segment("idtr", 0, 0, 0x1FF, gva["idt"]),
-        **_segment("tr", 0x0068, 0x08B, 0x67, gva["tss"] + _TSS),
+        **_segment("tr", 0x0068, 0x08B if mode.long else 0x089, 0x67, gva["tss"] + _TSS),
         "efer": mode.efer,
         "cr0": mode.cr0,
         "cr4": mode.cr4,
@@ -82,20 +87,29 @@ def vmcb_fields(maps: dict[str, int], mode: Mode, gva: dict[str, int], gcr3: int
     }
 
 
-def system_words(page: int, stack: int, double_fault_stack: int, vectors: int) -> dict[int, int]:
+def system_words(page: int, mode: Mode, stack: int, double_fault_stack: int, vectors: int) -> dict[int, int]:
     """L2's IDT, GDT and TSS at sPA `page`; the rest of it is stack. `vectors` is the gVA of the first
-    handler; each has four bytes (guests/l1/l2_long.S). Double faults have a stack of their own, by IST 1, in a page
-    of its own in gVA."""
-    words = {
-        page + _GDT + _CODE_SELECTOR: 0x00AF_9B00_0000_FFFF, page + _GDT + _DATA_SELECTOR: _DATA,
-        page + _TSS + 4: stack + _RSP0, page + _TSS + 0x24: double_fault_stack + _IST1,
-    }
-    for vector in range(32):
-        offset = vectors + 4 * vector
-        gate = offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48
-        words[page + 16 * vector] = gate | (1 << 32 if vector == _DF else 0)
-        words[page + 16 * vector + 8] = offset >> 32
+    handler; each has four bytes (guests/l1/l2.inc). In long mode double faults have a stack of their own, by IST 1, in
+    a page of its own in gVA. Of real mode's far pointers each leads to another place, where no code is."""
+    words = {page + _GDT + _CODE_SELECTOR: _CODES[mode.stub], page + _GDT + _DATA_SELECTOR: _DATA}
+    offsets = [vectors + 4 * vector for vector in range(32)]
+    if mode.long:
+        words |= {page + _TSS + 4: stack + _RSP0, page + _TSS + 0x24: double_fault_stack + _IST1}
+        for vector, offset in enumerate(offsets):
+            words[page + 16 * vector] = _gate(offset) | (1 << 32 if vector == _DF else 0)
+            words[page + 16 * vector + 8] = offset >> 32
+    elif mode.real:
+        far = [0x1000 + 0x11 * vector << 16 | 0x120 + 4 * vector for vector in range(32)]
+        words |= {page + 4 * vector: far[vector] | far[vector + 1] << 32 for vector in range(0, 32, 2)}
+    else:
+        words |= {page + _GDT + _FLAT_SELECTOR: _FLAT, page + _TSS + 4: stack + _RSP0 | _FLAT_SELECTOR << 32}
+        words |= {page + 8 * vector: _gate(offset) for vector, offset in enumerate(offsets)}
     return words
+
+
+def _gate(offset: int) -> int:
+    """An interrupt gate of CPL 0's to that place in L2's code segment; in long mode the lower half of one."""
+    return offset & 0xFFFF | _CODE_SELECTOR << 16 | 0x8E00 << 32 | (offset >> 16 & 0xFFFF) << 48
 
 
 def vmcb_page(vmcb: dict[str, int]) -> bytes:

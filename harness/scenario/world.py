@@ -214,7 +214,8 @@ def build(
     (spa if nested else gpa)[DEVICE] = local_apic.BASE
     maps = {"msrpm": system - 2 * PAGE, "iopm": system - 5 * PAGE}
     vmcb = vmcb_fields(maps, mode, gva, gpa[names[0]] if names else 0, nested.root if nested else None)
-    words = arena.words | system_words(system, gva["stack"], gva["tss"], aliases["code"] + stub.labels["vectors"])
+    words = arena.words | system_words(
+        system, mode, gva["stack"], gva["tss"], aliases["code"] + stub.labels["vectors"])
     code = aliases["code"], aliases["code3"]
     if mode.real:  # RIP is an offset in a segment that begins with the page, and L2 is told where that is
         code = 0, 0

@@ -52,6 +52,7 @@ def test_cr8_is_written_while_a_virtual_interrupt_is_pending(twin: Twin, compile
     ("nmi-with-event", "events/physical-injected[nmi,0x80000010]", "events/physical-injected[interrupt,0x80000010]"),
     ("nested-nx-at-table", "contexts/nested-kept-set[pte,nx,pt]", "contexts/nested-kept-set[pte,nx,a]"),
     ("vmrun-unchecked", "vmrun/asid", "first-light"),
+    ("busy-tss", "events/legacy-busy-tss[0x80000010]", "events/legacy-injected[32-bit,0x80000010,3]"),
 ])
 def test_of_old_versions(twin: Twin, compiler: Compiler, hazard: str, name: str, other: str) -> None:
     known = Hazards([(hazard, "e")])
@@ -91,7 +92,7 @@ def test_whatever_comes_to_it_is_suspected(twin: Twin, compiler: Compiler, hazar
     hazards = Hazards([(hazard, "e")])
     lost = 0
     for scenario in files.load([*(LIBRARY / name for name in ("regressions", "modes", "vmrun", "state")),
-                                *LIBRARY.glob("events/physical-*.toml")]):
+                                *LIBRARY.glob("events/physical-*.toml"), *LIBRARY.glob("events/legacy-*.toml")]):
         try:
             rehearse(twin, compiler.compile(scenario), hazards.see, enter=hazards.enter)
         except Peril:

@@ -30,11 +30,11 @@ class Bus:
         self.loads: list[int] = []
         self.stores: list[tuple[int, int, int]] = []
 
-    def load(self, gva: int) -> int:
+    def load(self, gva: int, width: int = 8) -> int:
         self.loads.append(gva)
         return self.words.get(gva, 0)
 
-    def store(self, gva: int, value: int, free: int) -> None:
+    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
         self.stores.append((gva, value, free))
 
     def raises(self, event: Event) -> NoReturn:
@@ -48,7 +48,8 @@ def gate(kind: int = 0xE, ist: int = 0, selector: int = 0x28, present: bool = Tr
 
 def world(vector: int, cpl: int = 0, code_dpl: int = 0, **parts: Any) -> tuple[Registers, Vmcb, Bus]:
     vmcb = Vmcb(Memory(0x2000), 0)
-    values = {"idtr.base": IDT, "idtr.limit": 0x1FF, "gdtr.base": GDT, "tr.base": TSS, "cs.selector": 0x10 | cpl,
+    values = {"idtr.base": IDT, "idtr.limit": 0x1FF, "gdtr.base": GDT, "gdtr.limit": 0x7F,
+              "tr.base": TSS, "tr.limit": 0x67, "tr.selector": 0x68, "cs.selector": 0x10 | cpl,
               "ss.selector": 0x18 | cpl, "rsp": STACK, "rip": 0x4000_1000, "cpl": cpl,
               "efer": EFER.LME | EFER.SVME, "cr0": CR0.PE | CR0.PG,
               "rflags": 0x2 | RFLAGS.IF | RFLAGS.TF | RFLAGS.AC | RFLAGS.CF}
@@ -180,6 +181,45 @@ def test_a_delivery_that_faults_itself(event: Event, parts: dict[str, Any], rais
     with pytest.raises(Faulted) as fault:
         deliver(event, regs, vmcb, bus)
     assert fault.value.event == raised and not bus.stores and before == (regs.rip, regs.rsp, regs.cpl)
+
+
+@pytest.mark.parametrize(("selector", "descriptor", "cpl", "raised"), [
+    (0, 0, 0, (13, 0)), (3, 0, 0, (13, 0)), (0x80, 0, 0, (13, 0x80)),  # null; beyond the limit
+    (0x70, 0x00AF_9300_0000_FFFF, 0, (13, 0x70)), (0x73, 0x00AF_8B00_0000_FFFF, 0, (13, 0x70)),  # data; no segment
+    (0x70, 0x00AF_FB00_0000_FFFF, 0, (13, 0x70)), (0x70, 0x00AF_FF00_0000_FFFF, 0, (13, 0x70)),  # of a higher DPL
+    (0x70, 0x00AF_1B00_0000_FFFF, 0, (11, 0x70)),
+    (0x70, 0x00CF_9B00_0000_FFFF, 0, (13, 0x70)), (0x70, 0x00EF_9B00_0000_FFFF, 0, (13, 0x70)),  # not of 64 bits
+])
+def test_the_handlers_segment(selector: int, descriptor: int, cpl: int, raised: tuple[int, int]) -> None:
+    """8.9.1, 8.4: what a gate's selector must lead to."""
+    regs, vmcb, bus = world(2, cpl=cpl, selector=selector)
+    bus.words[GDT + 0x70] = descriptor
+    with pytest.raises(Faulted) as fault:
+        deliver(Event(2, NMI), regs, vmcb, bus)
+    assert fault.value.event == Event.exception(raised[0], raised[1] | 1) and not bus.stores
+
+
+def test_a_conforming_segment_leaves_the_cpl() -> None:
+    regs, vmcb, bus = world(2, cpl=3)
+    bus.words[GDT + 0x28] = 0x00AF_9F00_0000_FFFF
+    deliver(Event(2, NMI), regs, vmcb, bus)
+    assert (regs.cpl, vmcb["cs.selector"], bus.stores[0][0]) == (3, 0x2B, (STACK & ~0xF) - 8)
+
+
+@pytest.mark.parametrize(("parts", "limit", "faults"), [
+    ({"cpl": 3}, 0xB, False), ({"cpl": 3}, 0xA, True), ({}, 0, False),
+    ({"ist": 3}, 0x3B, False), ({"ist": 3}, 0x3A, True),
+])
+def test_a_short_tss(parts: dict[str, Any], limit: int, faults: bool) -> None:
+    """12.2.5: RSP0 is at 4, the IST's stacks from 24h on; #TS has TR's selector."""
+    regs, vmcb, bus = world(2, **parts)
+    vmcb["tr.limit"] = limit
+    if not faults:
+        deliver(Event(2, NMI), regs, vmcb, bus)
+        return
+    with pytest.raises(Faulted) as fault:
+        deliver(Event(2, NMI), regs, vmcb, bus)
+    assert fault.value.event == Event.exception(10, 0x69)
 
 
 @pytest.mark.parametrize("event", [Event(14, EXCEPTION, 4), Event(0x20, INTERRUPT), Event(2, NMI), Event(6)])

@@ -410,6 +410,39 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "IST ignored": Mutant("model.events", "    if ist:", "    if False:", ("events/double-fault-limit",), "C1", ""),
     "the frame of INT n has its own RIP": Mutant(
         "model.events", "regs.rip if next_rip is None else next_rip", "regs.rip", ("intercepts/exceptions",), "C1", ""),
+    # deliveries outside of long mode, and the segments that they lead to
+    "any gate": Mutant("model.legacy_events", "kind not in _GATES", "False", ("events/legacy-gates",), "C1", ""),
+    "all gates of 32 bits": Mutant(
+        "model.legacy_events", "4 if kind & 8 else 2", "4", ("events/legacy-gates-16-bit",), "C1", ""),
+    "trap gates clear IF": Mutant(
+        "model.legacy_events", "0 if kind & 1 else", "0 if False else", ("events/legacy-gates",), "C3", "rflags"),
+    "no DPL check in legacy mode": Mutant(
+        "model.legacy_events", "checked and gate >> 45 & 3 < regs.cpl", "False", ("events/legacy-software-dpl",), "C1",
+        ""),
+    "stacks of 32 bits only": Mutant(
+        "model.legacy_events", "return _WHOLE if self.segment", "return _WHOLE if True or self.segment",
+        ("events/legacy-stack-16-bit",), "C1", ""),
+    "any stack segment": Mutant(
+        "model.legacy_events", "if not writable or descriptor >> 45 & 3 != cpl:", "if False:",
+        ("events/legacy-stack-selector",), "C1", ""),
+    "the TSS has no end": Mutant(
+        "model.legacy_events", 'if at + 7 > vmcb["tr.limit"]:', "if False:", ("events/legacy-tss-limit",), "C1", ""),
+    "RSP0 has no end": Mutant(
+        "model.events", 'if at + 7 > vmcb["tr.limit"]:', "if False:", ("events/tss-limit",), "C1", ""),
+    "error codes in real mode": Mutant(
+        "model.legacy_events", "(rip, 0)])", "(rip, 0), *([] if event.error is None else [(event.error, 0)])])",
+        ("events/real-injected",), "C1", ""),
+    "real mode keeps AC": Mutant(
+        "model.legacy_events", "RFLAGS.IF | RFLAGS.AC", "RFLAGS.IF", ("events/real-injected",), "C3", "rflags"),
+    "conforming code changes the CPL": Mutant(
+        "model.events", "return cpl if descriptor >> 42 & 1 else", "return",
+        ("events/code-segment", "events/legacy-code-segment"), "C1", ""),
+    "any code segment": Mutant(
+        "model.events", "if not is_code or descriptor >> 45 & 3 > cpl:", "if False:",
+        ("events/code-segment", "events/legacy-code-segment"), "C1", ""),
+    "code that is not there": Mutant(
+        "model.events", "if not descriptor >> 47 & 1:", "if False:",
+        ("events/code-segment", "events/legacy-code-segment"), "C1", ""),
     # several VMCBs, and L1's second processor
     "one VMCB for all": Mutant(
         "lockstep.twin", "if step.a != self.vmcb.address:", "if False:", ("state/two-vmcbs",), "C3", ""),
