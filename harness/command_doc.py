@@ -62,6 +62,8 @@ def _names(action: argparse.Action) -> str:
     value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
     if not action.option_strings:
         return f"`{value or action.dest}`"
+    if action.nargs == "?":
+        value = f"[{value}]"
     names = ", ".join(f"`{name}{f' {value}' if value else ''}`" for name in action.option_strings)
     return names.replace("|", "\\|")
 

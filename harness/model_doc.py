@@ -133,6 +133,7 @@ _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "Memory types": ("type.",),
     "What a flush takes away": ("tlb.",),
     "MMU contexts": ("context.",),
+    "The tables that KVM builds": ("shadow.",),
     "The harness itself": ("lockstep",),
 }
 

@@ -37,14 +37,18 @@ def add_target(parser: argparse.ArgumentParser) -> None:
                       help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
     host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
                       help="the pages that back L1's memory in L0 (default: 2m)")
+    host.add_argument("--audit", nargs="?", type=_one_in, const=1, default=0, metavar="N",
+                      help="justify every entry of the tables that KVM runs L1 and L2 with, at every switch, or at one "
+                           "in N; L1 then waits for the checker at every record")
 
 
 def targeted(options: argparse.Namespace) -> Target:
     """The target that `add_target`'s options ask for. Raises UsageError for such as do not go together."""
-    host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages)
+    host = kvm_on_tcg.Options(options.kernel, options.modules, tuple(options.kvm_param), options.l1_pages,
+                              options.audit)
     address, kind = place(options.machine)
     if kind in ("kvm", "tcg") and host != kvm_on_tcg.DEFAULT:
-        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
+        raise UsageError("--kernel, --modules, --kvm-param, --l1-pages and --audit are for --machine kvm-on-tcg")
     return Target(kind, options.qemu, options.cpu, tuple(options.qemu_arg), host, say, address)
 
 
@@ -103,8 +107,21 @@ def screen(options: argparse.Namespace) -> Screen:
 
 
 def is_pipelined(options: argparse.Namespace, target: Target) -> bool:
-    """Whether the checker follows behind L1: as `add_mode`'s options say, or as is best for the `target`."""
+    """Whether the checker follows behind L1: as `add_mode`'s options say, or as is best for the `target`. Raises
+    UsageError for an audit that L1 would run away from."""
+    if target.l0.audit:
+        if options.pipelined:
+            raise UsageError("--audit is for an L1 that waits for the checker: leave out --pipelined")
+        return False
     return target.machine != "tcg" if options.pipelined is None else bool(options.pipelined)
+
+
+def _one_in(text: str) -> int:
+    """The value of --audit."""
+    try:
+        return positive(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: where a path follows, write --audit=1") from None
 
 
 def count(text: str) -> int:

@@ -135,13 +135,16 @@ def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:
     cpu = options.cpu or _one(path, theirs, "cpu", str, lambda v: _MODEL.fullmatch(v))
     pages = options.l1_pages or "2m"
     parameters = tuple(options.kvm_param)
+    audit = options.audit or int(bundle.about.check == "C5")
     if machine == "kvm-on-tcg":
         pages = options.l1_pages or _one(path, theirs, "l1_pages", str, lambda v: v in ("2m", "4k"))
         parameters = parameters or tuple(_one(path, theirs, "kvm_parameters", list, lambda v: all(
             isinstance(one, str) and _PARAMETER.fullmatch(one) for one in v)))
-    elif options.kernel or options.modules or parameters or options.l1_pages:
-        raise UsageError("--kernel, --modules, --kvm-param and --l1-pages are for --machine kvm-on-tcg")
-    host = kvm_on_tcg.Options(options.kernel, options.modules, parameters, pages)
+    elif options.kernel or options.modules or parameters or options.l1_pages or options.audit:
+        raise UsageError("--kernel, --modules, --kvm-param, --l1-pages and --audit are for --machine kvm-on-tcg")
+    elif audit:
+        raise UsageError(f"{path}: its finding is in tables that only --machine kvm-on-tcg shows")
+    host = kvm_on_tcg.Options(options.kernel, options.modules, parameters, pages, audit)
     return Target(machine, options.qemu, cpu, tuple(options.qemu_arg), host, say, address)
 
 

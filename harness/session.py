@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from harness.errors import LaunchFailed, MachineLost, UsageError
 from harness.lockstep import exits
+from harness.lockstep.audit import Audit
 from harness.lockstep.compare import AT_THE_END, Context, Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
@@ -152,8 +153,10 @@ class Session:
         if any(one.quirk == NESTED_FORMAT_BY_L2 for one in known):
             twin.kept = KeptFormat(machine.cpu)
         watching = self._keep or twin.kept is not None
-        lockstep = Lockstep(machine, machine.channel, twin, not self._pipelined, known, self.coverage,
-                            _contexts(machine), partial(self._witness, twin) if watching else None)
+        audit = _audit(machine, self._target.l0.audit)
+        lockstep = Lockstep(machine, machine.channel, twin, audit is not None or not self._pipelined, known,
+                            self.coverage, _contexts(machine), partial(self._witness, twin) if watching else None,
+                            audit)
         hazards = Hazards((one.hazard, one.id) for one in known if one.hazard and self._careful)
         self._running = _Running(machine, lockstep, Compiler(machine.image, machine.cpu), twin, hazards)
         return self._running
@@ -178,6 +181,11 @@ def _was_refused(record: Record) -> bool:
 
 def _contexts(machine: L1Machine) -> Contexts | None:
     return Contexts(machine.trace, machine.image.ram_end, machine.lost) if machine.trace is not None else None
+
+
+def _audit(machine: L1Machine, every: int) -> Audit | None:
+    """One that L1 must not run away from: strict."""
+    return Audit(machine.kvm, machine.memory, machine.cpu, every, machine.lost) if machine.kvm is not None else None
 
 
 class _Queue:

@@ -76,4 +76,5 @@ class Target:
         if self.machine == "kvm-on-tcg":
             options += [("--kernel", self.l0.kernel), ("--modules", self.l0.modules), ("--l1-pages", self.l0.pages)]
             options += [("--kvm-param", parameter) for parameter in self.l0.parameters]
+            options += [("--audit", self.l0.audit or None)]
         return [f"{option}={value}" for option, value in options if value is not None]

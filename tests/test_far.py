@@ -53,13 +53,14 @@ class TestPlain:
         assert decode(Result, through_json(Result("a", divergences=[one]))) == Result("a", divergences=[one])
 
     @pytest.mark.parametrize("value", [
-        None, 1, "Result", [], ["Result"], ["Scenario", "a"], ["Result", 1, 0, 0, 0, [], None, "", "", 0, 0, 0, 0],
-        ["Result", "a", True, 0, 0, [], None, "", "", 0, 0, 0, 0],
-        ["Result", "a", 0, 0, 0, [["Popen", "sh"]], None, "", "", 0, 0, 0, 0],
-        ["Result", "a", 0, 0, 0, {}, None, "", "", 0, 0, 0, 0],
+        None, 1, "Result", [], ["Result"], ["Scenario", "a"],
+        ["Result", 1, 0, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0],
+        ["Result", "a", True, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0],
+        ["Result", "a", 0, 0, 0, [["Popen", "sh"]], None, "", "", 0, 0, 0, 0, 0, 0],
+        ["Result", "a", 0, 0, 0, {}, None, "", "", 0, 0, 0, 0, 0, 0],
     ], ids=str)
     def test_anything_else(self, value: Any) -> None:
-        assert len(through_json(Result("a"))) == 13, "the values of this test are of another shape"
+        assert len(through_json(Result("a"))) == 15, "the values of this test are of another shape"
         with pytest.raises(ValueError, match="no Result"):
             decode(Result, value)
 

@@ -70,6 +70,14 @@ class TestTarget:
         with pytest.raises(UsageError, match="are for --machine kvm-on-tcg"):
             targeted(options("--kernel", "k"), of(machine="tcg", cpu="max"), Path("x"))
 
+    def test_a_finding_in_kvms_tables_is_audited(self) -> None:
+        found = replace(BUNDLE, about=replace(ABOUT, check="C5", target={
+            "machine": "kvm-on-tcg", "cpu": "max", "kvm_parameters": [], "l1_pages": "2m"}))
+        assert targeted(options(), found, Path("x")).l0.audit == 1
+        assert targeted(options("--audit=4"), found, Path("x")).l0.audit == 4
+        with pytest.raises(UsageError, match="only --machine kvm-on-tcg"):
+            targeted(options("--machine", "tcg"), found, Path("x"))
+
     @pytest.mark.parametrize(
         "bad",
         [

@@ -11,6 +11,7 @@
     rehearse  a program on the model alone, before a machine sees it
     compare   the checks C1 to C3: a record against the twin's prediction
     contexts  the check C4: the MMU context of the hypervisor under L1, by its kernel's trace
+    audit     the check C5: every entry of the tables that it runs guests with
     errata    divergences that are known
     coverage  what was put to the test: the model's cells, as predictions are checked
     driver    feeds programs to a machine, and its records to the checks

@@ -57,7 +57,7 @@ class Divergence(NamedTuple):
     """The memory type of each step of `walk`, and behind them that of the page: see harness.model.memory_type."""
     erratum: str | None = None
     events: tuple[str, ...] = ()
-    """C4: what the kernel under L1 said around it, the event in question marked `>`."""
+    """C4: what the kernel under L1 said around it; C5: the entries of all tables; the one in question marked `>`."""
 
     def explained_by(self, erratum: str) -> Divergence:
         return self._replace(erratum=erratum)

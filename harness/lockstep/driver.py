@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
+from harness.lockstep.audit import Audit
 from harness.lockstep.blame import Blame
 from harness.lockstep.compare import Context, Divergence, check_enter, check_exit, check_sync, same
 from harness.lockstep.contexts import Contexts
@@ -31,7 +32,6 @@ MAX_DIVERGENCES = 200
 
 _HELD = 64
 """Results that may wait for the trace of their contexts, which comes milliseconds behind the records."""
-
 
 _View = tuple[tuple[int, ...], tuple[str, ...]]
 """The entries of a walk as a machine left them, and the memory types of its references."""
@@ -79,6 +79,9 @@ class Result:
     """Probes for which the manual permits more than one outcome, since a TLB may hold an old translation."""
     stale_seen: int = 0
     """Those of them in which the machine took an old one."""
+    shadow_audits: int = 0
+    """Switches at which the tables of the KVM under L1 were audited, and leaves of these that were."""
+    shadow_leaves: int = 0
 
 
 class Lockstep:
@@ -86,15 +89,16 @@ class Lockstep:
     checked, and live memory is compared too; pipelined: it waits only where the ring is full.
     `errata` are those that hold for this machine: they name what is found, and hide nothing. `coverage`, if
     given, collects what was checked. With `contexts` the MMU contexts of the hypervisor under L1 are checked
-    too (C4). `witness` is shown every record of a VMRUN, as long as it is there."""
+    too (C4). `witness` is shown every record of a VMRUN, as long as it is there, and so is `audit` (C5)."""
 
     def __init__(
         self, machine: Machine, channel: Channel, twin: Twin, strict: bool, errata: Sequence[Erratum] = (),
         coverage: Coverage | None = None, contexts: Contexts | None = None, witness: Witness | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self._machine = machine
         self._contexts = contexts
-        self._witness = witness
+        self._witness, self._audit = witness, audit
         self._enter = b"", b""
         self._errata = Known(errata)
         self._blame = Blame(twin, self._errata, quirks_of(errata), self._exit)
@@ -146,7 +150,7 @@ class Lockstep:
         due = self._contexts.due if self._contexts is not None else None
         while held and held[0] is not due:
             result = held.popleft()
-            result.divergences = [explain([one], self._errata)[0] if one.check == "C4" else one
+            result.divergences = [explain([one], self._errata)[0] if one.check in ("C4", "C5") else one
                                   for one in result.divergences]
             yield result
 
@@ -168,6 +172,8 @@ class Lockstep:
         """C4 goes by the records alone, also where the model of L2 cannot follow."""
         if self._witness is not None:
             self._witness(context, record)
+        if self._audit is not None:
+            self._audit.saw(result, context, record)
         if self._contexts is not None:
             if record.kind == RECORDS["ENTER"]:
                 self._enter = record.control, record.save

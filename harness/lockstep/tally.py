@@ -29,6 +29,8 @@ class Tally:
     trace_events: int = 0
     stale_permitted: int = 0
     stale_seen: int = 0
+    shadow_audits: int = 0
+    shadow_leaves: int = 0
     divergences_new: int = 0
     skipped: int = 0
     """Cases that cannot be run on this CPU."""
@@ -49,6 +51,8 @@ class Tally:
         self.trace_events += result.trace_events
         self.stale_permitted += result.stale_permitted
         self.stale_seen += result.stale_seen
+        self.shadow_audits += result.shadow_audits
+        self.shadow_leaves += result.shadow_leaves
         new = [one for one in result.divergences if strict or one.erratum is None]
         self.divergences_new += len(new)
         if new or result.lost or result.senseless:

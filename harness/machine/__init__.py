@@ -10,6 +10,7 @@
     cpio        writing an initramfs
     initramfs   what L0's root holds
     l0          L0: booted, told what to do
+    l0_kvm      L0's KVM as it lies in L0's memory
     pieces      memory that lies in pieces, seen as one
     btf         where the members of L0's structures are
     ring        L0's trace ring in its binary form

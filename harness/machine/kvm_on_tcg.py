@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,11 @@ from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests, here, initramfs, kernel, l0, pieces, qemu, versions
+from harness.machine.l0_kvm import L0Kvm
 from harness.machine.l1 import Identity, L1Machine, Layer
-from harness.machine.trace import Trace, Unobservable
+from harness.machine.trace import Trace, Unobservable, capability
 from harness.model.liberties import Liberties
+from harness.model.memory import Memory
 from harness.wire.image import PAGE, Image
 
 LIBERTIES: Final = Liberties()
@@ -36,12 +40,14 @@ _LOOK: Final = 0.5
 @dataclass(frozen=True)
 class Options:
     """What the machine is made of: L0's kernel and its modules (None: the distribution's), parameters of kvm and
-    kvm_amd such as `npt=0`, and the size of the pages that back L1's memory: `2m` or `4k`."""
+    kvm_amd such as `npt=0`, and the size of the pages that back L1's memory: `2m` or `4k`. `audit`: at one in how many
+    switches the tables that KVM runs guests with are audited, 0 for never."""
 
     kernel: Path | None = None
     modules: Path | None = None
     parameters: tuple[str, ...] = ()
     pages: str = "2m"
+    audit: int = 0
 
 
 DEFAULT: Final = Options()
@@ -135,6 +141,8 @@ def start(
         machine.trace = trace
         try:
             machine.boot()
+            if options.audit:
+                machine.kvm = _inside(host)
             yield machine
         finally:
             machine.close()
@@ -174,6 +182,20 @@ def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:
         return Trace(_Files(host), host.traces[0], host.lost), replace(identity, contexts="observed")
     except Unobservable as reason:
         return None, replace(identity, contexts=f"not observed: {reason}")
+
+
+def _inside(host: l0.L0) -> L0Kvm:
+    """L0's KVM, to be audited. Raises LaunchFailed for a kernel whose KVM cannot be read, with the reason."""
+    bits = re.search(rb"^address sizes\s*: (\d+) bits physical", host.run("cat /proc/cpuinfo"), re.MULTILINE)
+    try:
+        can = capability(_Files(host))
+        if not can.tdp_usable:
+            raise Unobservable("with npt=0 what it builds are shadows of the guests' own tables")
+        return L0Kvm(host, Memory.over(memoryview(mmap.mmap(host.process.memory_fd, l0.MEMORY))),
+                     int(bits[1]) if bits else 52, can.root_level)
+    except Unobservable as reason:
+        raise LaunchFailed(f"--audit: this kernel's KVM cannot be audited: {reason}; leave out --audit, or take "
+                           "another kernel (--kernel)") from None
 
 
 def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list[tuple[int, int]]]:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from harness.errors import LaunchFailed, MachineLost
 from harness.machine import guests
+from harness.machine.l0_kvm import L0Kvm
 from harness.machine.trace import Trace
 from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
@@ -63,6 +64,8 @@ class L1Machine:
         self.identity = identity
         self.liberties = liberties
         self.trace: Trace | None = None
+        self.kvm: L0Kvm | None = None
+        """The KVM under L1 as it lies in memory, where that is to be audited."""
         self.cpu = Cpu()
 
     def greet(self, hello: Mapping[str, int]) -> None:

@@ -15,6 +15,9 @@ AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
     tlb        in which ways an access may be translated other than by the tables as they are
     tlb_events  what happens that matters to it
     liberties  what the manual leaves to the machine
+    ranges     L1's nested table, walked by ranges
+    backing    what lies under L1's memory in L0
+    shadow     whether the tables that KVM built are justified
     rules      every rule by its id, with the manual's section
     coverage   the cases of rules that a walk is one of
     universe   all the cases that there are

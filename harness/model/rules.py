@@ -269,12 +269,38 @@ _CONTEXT: Final = (
          "A #VMEXIT that L1 sees switches back to the MMU context that L1 had before VMRUN.", _OF_KVM),
 )
 
+_BY_LEAVES: Final = (("", "KVM's, not the manual's: counted by leaves (shadow.md)"),)
+
+_SHADOW: Final = (
+    Rule("shadow.frame", "",
+         "A leaf of a shadow maps the memory that L1's nested table names for that gPA, where L0's slots and page map "
+         "have it, and there is none where L1's table maps nothing.", _BY_LEAVES),
+    Rule("shadow.rights", "",
+         "A leaf of a shadow grants no right that L1's entries, L0's slot and L0's page map do not all grant.",
+         _BY_LEAVES),
+    Rule("shadow.ad", "",
+         "While A is clear in one of L1's entries a shadow has no leaf for it, and while D is clear in the last one "
+         "none that can be written through, since nothing would set the bit.", _BY_LEAVES),
+    Rule("shadow.stale", "",
+         "What L1's table no longer permits is gone from a shadow at the next VMRUN, and at once from a table that the "
+         "hypervisor holds to be in step.", _BY_LEAVES),
+    Rule("shadow.table", "",
+         "A table of a shadow is the one that the hypervisor keeps for L1's table, or for that part of L1's large "
+         "page.", _BY_LEAVES),
+    Rule("shadow.tracked", "",
+         "L1's nested table cannot be written through any leaf while the hypervisor relies on being told of each "
+         "write.", _BY_LEAVES),
+    Rule("shadow.direct", "",
+         "The direct map that L1 runs on, or L2 without nested paging, has L1's memory slots, each page where L0 has "
+         "it, and nothing else.", _BY_LEAVES),
+)
+
 _LOCKSTEP: Final = (
     Rule("lockstep", "",
          "L1 did not do what its program says: this is about the probe hypervisor or its memory, not about VMRUN."),
 )
 
-_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_TLB, *_OBSERVED, *_CONTEXT, *_LOCKSTEP)
+_ALL: Final = (*_WALK, *_MEMORY, *_EXIT, *_VMRUN, *_COMPUTED, *_TLB, *_OBSERVED, *_CONTEXT, *_SHADOW, *_LOCKSTEP)
 
 RULES: Final[dict[str, Rule]] = {rule.id: rule for rule in _ALL}
 """Every rule by its id."""

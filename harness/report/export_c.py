@@ -74,7 +74,7 @@ def export(bundle: Bundle, compiler: Compiler, twin: Twin) -> tuple[str, str, bo
     about = bundle.about
     if bundle.before or about.kind.startswith("depends"):
         raise _cannot("it depends on what ran before it")
-    if about.check == "C4":
+    if about.check in ("C4", "C5"):
         raise _cannot("what a hypervisor under L1 does inside is not seen by L1")
     program = compiler.compile(bundle.scenario)
     world = program.world

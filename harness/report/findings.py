@@ -19,7 +19,7 @@ from harness.scenario.ops import Scenario
 @dataclass(frozen=True)
 class Finding:
     """What one probe, or one VMRUN where `probe` is -1, came to: at least one divergence. MMU contexts (C4) are
-    a finding of their own.
+    a finding of their own, and so are KVM's tables (C5).
 
     `entries` has every divergence of the same op that is about a table entry, by its sPA: a walk may go
     through an entry that an earlier probe is to blame for.
@@ -80,10 +80,10 @@ class Finding:
 def findings(divergences: Iterable[Divergence]) -> list[Finding]:
     """Divergences of one scenario, those of one probe together, in the order of their first ones. In each,
     what became of the probe comes before what is in its tables, and that before registers."""
-    groups: dict[tuple[int, int, bool], list[Divergence]] = {}
+    groups: dict[tuple[int, int, str], list[Divergence]] = {}
     entries: dict[int, dict[int, Divergence]] = {}
     for one in divergences:
-        groups.setdefault((one.op, one.probe, one.check == "C4"), []).append(one)
+        groups.setdefault((one.op, one.probe, one.check if one.check in ("C4", "C5") else ""), []).append(one)
         address = words.entry_address(one.field)
         if address is not None:
             entries.setdefault(one.op, {}).setdefault(address, one)

@@ -64,6 +64,8 @@ def _sentence(finding: Finding, scenario: Scenario | None) -> str:
     address = words.entry_address(one.field)
     if one.check == "C4":
         return _context(one)
+    if one.check == "C5":
+        return f"KVM's {one.field} is not justified: it has {one.observed} where there must be {one.expected}."
     if one.field == "outcome":
         return _outcome(finding, who, probe)
     if address is not None:

@@ -4,7 +4,8 @@
     totals       scenarios, sweeps, sweep_cases, vmruns, probes, table_bytes_compared, divergences_new,
                  divergences_known, seconds, contexts_checked, trace_events (both 0 where no KVM is under L1),
                  stale_permitted (probes for which the manual permits a translation that was changed since),
-                 stale_seen (those in which the machine used it)
+                 stale_seen (those in which the machine used it), shadow_audits (switches at which KVM's tables were
+                 audited) and shadow_leaves_checked (both 0 without --audit)
     stale        stale_permitted and stale_seen by family: by sweep, or by scenario file
     sweeps       each: name, total (its cases), before (those of a record), done (in this run), skipped (cannot be run
                  on this CPU), pairs and triples
@@ -12,7 +13,9 @@
                  divergences_known (by the id of the erratum)
     divergences  each: scenario, op, probe, check, field, expected, observed, rule, erratum (an id or null); of
                  cases of sweeps only where there is a new one; with check C4 also events, what KVM's kernel
-                 said around it, the event in question marked `>`
+                 said around it, the event in question marked `>`;
+                 with check C5 the entries of all tables instead, and severity: `isolation` for what lets a guest reach
+                 memory that it must not
     findings     what is new, by signature, the most frequent first; each: check (`lost` for lost machines), field,
                  rule, count, scenario (the first one), what (in a sentence), bundle (the path of its bundle, or null)
     outdated     errata, by id, that are said to be of this version and did not show where they should have
@@ -34,6 +37,7 @@ from typing import Any, Final
 from harness.lockstep.compare import Divergence
 from harness.lockstep.driver import Result
 from harness.lockstep.tally import Tally
+from harness.model.shadow import BREAK_ISOLATION, ISOLATION
 from harness.report import output
 from harness.report.summary import Found, Summary
 
@@ -114,6 +118,8 @@ def entry(result: Result) -> dict[str, Any]:
         "trace_events": result.trace_events,
         "stale_permitted": result.stale_permitted,
         "stale_seen": result.stale_seen,
+        "shadow_audits": result.shadow_audits,
+        "shadow_leaves_checked": result.shadow_leaves,
         "divergences": [divergence(one) for one in result.divergences],
         "lost": _lost(result) if result.lost is not None else None,
         "skipped": result.skipped or None,
@@ -132,7 +138,8 @@ def divergence(one: Divergence) -> dict[str, Any]:
         "observed": _text(one.observed),
         "rule": one.rule,
         "erratum": one.erratum,
-    } | ({"events": list(one.events)} if one.events else {})
+    } | ({"events": list(one.events)} if one.events else {}) | (
+        {"severity": ISOLATION} if one.rule in BREAK_ISOLATION else {})
 
 
 def _text(value: int | str) -> str:

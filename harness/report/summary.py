@@ -39,6 +39,10 @@ class Totals:
     """Probes for which the manual permits an outcome by a translation that was changed since."""
     stale_seen: int = 0
     """Those in which the machine had that outcome."""
+    shadow_audits: int = 0
+    """Switches at which KVM's tables were audited (--audit)."""
+    shadow_leaves_checked: int = 0
+    """Leaves of them that were held against L1's table."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ def summarize(
             trace_events=sum(one.trace_events for one in counted),
             stale_permitted=sum(one.stale_permitted for one in counted),
             stale_seen=sum(one.stale_seen for one in counted),
+            shadow_audits=sum(one.shadow_audits for one in counted),
+            shadow_leaves_checked=sum(one.shadow_leaves for one in counted),
         ),
         known=_known(everything, sweeps, {erratum.id: erratum for erratum in errata}),
         skipped={result.scenario: result.skipped for result in results if result.skipped},

@@ -68,6 +68,8 @@ def totals(summary: Summary) -> list[tuple[str, str, str, str]]:
           if totals.contexts_checked else []),
         *([("old translations seen", f"{totals.stale_seen:,}", f"of {totals.stale_permitted:,} permitted", PLAIN)]
           if totals.stale_permitted else []),
+        *([("shadow audits", f"{totals.shadow_audits:,}", f"of {totals.shadow_leaves_checked:,} leaves", PLAIN)]
+          if totals.shadow_audits else []),
         ("divergences: new", f"{totals.divergences_new:,}", "", BAD if totals.divergences_new else GOOD),
         ("divergences: known", f"{totals.divergences_known:,}", "", KNOWN if totals.divergences_known else PLAIN),
         ("seconds", f"{totals.seconds:,.2f}", "", PLAIN),

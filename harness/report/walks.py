@@ -94,8 +94,9 @@ def by_itself(walk: Walk) -> Finding:
 
 
 def events(one: Divergence, width: int) -> list[Line]:
-    """What the kernel under L1 said around a divergence of C4, the event in question marked."""
-    lines = [line(f"{_MARGIN}what KVM did:", HEAD)]
+    """What the kernel under L1 said around a divergence of C4, or of C5 the entries of all tables, the one in question
+    marked."""
+    lines = [line(f"{_MARGIN}{'what KVM did' if one.check == 'C4' else 'the tables'}:", HEAD)]
     for text in one.events:
         lines += wrap(text[len(_FIRST) :], width, f"{_MARGIN}{text[: len(_FIRST)]}", " " * 16,
                       style=BAD if text.startswith(_FIRST) else PLAIN)

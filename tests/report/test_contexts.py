@@ -58,3 +58,18 @@ def test_a_context_is_a_finding_of_its_own() -> None:
     """Of the same VMRUN, but no state of L2's."""
     state = divergence(check="C3", field="rip", probe=-1, expected=1, observed=2)
     assert [{d.check for d in finding.divergences} for finding in findings([state, wrong(), state])] == [{"C3"}, {"C4"}]
+
+
+def test_a_shadow_is_a_finding_of_its_own_with_all_tables() -> None:
+    """C5."""
+    leaf = divergence(check="C5", field="4K leaf for gPA 0x1a72b0000 in the shadow", expected="no writes",
+                      observed="RW", rule="shadow.rights", probe=-1,
+                      events=("  L1's table       pte    at sPA 0x1: 0x25",
+                              "> the shadow       pte    at hPA 0x2: 0x27"))
+    one, other = findings([wrong(), leaf])
+    assert {d.check for d in one.divergences} == {"C4"}
+    assert headline(other, None) == ("KVM's 4K leaf for gPA 0x1a72b0000 in the shadow is not justified: it has RW "
+                                     "where there must be no writes.")
+    texts = ["".join(span.text for span in line) for line in draw(other, None, 100)]
+    assert texts[-3:] == ["  the tables:", "    L1's table       pte    at sPA 0x1: 0x25",
+                          "  > the shadow       pte    at hPA 0x2: 0x27"]

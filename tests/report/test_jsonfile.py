@@ -27,7 +27,8 @@ def test_names() -> None:
                          "lost", "cells"]
     assert list(one["totals"]) == ["scenarios", "sweeps", "sweep_cases", "vmruns", "probes", "table_bytes_compared",
                                    "divergences_new", "divergences_known", "seconds", "contexts_checked",
-                                   "trace_events", "stale_permitted", "stale_seen"]
+                                   "trace_events", "stale_permitted", "stale_seen", "shadow_audits",
+                                   "shadow_leaves_checked"]
     names = ["scenario", "op", "probe", "check", "field", "expected", "observed", "rule", "erratum"]
     assert [list(d) for d in one["divergences"]] == [names] * 5
 
@@ -36,7 +37,7 @@ def test_totals() -> None:
     assert document()["totals"] == {
         "scenarios": 2, "sweeps": 0, "sweep_cases": 0, "vmruns": 6, "probes": 24, "table_bytes_compared": 8192,
         "divergences_new": 2, "divergences_known": 3, "seconds": 2.5, "contexts_checked": 0, "trace_events": 0,
-        "stale_permitted": 0, "stale_seen": 0,
+        "stale_permitted": 0, "stale_seen": 0, "shadow_audits": 0, "shadow_leaves_checked": 0,
     }
 
 
@@ -61,6 +62,19 @@ def test_contexts() -> None:
     one = document(results=[case], sweeps=[tally])
     assert (one["totals"]["contexts_checked"], one["totals"]["trace_events"]) == (105, 158)
     assert one["divergences"][0]["events"] == ["  VMRUN", "> run"]
+
+
+def test_shadows() -> None:
+    """C5: how many audits and leaves; what is not isolation but bits has no severity."""
+    wrong = divergence(check="C5", field="4K leaf for gPA 0x1000 in the shadow", expected="no writes", observed="RW",
+                       rule="shadow.rights", probe=-1, events=("  L1's table", "> the shadow"))
+    case = result(wrong, wrong._replace(rule="shadow.ad"), divergence())
+    case.shadow_audits, case.shadow_leaves = 2, 900
+    tally = Tally("sweeps/x", total=9, shadow_audits=10, shadow_leaves=5000)
+    one = document(results=[case], sweeps=[tally])
+    assert (one["totals"]["shadow_audits"], one["totals"]["shadow_leaves_checked"]) == (12, 5900)
+    assert [d.get("severity") for d in one["divergences"]] == ["isolation", None, None]
+    assert one["divergences"][0]["events"] == ["  L1's table", "> the shadow"]
 
 
 def test_sweeps() -> None:

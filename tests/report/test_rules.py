@@ -13,7 +13,7 @@ from harness.model.rules import RULES, Rule
 from tests.conftest import ROOT
 
 SOURCES = sorted([*(ROOT / "harness" / "model").glob("*.py"), *(ROOT / "harness" / "lockstep").glob("*.py")])
-DOTTED = re.compile(r"(canonical|guest|nested|exit|vmrun|type|context|tlb)\.[a-z][a-z0-9-]*")
+DOTTED = re.compile(r"(canonical|guest|nested|exit|vmrun|type|context|tlb|shadow)\.[a-z][a-z0-9-]*")
 FAULTS = {"_guest_fault": "guest.", "_nested_fault": "nested.", "_denied": "nested.", "Fault": ""}
 RULE_ARGUMENT = {"Divergence": 7, "_plain": 5}
 """Calls that take a rule by position, and which argument it is."""
@@ -62,7 +62,7 @@ def test_every_rule_in_the_table_is_used() -> None:
 
 def test_no_id_is_there_twice() -> None:
     groups = (rules._WALK, rules._MEMORY, rules._EXIT, rules._VMRUN, rules._COMPUTED, rules._TLB, rules._OBSERVED,
-              rules._CONTEXT, rules._LOCKSTEP)
+              rules._CONTEXT, rules._SHADOW, rules._LOCKSTEP)
     assert sum(map(len, groups)) == len(RULES)
 
 
@@ -70,7 +70,7 @@ def test_no_id_is_there_twice() -> None:
 def test_a_rule_reads_well(rule: Rule) -> None:
     """A section (or several) of volume 2 as the manual numbers them, and one sentence."""
     assert RULES[rule.id] is rule
-    ours = rule.id.startswith(("lockstep", "context.", "tlb.vmrun"))
+    ours = rule.id.startswith(("lockstep", "context.", "shadow.", "tlb.vmrun"))
     assert ours or re.fullmatch(r"\d+\.\d+(\.\d+)?(, \d+\.\d+(\.\d+)?)*", rule.section)
     assert rule.text.endswith(".") and not rule.text[0].islower() and "  " not in rule.text
     assert ". " not in re.sub(r"\([^)]*\)", "", rule.text), "one sentence"
