@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from harness.errors import UsageError
 from harness.lockstep.compare import Divergence
+from harness.lockstep.observe import judge_again
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.rehearse import rehearse
 from harness.machine.dump import Dump
@@ -16,15 +17,17 @@ from harness.model.given import FORMATS, OFF, by_cr3, by_vmcb
 from harness.model.memory import Memory
 from harness.model.registers import Cpu
 from harness.model.vmcb import NP_ENABLE, Vmcb
+from harness.model.vmrun import Host, load, paging
 from harness.model.walk import Paging, Walk, translate
 from harness.options import number
 from harness.replay import models
-from harness.report import output, svg, terminal
+from harness.report import output, stops, svg, terminal
 from harness.report.bundle import MANIFEST, Bundle, read
 from harness.report.findings import Finding, findings
 from harness.report.styled import harmless, line, wrap
 from harness.report.walks import alone, by_itself
 from harness.scenario.ops import RunOp
+from harness.wire.stop import ENTER
 
 _ACCESSES: Final = {"read": Access(), "write": Access(write=True), "fetch": Access(fetch=True)}
 _VMCB: Final = 4096
@@ -61,7 +64,9 @@ def _explain(options: argparse.Namespace) -> int:
         output.check_writable(options.svg, "--svg")
     access = _ACCESSES[options.access]._replace(user=options.user)
     screen = terminal.Screen()
-    if (options.source / MANIFEST).exists() or options.source.is_dir():
+    if stops.is_one(options.source):
+        finding = _of_stops(options.source, stops.read(options.source), options, access, screen)
+    elif (options.source / MANIFEST).exists() or options.source.is_dir():
         finding = _of_bundle(options.source, read(options.source), options, access, screen)
     else:
         finding = _of_dump(options.source, options, access)
@@ -88,6 +93,35 @@ def _of_dump(path: Path, options: argparse.Namespace, access: Access) -> Finding
         return by_itself(translate(paging, dump, options.gva, access))
     except IndexError as reason:
         raise UsageError(f"{path}: the walk leads out of the dump: {reason}: are the addresses right?") from None
+
+
+def _of_stops(
+    path: Path, bundle: stops.Observed, options: argparse.Namespace, access: Access, screen: terminal.Screen
+) -> Finding:
+    """A finding of `observe`, judged once more by the model alone; or a walk by L2's state at its last stop."""
+    if options.vmcb is not None or options.cr3 is not None or options.ncr3 is not None:
+        raise UsageError("--vmcb, --cr3 and --ncr3 are for dumps: a bundle has its own")
+    about, evidence = bundle.about, bundle.evidence
+    if options.gva is None:
+        screen.show([line(text) for text in harmless(bundle.walks).splitlines()])
+        found = findings(judge_again(about.observed, evidence, bundle.cpu))
+        same = next((one for one in found if one.signature == (about.check, about.field, about.rule)), None)
+        other = f"another finding: {found[0].signature}" if found else "nothing"
+        screen.show([line(""), line(f"judged again by the model alone: {'the same finding' if same else other}")])
+        if same is None and options.svg:
+            raise UsageError(f"{path}: this version's model does not find it any more: there is nothing to draw")
+        return same or Finding("", -1, -1, ())
+    *_, (memory, stop) = evidence.again()
+    entered = evidence.moments[0].stop if stop.kind != ENTER else stop
+    known = evidence.known()
+    vmcb, host = Vmcb(memory, entered.host["rax"]), Host(
+        entered.host["cr0"], entered.host["cr4"], entered.host["efer"], pat=0, dr7=0)
+    walk = translate(paging(load(vmcb, host), vmcb, host, bundle.cpu), memory.words, options.gva, access)
+    if missing := next((step[3] for step in walk.trail if step[3] & -4096 not in known), None):
+        raise UsageError(f"{path}: the walk leads to sPA {missing:#x}: the bundle has the pages of its finding alone")
+    finding = by_itself(walk)
+    screen.show(alone(finding, screen.width))
+    return finding
 
 
 def _of_bundle(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from harness.bundling import our_version
 from harness.errors import MachineLost, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.evidence import Evidence
 from harness.lockstep.observe import Observer, Seen
 from harness.lockstep.signature import signature
 from harness.machine import observed
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
 from harness.options import LIBRARY, add_volume, positive, screen
-from harness.report import jsonfile, table
+from harness.report import jsonfile, stops, table
+from harness.report.bundle import check_folder
 from harness.report.findings import Finding, findings
 from harness.report.headline import headline
-from harness.report.styled import BAD, Line, harmless, line, wrap
-from harness.report.summary import is_new, summarize
+from harness.report.styled import BAD, MAX_WIDTH, Line, harmless, line, plain, wrap
+from harness.report.summary import identity_of, is_new, summarize
 from harness.report.terminal import Screen, Volume
 from harness.report.walks import draw
 from harness.scenario import files
@@ -62,6 +67,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--seconds", type=positive, metavar="N", help="end after so long, whatever L1 does")
     parser.add_argument("--vmruns", type=positive, metavar="N", help="end after so many VMRUNs")
     parser.add_argument("--strict", action="store_true", help="count known errata as divergences")
+    parser.add_argument("--bundles", type=Path, metavar="DIR",
+                        help="write a bundle of each finding to DIR, which `explain` shows and judges again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, as `run` does")
     add_volume(parser)
     parser.set_defaults(command=_observe)
@@ -96,6 +103,8 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
 def _observe(options: argparse.Namespace) -> int:
     if options.json:
         jsonfile.check(options.json)
+    if options.bundles:
+        check_folder(options.bundles, "--bundles")
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     name, wanted = _options(options)
     shown = screen(options)
@@ -132,6 +141,9 @@ def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse
                 if one.is_new(options.strict) and signature(one.first) not in shown:
                     shown.add(signature(one.first))
                     screen.show(_told(one, screen))
+                    if options.bundles:
+                        path = stops.write(options.bundles, _bundle(name, machine, one, observer.evidence()))
+                        screen.show([line(f"bundle: {path}"), line("")])
             if screen.volume > Volume.QUIET and time.monotonic() - told > _TOLD:
                 told = time.monotonic()
                 screen.show([_progress(stop, seen, told - begun, options.strict)])
@@ -151,6 +163,12 @@ def _told(one: Finding, screen: Screen) -> list[Line]:
     return [*draw(one, None, screen.width, screen.height), line("")]
 
 
+def _bundle(name: str, machine: Foreign, finding: Finding, evidence: Evidence) -> stops.Observed:
+    about = stops.About(*finding.signature, name, identity_of(machine.identity) or {}, shlex.join(sys.argv[1:]),
+                        our_version())
+    return stops.Observed(about, evidence, machine.cpu, plain(draw(finding, None, MAX_WIDTH)) + "\n")
+
+
 def _progress(stop: Stop, seen: Seen, seconds: float, strict: bool) -> Line:
     new = sum(is_new(one, strict) for one in seen.divergences)
     return line(f"{seen.vmruns:,} VMRUNs, {seen.vmruns * 2 / seconds:,.0f} stops a second, divergences: {new} new, "
@@ -159,9 +177,10 @@ def _progress(stop: Stop, seen: Seen, seconds: float, strict: bool) -> Line:
 
 def figures(seen: Seen, ended: str, seconds: float, width: int) -> Iterator[Line]:
     """What the table of a run has no place for."""
-    stops = seen.vmruns + sum(seen.exits.values())
+    count = seen.vmruns + sum(seen.exits.values())
     yield line("")
-    yield line(f"{stops:,} stops, {stops / seconds:,.0f} a second; {seen.refused:,} VMRUNs refused, as they must be")
+    yield line(f"{count:,} stops, {count / seconds:,.0f} a second; {seen.refused:,} VMRUNs refused, as they must be; "
+               f"{seen.accesses:,} memory accesses of L2 looked at")
     named = [f"{count:,} {name}" for name, count in seen.exits.most_common(_EXITS)]
     rest = sum(seen.exits.values()) - sum(count for _, count in seen.exits.most_common(_EXITS))
     yield from wrap(", ".join([*named, *([f"{rest:,} others"] if rest else [])]), width, "exits: ")

@@ -51,6 +51,7 @@ typedef void accessed(unsigned vcpu, uint32_t info, uint64_t gva, void *data);
 void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id, translated *call, void *data); /* data from version 7 on */
 void qemu_plugin_register_vcpu_insn_exec_cb(struct insn *insn, executed *call, int flags, void *data);
 void qemu_plugin_register_vcpu_mem_cb(struct insn *insn, accessed *call, int flags, int kinds, void *data);
+uint64_t qemu_plugin_tb_vaddr(const struct block *block);
 size_t qemu_plugin_tb_n_insns(const struct block *block);
 struct insn *qemu_plugin_tb_get_insn(const struct block *block, size_t index);
 uint64_t qemu_plugin_insn_vaddr(const struct insn *insn);

@@ -1,6 +1,6 @@
 /*
- * A plugin for QEMU's TCG: a vCPU stops before each VMRUN of L1 and at the instruction behind it, before each INVLPGA, and,
- * where it is asked for, behind one memory access of L2. A stop is a record sent over a socket; the vCPU waits until a
+ * A plugin for QEMU's TCG: a vCPU stops before each VMRUN of L1, behind the first memory access that L2 then makes in RAM,
+ * at the instruction behind VMRUN once L2 has left, and before each INVLPGA of L1. A stop is a record sent over a socket; the vCPU waits until a
  * byte comes back. Once the other end is closed nothing stops any more.
  *
  * TCG keeps registers in its own variables within a block. What is read here stands in memory none the less: a value
@@ -107,7 +107,7 @@ static struct tw_stop look(unsigned kind, unsigned vcpu, uint64_t pc)
 	return stop;
 }
 
-/* Tell it, and wait for the answer: TW_ANSWER_ bits; 0 once nobody listens. */
+/* Tell it, and wait for the answer: TW_ANSWER_...; 0 once nobody listens. */
 static unsigned tell(const struct tw_stop *stop)
 {
 	unsigned char answer = 0;
@@ -153,8 +153,8 @@ static void at_vmrun(unsigned vcpu, void *data)
 	if (one->on && !is_back(one, behind, &stop))
 		return;
 	answer = tell(&stop);
-	*one = (struct inside){ behind, stop.rax, stop.cr3, answer & TW_ANSWER_ENTERED };
-	armed[vcpu] = one->on && answer & TW_ANSWER_SAMPLE;
+	*one = (struct inside){ behind, stop.rax, stop.cr3, answer == TW_ANSWER_ENTERED };
+	armed[vcpu] = one->on && !below;
 }
 
 static void at_site(unsigned vcpu, void *data)
@@ -189,6 +189,7 @@ static void at_access(unsigned vcpu, uint32_t info, uint64_t gva, void *data)
 {
 	struct hwaddr *at;
 	struct tw_stop stop;
+	uint64_t spa;
 
 	if (!armed[vcpu] || channel < 0)
 		return;
@@ -196,9 +197,12 @@ static void at_access(unsigned vcpu, uint32_t info, uint64_t gva, void *data)
 	if (!at || qemu_plugin_hwaddr_is_io(at))
 		return;
 	armed[vcpu] = false;
+	spa = qemu_plugin_hwaddr_phys_addr(at);
+	if ((spa ^ observed[vcpu].rax) >> 12 == 0) /* the VMCB: that is #VMEXIT itself, in its instruction's name */
+		return;
 	stop = look(TW_STOP_ACCESS, vcpu, (uint64_t)data);
 	stop.gva = gva;
-	stop.spa = qemu_plugin_hwaddr_phys_addr(at);
+	stop.spa = spa;
 	stop.write = qemu_plugin_mem_is_store(info);
 	tell(&stop);
 }
@@ -235,12 +239,13 @@ static struct site *site_at(uint64_t pc, uint64_t behind)
 static void translate(struct block *block)
 {
 	size_t count = qemu_plugin_tb_n_insns(block);
-	bool sampled = false;
+	bool of_l2 = false;
 
 	if (channel < 0)
 		return;
-	for (unsigned vcpu = 0; vcpu < VCPUS && !below; vcpu++)
-		sampled |= observed[vcpu].on; /* so this is L2's code */
+	/* #VMEXIT is noticed once the block behind VMRUN is executed, after it was translated */
+	for (unsigned vcpu = 0; vcpu < VCPUS && !below && !site_before(qemu_plugin_tb_vaddr(block)); vcpu++)
+		of_l2 |= observed[vcpu].on;
 	for (size_t index = 0; index < count; index++) {
 		struct insn *insn = qemu_plugin_tb_get_insn(block, index);
 		uint64_t pc = qemu_plugin_insn_vaddr(insn);
@@ -249,7 +254,7 @@ static void translate(struct block *block)
 
 		if (index == 0 && site_before(pc)) /* #VMEXIT begins a block */
 			qemu_plugin_register_vcpu_insn_exec_cb(insn, at_site, R_REGS, (void *)pc);
-		if (sampled)
+		if (of_l2)
 			qemu_plugin_register_vcpu_mem_cb(insn, at_access, R_REGS, MEMORY_RW, (void *)pc);
 		if (size < 3 || size > sizeof(bytes))
 			continue;

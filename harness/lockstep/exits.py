@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from harness.lockstep.compare import Divergence, differing_fields
+from harness.lockstep.evidence import Touched
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import Active
 from harness.model.access import Access, ErrorCode, NestedPageFault, Outcome, PageFault, Reached
@@ -21,6 +22,7 @@ from harness.model.vmcb import SAVE, SEGMENT_L, STATE, ExitCode, VIntr, Vmcb
 from harness.model.vmrun import LOADED, Host, Registers, load, paging
 from harness.model.walk import FINAL, Fault, Paging, Trail, Walk, translate, walk_nested
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
+from harness.wire.stop import Stop
 
 _PF: Final = ExitCode.EXCEPTION + 14
 _TABLE: Final = Access(write=True, user=True)
@@ -44,14 +46,14 @@ _HAS_ERROR: Final = 1 << 11
 
 
 class Entered(NamedTuple):
-    """A VMRUN: its number, the VMCB as it was, the rules it broke, and L1's registers by gdb's names."""
+    """A VMRUN: its number, the VMCB as it was, the rules it broke, the stop with L1's registers."""
 
     number: int
     vmcb: int
     control: bytes
     save: bytes
     broken: tuple[str, ...]
-    registers: dict[str, int]
+    stop: Stop
     host: Host
 
 
@@ -61,7 +63,7 @@ class Exit(NamedTuple):
     name: str
     entered: Entered
     vmcb: Vmcb
-    memory: Memory
+    memory: Memory | Touched
     cpu: Cpu
 
     def found(self, check: str, field: str, expected: int | str, observed: int | str, rule: str,
@@ -80,6 +82,14 @@ def halves(vmcb: Vmcb) -> tuple[bytes, bytes]:
     """The control area and the state-save area, as far as they have fields."""
     at = vmcb.address
     return bytes(vmcb.bytes[at : at + CONTROL_BYTES]), bytes(vmcb.bytes[at + SAVE : at + SAVE + SAVE_BYTES])
+
+
+def page(entered: Entered) -> bytes:
+    """The page of the VMCB as it was at that VMRUN, zeros where it has no fields."""
+    data = bytearray(4096)
+    data[: len(entered.control)] = entered.control
+    data[SAVE : SAVE + len(entered.save)] = entered.save
+    return bytes(data)
 
 
 def refusal(it: Exit, quirks: Active) -> Iterator[Divergence]:
@@ -187,6 +197,31 @@ def _fetch(it: Exit, quirks: Active, translation: Paging, regs: Registers, at: i
     return quirks.on_walk(translation, translate(translation, it.memory.words, gva, access))
 
 
+def accessed(it: Exit, quirks: Active, stop: Stop) -> Iterator[Divergence]:
+    """A memory access that L2 has made, with its registers as they were then, went where its walk leads, and has left A
+    and D in the nested tables (in L2's own its kernel may have cleared them since). Raises IndexError where the walk
+    leads out of L1's memory."""
+    now, regs = stop.host, load(it.vmcb, it.entered.host)
+    regs.cr0, regs.cr3, regs.cr4, regs.efer = now["cr0"], now["cr3"], now["cr4"], now["efer"]
+    regs.rflags = now["eflags"]
+    regs.cpl = 3 if regs.rflags & RFLAGS.VM else now["cs"] & 3 if regs.cr0 & CR0.PE else 0
+    translation, changed = quirks.on_paging(paging(regs, it.vmcb, it.entered.host, it.cpu))
+    quirks.use(changed)
+    usual = Access(stop.write, user=regs.cpl == 3)
+    # one on the side, to a descriptor or through a delivery, is a supervisor's
+    walks = [quirks.on_walk(translation, translate(translation, it.memory.words, stop.gva, access))
+             for access in (usual, Access(stop.write, implicit=True))]
+    same = [one for one in walks if isinstance(one.outcome, Reached) and one.outcome.spa == stop.spa]
+    if not same:
+        yield it.found("C1", "outcome", str(walks[0].outcome), f"sPA {stop.spa:#x}", walks[0].rule, walks[0])
+        return
+    for address, bits, kind in same[0].updates:
+        shift = (address & 4) * 8
+        entry = it.memory.words[address >> 3]
+        if kind is NESTED_TABLE and bits & ~(entry >> shift):
+            yield it.found("C2", f"entry at sPA {address & ~7:#x}", entry | bits << shift, entry, "ad", same[0])
+
+
 def unchanged(it: Exit) -> Iterator[Divergence]:
     """What #VMEXIT has no business with is as it was: most of the control area, and what VMSAVE saves."""
     control, save = halves(it.vmcb)
@@ -231,7 +266,7 @@ def _sane(vmcb: Vmcb) -> Iterator[tuple[str, int]]:
 
 def host(it: Exit, registers: dict[str, int]) -> Iterator[Divergence]:
     """L1 has its registers back (15.6)."""
-    before = it.entered.registers
+    before = it.entered.stop.host
     for name in before.keys() - {"rip"}:
         if before[name] != registers[name]:
             field = "rflags" if name == "eflags" else name

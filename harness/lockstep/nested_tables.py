@@ -7,10 +7,10 @@ costs as much as comparing its pages.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from harness.model.entries import FRAME, NX, OPEN, PS, RW, A, D, Format, Level, P
+from harness.model.entries import FRAME, NX, OPEN, PS, PSE36_SHIFT, RW, A, D, Format, Level, P
 
 Table = tuple[int, ...]
 """A table's entries, in their order."""
@@ -34,6 +34,16 @@ class _Seen(NamedTuple):
     data: bytes
     entries: Table
     children: tuple[int, ...]
+
+
+class _Page(NamedTuple):
+    """`size` bytes from `gpa` on that are at sPA `frame`, with RW and US of `rights`."""
+
+    gpa: int
+    size: int
+    frame: int
+    rights: int
+    nx: int
 
 
 class NestedTables:
@@ -129,6 +139,63 @@ class NestedTables:
         if self.fmt.entry_shift == 2 and level.leaf == PS:
             return 0xFFFF_E000 & ~(1 << 21)  # with bits 39:32 of the address in 20:13 (PSE-36)
         return FRAME & ~((1 << level.shift) - 1)
+
+    def pages(self) -> list[int]:
+        """sPAs of the pages that they are in."""
+        return sorted({address & -_PAGE for address, _ in self._pages})
+
+    def lost_in(self, other: NestedTables) -> list[tuple[int, int, int]]:
+        """What was translated here, so that A=1, and is not the same or has fewer rights in the other tables: the gPA
+        of each page, and its sPA here and there; -1: nothing."""
+        found = []
+        for page in self._leaves():
+            at = 0
+            while at < page.size:
+                there = other._leaf_at(page.gpa + at)
+                if there is None:
+                    found.append((page.gpa + at, page.frame + at, -1))
+                    break
+                spa = there.frame + page.gpa + at - there.gpa
+                if spa != page.frame + at or page.rights & ~there.rights or there.nx & ~page.nx:
+                    found.append((page.gpa + at, page.frame + at, spa))
+                    break
+                at = there.gpa + there.size - page.gpa
+        return found
+
+    def _leaves(self) -> Iterator[_Page]:
+        """All pages with A=1."""
+        left = [(self._root, 0, 0, OPEN, 0)]
+        while left:
+            table, depth, base, rights, nx = left.pop()
+            seen, level = self._pages.get((table, depth)), self.fmt.levels[depth]
+            for index, entry in enumerate(seen.entries if seen is not None else ()):
+                if not entry & P:
+                    continue
+                page = self._page(entry, depth, base | index << level.shift, rights, nx)
+                if not entry & level.leaf:
+                    left.append((entry & FRAME, depth + 1, page.gpa, page.rights, page.nx))
+                elif entry & A:
+                    yield page
+
+    def _leaf_at(self, gpa: int) -> _Page | None:
+        table, rights, nx = self._root, OPEN, 0
+        for depth, level in enumerate(self.fmt.levels):
+            seen, index = self._pages.get((table, depth)), gpa >> level.shift & self.fmt.index_mask
+            if seen is None or index >= len(seen.entries) or not (entry := seen.entries[index]) & P:
+                return None
+            page = self._page(entry, depth, gpa & ~((1 << level.shift) - 1), rights, nx)
+            if entry & level.leaf:
+                return page
+            table, rights, nx = entry & FRAME, page.rights, page.nx
+        return None
+
+    def _page(self, entry: int, depth: int, gpa: int, rights: int, nx: int) -> _Page:
+        """What an entry makes of the address that it is for."""
+        level = self.fmt.levels[depth]
+        frame = entry & FRAME & ~((1 << level.shift) - 1)
+        if level.shift == PSE36_SHIFT:
+            frame |= (entry >> 13 & 0xFF) << 32
+        return _Page(gpa, 1 << level.shift, frame, rights & (entry | level.granted), nx | entry & NX)
 
     def wrong_bits(self, change: Change) -> int:
         """The bits that a processor which walks this table must not have changed (sections 15.25.5 and 5.4.2): it

@@ -8,33 +8,33 @@ finding about L1 itself: it took something away in its nested tables, and runs t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from harness.lockstep import exits
 from harness.lockstep.compare import Divergence
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
+from harness.lockstep.evidence import PAGE, Evidence, Moment, Touched, with_entries
 from harness.lockstep.exits import Entered, Exit
-from harness.lockstep.nested_tables import Change, NestedTables
+from harness.lockstep.flushes import Flushes
+from harness.lockstep.nested_tables import Change
 from harness.lockstep.quirks import Active
 from harness.lockstep.signature import signature
+from harness.model.access import Access
 from harness.model.consistency import violations
-from harness.model.entries import A
+from harness.model.entries import Format
 from harness.model.memory import Memory
 from harness.model.registers import Cpu
 from harness.model.vmcb import NP_ENABLE, ExitCode, Vmcb
-from harness.model.vmrun import Host, table_format
-from harness.wire.stop import ENTER, EXIT, Stop
+from harness.model.vmrun import Host, load, paging, table_format
+from harness.model.walk import translate
+from harness.wire.stop import ACCESS, ENTER, INVLPGA, Stop
 
 KEPT: Final = 50
 """Divergences of one signature that are kept; the others are counted."""
 
-_ROOTS: Final = 16
-"""Nested tables that are remembered, those used last."""
-_NAMED: Final = 4
-"""Changed entries that a finding about L1 names."""
-_PAGE: Final = 4096
 
 
 @dataclass
@@ -51,8 +51,22 @@ class Seen:
     """Walks that led out of L1's RAM, so that nothing can be said of them."""
     overtaken: int = 0
     """#VMEXITs before which another processor changed nested tables: faults are not judged then."""
+    accesses: int = 0
+    """Memory accesses of L2 that were looked at."""
+    invlpga: int = 0
     table_bytes: int = 0
     divergences: list[Divergence] = field(default_factory=list)
+
+
+class _Latest(NamedTuple):
+    """The latest stop with something to judge, the VMRUN before it, and what L1's tables were then: the format, the
+    entries that have changed since, the sPAs of their pages."""
+
+    stop: Stop
+    before: Entered
+    fmt: Format | None = None
+    changes: tuple[Change, ...] = ()
+    tables: tuple[int, ...] = ()
 
 
 class Observer:
@@ -66,9 +80,9 @@ class Observer:
         self._errata = Known(errata)
         self._quirks = quirks_of(errata)
         self._entered: dict[int, Entered] = {}
-        self._tables: dict[tuple[int, str], NestedTables] = {}
-        self._ran: dict[int, set[tuple[int, str]]] = {}
-        self._taken_away: dict[int, list[Change]] = {}
+        self._flushes = Flushes(memory, "flushbyasid" in cpu.features)
+        self._last: dict[int, Entered] = {}
+        self._latest: _Latest | None = None
 
     @property
     def inside(self) -> bool:
@@ -78,14 +92,19 @@ class Observer:
     def plausible(self, stop: Stop) -> bool:
         """Whether RAX can be the address of a VMCB."""
         rax = stop.host["rax"]
-        return not rax % _PAGE and rax + _PAGE <= len(self._memory.bytes)
+        return not rax % PAGE and rax + PAGE <= len(self._memory.bytes)
 
     def stop(self, stop: Stop) -> list[Divergence]:
         """What is wrong at this stop, which follows on the last one; the first of each sort is kept in `seen`."""
-        if stop.kind not in (ENTER, EXIT):
+        if stop.kind == INVLPGA:
+            self._invlpga(stop)
             return []
-        vmcb = Vmcb(self._memory, stop.host["rax"])
-        found = list(self._enter(stop, vmcb)) if stop.kind == ENTER else self._exit(stop, vmcb)
+        if stop.kind == ACCESS:
+            found = self._access(stop)
+        else:
+            vmcb = Vmcb(self._memory, stop.host["rax"])
+            found = list(self._enter(stop, vmcb)) if stop.kind == ENTER else self._exit(stop, vmcb)
+        self.seen.table_bytes = self._flushes.table_bytes
         for one in found:
             sort = str(signature(one)) + (f" ({one.erratum})" if one.erratum else "")
             self.seen.by_signature[sort] += 1
@@ -102,55 +121,50 @@ class Observer:
         except IndexError:
             broken = ()
             seen.elsewhere += 1
-        entered = Entered(seen.vmruns, vmcb.address, *exits.halves(vmcb), broken, registers, host)
+        entered = Entered(seen.vmruns, vmcb.address, *exits.halves(vmcb), broken, stop, host)
         self._entered[stop.vcpu] = entered
         seen.vmruns += 1
         if broken:
             seen.refused += 1
         elif vmcb["np_control"] & NP_ENABLE:
-            yield from self._flushes(entered, vmcb)
+            yield from self._flush(entered, vmcb)
 
-    def _flushes(self, entered: Entered, vmcb: Vmcb) -> Iterator[Divergence]:
-        """What L1 took away in its nested tables since the ASID ran on them must be flushed (15.16.1, 15.25.5)."""
-        asid, key = vmcb["asid"], self._key(vmcb, entered.host)
-        for change in self._look(key, entered.host):
-            if change.lost and change.old & A:  # without A no translation was made of it
-                for other, roots in self._ran.items():
-                    if key in roots:
-                        self._taken_away.setdefault(other, []).append(change)
-        control = vmcb["tlb_control"]
-        if control and (control == 1 or "flushbyasid" in self._cpu.features):
-            for other in [asid] if control != 1 else list(self._ran):
-                self._ran.pop(other, None)
-                self._taken_away.pop(other, None)
-        if lost := self._taken_away.pop(asid, None):
-            named = tuple(f"entry at sPA {one.address:#x}: was {one.old:#x}, is {one.new:#x}" for one in lost[:_NAMED])
-            yield Divergence(self._name, entered.number, -1, "L1", "tlb_control",
-                             f"a flush of ASID {asid}, of {len(lost)} changed nested entries", f"{control:#x}",
-                             "tlb.control", events=named)
-        self._ran.setdefault(asid, set()).add(key)
-
-    def _key(self, vmcb: Vmcb, host: Host) -> tuple[int, str]:
+    def _flush(self, entered: Entered, vmcb: Vmcb) -> Iterator[Divergence]:
+        """What L1 should have flushed, and has not."""
+        asid, host = vmcb["asid"], entered.host
         fmt = table_format(host.cr0, host.cr4, host.efer, self._cpu)
-        return vmcb["ncr3"], fmt.name if fmt is not None else ""
+        assert fmt is not None  # VMRUN is refused else
+        before, key = self._last.get(asid, entered), (vmcb["ncr3"], fmt.name)
+        self._last[asid] = entered
+        for one in self._flushes.vmrun(asid, vmcb["tlb_control"], key, fmt):
+            tables = self._flushes.pages(key) + (self._flushes.pages(one.other) if one.other is not None else [])
+            self._latest = _Latest(entered.stop, before, fmt, one.changes, tuple(tables))
+            yield Divergence(self._name, entered.number, -1, "L1", one.field, f"a flush of ASID {asid}: {one.what}",
+                             f"{vmcb['tlb_control']:#x}", "tlb.control", events=one.examples)
 
-    def _look(self, key: tuple[int, str], host: Host) -> list[Change]:
-        """What changed in those tables since they were last looked at; the tables are known from now on."""
-        tables = self._tables.pop(key, None)
-        changes: list[Change] = []
-        if tables is None:
-            fmt = table_format(host.cr0, host.cr4, host.efer, self._cpu)
-            assert fmt is not None  # VMRUN is refused else
-            tables = NestedTables(key[0], fmt, self._memory.bytes)
-        else:
-            before = tables.bytes_compared
-            changes = tables.refresh()
-            self.seen.table_bytes += tables.bytes_compared - before
-        self._tables[key] = tables
-        if len(self._tables) > _ROOTS:
-            oldest = next(iter(self._tables))
-            del self._tables[oldest]
-        return changes
+    def _invlpga(self, stop: Stop) -> None:
+        self.seen.invlpga += 1
+        if (last := self._last.get(stop.asid)) is not None:
+            self._flushes.invlpga(stop.asid, lambda: self._walked(last, stop.gva))
+
+    def _walked(self, last: Entered, gva: int) -> set[int]:
+        """sPAs of the entries that a walk of `gva` reads, by L2's state as it was saved last."""
+        vmcb = Vmcb(self._memory, last.vmcb)
+        under = paging(load(vmcb, last.host), vmcb, last.host, self._cpu)
+        try:
+            return {step[3] for step in translate(under, self._memory.words, gva, Access()).trail}
+        except IndexError:
+            return set()
+
+    def _access(self, stop: Stop) -> list[Divergence]:
+        """Where L2's access went is where the model's walk leads. Another processor could have changed tables."""
+        entered = self._entered.get(stop.vcpu)
+        if entered is None or not stop.alone:
+            return []
+        self.seen.accesses += 1
+        self._latest = _Latest(stop, entered)
+        it = Exit(self._name, entered, Vmcb(self._memory, entered.vmcb), self._memory, self._cpu)
+        return explain(self._judged(lambda quirks: list(exits.accessed(it, quirks, stop))), self._errata)
 
     def _exit(self, stop: Stop, vmcb: Vmcb) -> list[Divergence]:
         entered = self._entered.pop(stop.vcpu, None)
@@ -159,13 +173,18 @@ class Observer:
         if entered is None or entered.vmcb != vmcb.address:
             self.seen.unpaired += 1
             return []
+        self._latest = _Latest(stop, entered)
         it = Exit(self._name, entered, vmcb, self._memory, self._cpu)
         found = list(exits.host(it, stop.host)) + list(exits.unchanged(it)) + list(exits.saved(it))
         judged = True
         if vmcb["np_control"] & NP_ENABLE and not entered.broken:
-            tables, key = [], self._key(vmcb, entered.host)
-            changes = self._look(key, entered.host)
-            wrong = [(one, self._tables[key].wrong_bits(one)) for one in changes]
+            fmt = table_format(entered.host.cr0, entered.host.cr4, entered.host.efer, self._cpu)
+            assert fmt is not None
+            tables, key = [], (vmcb["ncr3"], fmt.name)
+            wrong = [(one, self._flushes.wrong_bits(key, one)) for one in self._flushes.look(key, fmt)]
+            if any(bits for _, bits in wrong):
+                self._latest = _Latest(stop, entered, fmt, tuple(one for one, _ in wrong),
+                                       tuple(self._flushes.pages(key)))
             if stop.alone:
                 tables = [it.found("C2", f"entry at sPA {one.address:#x}", one.new ^ bits, one.new, "ad")
                           for one, bits in wrong if bits]
@@ -174,16 +193,16 @@ class Observer:
                 self.seen.overtaken += 1
             found += tables
         if judged:
-            found += self._judged(it)
+            found += self._judged(lambda quirks: self._judge(it, quirks))
         return explain(found, self._errata)
 
-    def _judged(self, it: Exit) -> list[Divergence]:
+    def _judged(self, judge: Callable[[Active], list[Divergence]]) -> list[Divergence]:
         """By the model; where that fails, once more with what is known of this machine's MMU."""
         try:
-            found = self._judge(it, Active())
+            found = judge(Active())
             if found and self._quirks:
                 quirks = Active(self._quirks)
-                if not self._judge(it, quirks) and quirks.played:
+                if not judge(quirks) and quirks.played:
                     return [one.explained_by("+".join(sorted(self._quirks[name] for name in quirks.played)))
                             for one in found]
             return found
@@ -196,3 +215,33 @@ class Observer:
         if not found and not exits.was_refused(it.vmcb["exitcode"]):
             found = list(exits.outcome(it, quirks))
         return found
+
+    def evidence(self) -> Evidence:
+        """What the findings at the stop before were made of; to be asked before the machine goes on."""
+        assert self._latest is not None
+        stop, before, fmt, changes, tables = self._latest
+        touched = Touched(self._memory)
+        it = Exit(self._name, before, Vmcb(self._memory, before.vmcb), touched, self._cpu)
+        with suppress(IndexError):
+            list(violations(it.vmcb, before.host, self._cpu, touched.words))
+        if stop.kind == ACCESS:
+            self._judged(lambda quirks: list(exits.accessed(it, quirks, stop)))
+        elif stop.kind != ENTER:
+            self._judged(lambda quirks: self._judge(it, quirks))
+        now = {spa: bytes(self._memory.bytes[spa : spa + PAGE])
+               for spa in {*touched.pages, *tables, stop.host["rax"] if stop.kind == ENTER else before.vmcb}}
+        size = 1 << fmt.entry_shift if fmt is not None else 0
+        old = {one.address: (one.old, size) for one in reversed(changes)}
+        then = {spa: with_entries(data, spa, old) for spa, data in now.items()}
+        then[before.vmcb] = exits.page(before)
+        now = {spa: data for spa, data in now.items() if then[spa] != data}
+        return Evidence(len(self._memory.bytes), (Moment(before.stop, then), Moment(stop, now)))
+
+
+def judge_again(name: str, evidence: Evidence, cpu: Cpu) -> list[Divergence]:
+    """What the model says to the moments of a finding; the divergences at the last."""
+    observer, found = None, list[Divergence]()
+    for memory, stop in evidence.again():
+        observer = observer or Observer(name, memory.bytes, cpu)
+        found = observer.stop(stop)
+    return found

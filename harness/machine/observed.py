@@ -27,7 +27,6 @@ MAX_MEMORY: Final = 3 << 10
 _ASIDS: Final = 16
 _POLL: Final = 0.2
 _END_TIMEOUT: Final = 5.0
-_SAMPLE: Final = 16
 _OLDEST: Final = (6, 0)
 """Of QEMU: the first whose plugins take their arguments as ours does."""
 _APIS: Final = {(11, 1): 7, (9, 0): 2, _OLDEST: 1}
@@ -55,13 +54,11 @@ class Options:
 
 
 class Foreign:
-    """A foreign L1 that has not run yet; `stops` runs it. `ended` says, behind them, how it ended. Every `sample`th
-    VMRUN has a stop at a memory access of L2; 0: none."""
+    """A foreign L1 that has not run yet; `stops` runs it. `ended` says, behind them, how it ended."""
 
     def __init__(self, process: qemu.Qemu, channel: socket.socket, options: Options) -> None:
         self.memory = memoryview(mmap.mmap(process.memory_fd, options.memory << 20))
         self.ended = ""
-        self.sample = _SAMPLE
         self.processors = len(process.command("query-cpus-fast"))
         self.cpu = _cpu(process)
         version = qemu.version(process.binary)
@@ -74,9 +71,9 @@ class Foreign:
         self._entered = 0
 
     def stops(self, plausible: Callable[[Stop], bool], more: Callable[[], bool] = lambda: True) -> Iterator[Stop]:
-        """Every VMRUN and #VMEXIT, every INVLPGA, and some memory accesses of L2, until L1 ends, or there are to be no
-        `more`; all vCPUs stand still at each. Raises MachineLost for an L1 that ends, or goes on for long, without any
-        VMRUN."""
+        """Every VMRUN and #VMEXIT, L2's first memory access between them, and every INVLPGA, until L1 ends, or there
+        are to be no `more`; all vCPUs stand still at each. Raises MachineLost for an L1 that ends, or goes on for
+        long, without any VMRUN."""
         begun = time.monotonic()
         self._process.command("cont")
         while more():
@@ -122,8 +119,6 @@ class Foreign:
             self._entered += 1
             yield stop
             answer = ANSWERS["ENTERED"]
-            if self.sample and not self._entered % self.sample:
-                answer |= ANSWERS["SAMPLE"]
         with suppress(ConnectionError):  # QEMU may have gone meanwhile: the next look tells
             self._channel.sendall(bytes([answer]))
 

@@ -98,7 +98,12 @@ def check_folder(folder: Path, option: str) -> None:
 def name_of(about: About) -> str:
     """A name for a bundle: of the scenario that it was found in and of what is wrong."""
     family = about.found_in.partition("[")[0].rpartition("/")[2]
-    text = "-".join(filter(None, (family, about.check, about.field, about.rule)))
+    return file_name(family, about.check, about.field, about.rule)
+
+
+def file_name(*parts: str) -> str:
+    """What these say, as a file's name."""
+    text = "-".join(filter(None, parts))
     return _NOT_IN_NAMES.sub("-", text.lower()).strip("-.")[:_LONGEST] or "finding"
 
 
@@ -106,15 +111,25 @@ def write(folder: Path, bundle: Bundle) -> Path:
     """A bundle in `folder`, under a name that is not there yet. Raises TwinwalkError if it cannot be written."""
     parts = {SCENARIO: writer.text(bundle.scenario), RECORDS: _records(bundle.records), WALKS: bundle.walks}
     parts |= {_BEFORE.format(n): writer.text(one) for n, one in enumerate(bundle.before, 1)}
-    scratch = folder / f".{name_of(bundle.about)}.{os.getpid()}.tmp"
+    content = asdict(bundle.about) | {"scenario": bundle.scenario.name, "before": [one.name for one in bundle.before]}
+    return store(folder, name_of(bundle.about), FORMAT, content, parts)
+
+
+def store(folder: Path, name: str, form: int | str, content: Mapping[str, Any], parts: Mapping[str, str]) -> Path:
+    """A folder `name`.twin with these files, whole or not at all: `content` is the manifest's, with the format `form`
+    and a digest of each part. Raises TwinwalkError."""
+    whole = {"format": form, **content,
+             "files": {part: _digest(text.encode(errors="backslashreplace")) for part, text in parts.items()}}
+    manifest = json.dumps(whole | {"digest": _digest_of(whole)}, indent=1) + "\n"
+    scratch = folder / f".{name}.{os.getpid()}.tmp"
     try:
         scratch.mkdir()
-        for name, text in (parts | {MANIFEST: _manifest(bundle, parts)}).items():
-            with (scratch / name).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for part, text in {**parts, MANIFEST: manifest}.items():
+            with (scratch / part).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        return _moved(scratch, folder, name_of(bundle.about))
+        return _moved(scratch, folder, name)
     except OSError as reason:
         raise TwinwalkError(f"no bundle could be written to {folder}: {reason.strerror}") from None
     finally:
@@ -128,13 +143,6 @@ def _moved(scratch: Path, folder: Path, name: str) -> Path:
         if not path.exists():
             return scratch.rename(path)
         number += 1
-
-
-def _manifest(bundle: Bundle, parts: Mapping[str, str]) -> str:
-    content = {"format": FORMAT, **asdict(bundle.about), "scenario": bundle.scenario.name,
-               "before": [one.name for one in bundle.before],
-               "files": {name: _digest(text.encode(errors="backslashreplace")) for name, text in parts.items()}}
-    return json.dumps(content | {"digest": _digest_of(content)}, indent=1) + "\n"
 
 
 def _records(records: Sequence[Mapping[str, Any]]) -> str:
@@ -152,31 +160,44 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Bundle:
-    """Raises UsageError, saying where and why, for what is no whole bundle of this format, as it was written."""
+def load(path: Path, form: int | str = FORMAT) -> dict[str, Any]:
+    """The manifest of a bundle of that format, as it was written. Raises UsageError, saying where and why."""
     if not path.is_dir() or not (path / MANIFEST).exists():
         raise UsageError(f"{path}: this is no bundle: a bundle is a folder NAME{SUFFIX} with a {MANIFEST} in it")
     where = path / MANIFEST
-    content = _json(where, _bytes(where))
+    content = parsed(where, _bytes(where))
     if not isinstance(content, dict):
         raise UsageError(f"{where}: it must be an object, not {type(content).__name__}")
-    if content.get("format") != FORMAT:
-        raise UsageError(f"{where}: its format is {content.get('format')!r}, this version reads format {FORMAT}: use "
+    if content.get("format") != form:
+        raise UsageError(f"{where}: its format is {content.get('format')!r}, this version reads format {form}: use "
                          f"the twinwalk that wrote it ({content.get('twinwalk', 'unknown')!s:.40})")
     if content.get("digest") != _digest_of({name: value for name, value in content.items() if name != "digest"}):
         raise UsageError(f"{where}: it was changed since it was written: its digest does not fit")
+    return content
+
+
+def load_parts(path: Path, content: Mapping[str, Any], wanted: set[str]) -> dict[str, bytes]:
+    """The files of that bundle, which must be those `wanted`, as they were written. Raises UsageError."""
+    where = path / MANIFEST
+    listed = _typed(where, content, "files", dict)
+    if set(listed) != wanted:
+        raise UsageError(f"{where}: its files must be {', '.join(sorted(wanted))}, not {', '.join(sorted(listed))}")
+    return {name: _part(path / name, digest) for name, digest in listed.items()}
+
+
+def read(path: Path) -> Bundle:
+    """Raises UsageError, saying where and why, for what is no whole bundle of this format, as it was written."""
+    content, where = load(path), path / MANIFEST
     about = _about(where, content)
     divergences: list[Any] = list(about.divergences)
     if not all(isinstance(one, dict) and (type(one.get("op")), type(one.get("probe")), type(one.get("field"))) == (
             int, int, str) for one in divergences):
         raise UsageError(f"{where}: each of its divergences must have an op, a probe and a field")
     names = _typed(where, content, "before", list)
-    listed = _typed(where, content, "files", dict)
-    wanted = {SCENARIO, RECORDS, WALKS, *(_BEFORE.format(n + 1) for n in range(len(names)))}
-    if set(listed) != wanted or len(names) > 999 or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{where}: its files must be {', '.join(sorted(wanted))}, not {', '.join(sorted(listed))}")
-    parts = {name: _part(path / name, digest) for name, digest in listed.items()}
-    records = _json(path / RECORDS, parts[RECORDS])
+    if len(names) > 999 or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{where}: 'before' must be names of scenarios, 999 at most")
+    parts = load_parts(path, content, {SCENARIO, RECORDS, WALKS, *(_BEFORE.format(n + 1) for n in range(len(names)))})
+    records = parsed(path / RECORDS, parts[RECORDS])
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UsageError(f"{path / RECORDS}: it must be a list of objects")
     return Bundle(
@@ -203,7 +224,8 @@ def _part(path: Path, digest: object) -> bytes:
     return data
 
 
-def _json(path: Path, data: bytes) -> Any:
+def parsed(path: Path, data: bytes) -> Any:
+    """JSON of a bundle's file. Raises UsageError."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:

@@ -164,8 +164,8 @@ STOP = _declare(
 STOPS = {"ENTER": 1, "EXIT": 2, "INVLPGA": 3, "ACCESS": 4}
 """Kinds of stops: at VMRUN, behind it, at INVLPGA, behind a memory access of L2."""
 
-ANSWERS = {"GO": 0, "ENTERED": 1, "SAMPLE": 2}
-"""Bits of the byte that lets a vCPU go on: this VMRUN's #VMEXIT is to be a stop, and a memory access before it."""
+ANSWERS = {"GO": 0, "ENTERED": 1}
+"""The byte that lets a vCPU go on. ENTERED: a memory access of L2 and this VMRUN's #VMEXIT are to be stops."""
 
 MAILBOX_CODE = 4064
 """Offset in L2's mailbox page of the gVA at which L2's code page is mapped; probes come from 0 on."""

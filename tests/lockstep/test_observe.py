@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from harness.lockstep.compare import Divergence
 from harness.lockstep.errata import Erratum
 from harness.lockstep.nested_tables import NestedTables
-from harness.lockstep.observe import KEPT, Observer
-from harness.model.access import ErrorCode
+from harness.lockstep.observe import KEPT, Observer, judge_again
+from harness.lockstep.signature import signature
+from harness.model.access import ErrorCode, Reached
 from harness.model.dirty import write_back
 from harness.model.entries import FRAME, NX, PS, RW, US, A, D, P, long_mode
 from harness.model.registers import CR0, CR4, EFER, Cpu
 from harness.model.vmcb import ExitCode, Vmcb
-from harness.wire.stop import ENTER, EXIT, Stop
+from harness.wire.stop import ACCESS, ENTER, EXIT, INVLPGA, Stop
 from tests.model.tables import FETCH, GVA, READ, USER, Space
 
 E = ErrorCode
@@ -48,7 +50,8 @@ class World:
         }
         for name, value in values.items():
             self.vmcb[name] = value
-        self.observer = Observer("test", space.memory.bytes, Cpu(48, True, 16, frozenset({"nx"})), self.errata)
+        self.cpu = Cpu(48, True, 16, frozenset({"nx"}))
+        self.observer = Observer("test", space.memory.bytes, self.cpu, self.errata)
         self.host = {"rax": self.vmcb.address, "rsp": 0x1000, "rip": 0x2000, "eflags": 2, "cs": 8, "ss": 16, "ds": 16,
                      "es": 16, "cr0": PAGING, "cr3": 0x3000, "cr4": CR4.PAE, "efer": LONG}
 
@@ -65,8 +68,35 @@ class World:
     def npf(self, info1: int = E.FINAL | E.U, gpa: int = HOLE) -> list[Divergence]:
         return self.leave(ExitCode.NPF, info1, gpa)
 
+    def access(self, gva: int = DATA, write: bool = False, spa: int | None = None, **l2: int) -> list[Divergence]:
+        """A memory access of L2, after which its page is where the walk leads."""
+        walk = self.space.walk(gva, READ._replace(write=write))
+        write_back(self.space.memory.words, walk.updates)
+        reached = walk.outcome.spa if isinstance(walk.outcome, Reached) else 0
+        registers = self.host | {"cr3": self.space.gcr3, "cs": 0, "eflags": 2} | l2
+        return self.observer.stop(Stop(ACCESS, 1, registers, self.alone, gva=gva, write=write,
+                                       spa=reached if spa is None else spa))
+
     def vmmcall(self) -> list[Divergence]:
         return self.leave(ExitCode.VMMCALL)
+
+    def invlpga(self, gva: int, asid: int = 1) -> list[Divergence]:
+        return self.observer.stop(Stop(INVLPGA, 1, dict(self.host), self.alone, gva=gva, asid=asid))
+
+    def other_table(self, without: int | None = None) -> None:
+        """nCR3 leads to a copy of the nested table, in which the page of `without` is not present."""
+        space, gone = self.space, self.entry(without) if without is not None else -1
+
+        def copy(table: int, depth: int) -> int:
+            new = space.page()
+            for at in range(0, 4096, 8):
+                entry = space.get(table + at)
+                if entry & P and depth < 3:
+                    entry = copy(entry & FRAME, depth + 1) | entry & ~FRAME
+                space.set(new + at, 0 if table + at == gone else entry)
+            return new
+
+        self.vmcb["ncr3"] = copy(space.ncr3, 0)
 
     def entry(self, gva: int = CODE) -> int:
         """The sPA of the nested PTE of a page of L2's."""
@@ -127,6 +157,43 @@ class TestRight:
         world.vmmcall()
         world.space.set(world.entry(), world.space.get(world.entry()) & ~P)
         world.vmcb["asid"] = 2
+        assert world.enter() == []
+
+
+    def test_accesses(self, world: World) -> None:
+        world.enter()
+        assert world.access() == [] and world.access(write=True) == [] and world.access(cs=3) == []
+        assert world.vmmcall() == [] and world.observer.seen.accesses == 3
+        assert world.access() == [], "L2 does not run"
+
+    def test_an_access_on_the_side(self, world: World) -> None:
+        """To a descriptor, at CPL 3, in a page of the supervisor's."""
+        world.space.map_guest(DATA, world.space.guest_page(), bits=P | RW)
+        world.enter()
+        assert world.access(cs=3) == []
+
+    def test_invlpga(self, world: World) -> None:
+        world.enter()
+        world.vmmcall()
+        at = world.entry(DATA)
+        world.space.change(at, set=A)
+        world.enter()
+        world.vmmcall()
+        world.space.change(at, clear=P)
+        assert world.invlpga(DATA) == [] and world.enter() == []
+
+    def test_the_same_by_another_table(self, world: World) -> None:
+        """nCR3 has changed, and all that L2 used is in the new table."""
+        world.enter()
+        world.vmmcall()
+        world.other_table()
+        assert world.enter() == [] and world.observer.seen.vmruns == 2
+
+    def test_another_table_and_a_flush(self, world: World) -> None:
+        world.enter()
+        world.vmmcall()
+        world.other_table(without=CODE)
+        world.vmcb["tlb_control"] = 1
         assert world.enter() == []
 
 
@@ -225,7 +292,66 @@ def no_flush(change: Callable[[World, int], object]) -> Callable[[World], list[D
     return run
 
 
+def access(**how: Any) -> Callable[[World], list[Divergence]]:
+    def run(world: World) -> list[Divergence]:
+        world.enter()
+        return world.access(**how)
+    return run
+
+
+def write_to_read_only(world: World) -> list[Divergence]:
+    """L2 writes where L1 does not let it."""
+    world.enter()
+    world.access()
+    at, spa = world.entry(DATA), world.space.walk(DATA, READ).outcome
+    world.space.change(at, clear=RW)
+    assert isinstance(spa, Reached)
+    return world.access(write=True, spa=spa.spa)
+
+
+def dirty_missing(world: World) -> list[Divergence]:
+    world.enter()
+    world.access(write=True)
+    at = world.entry(DATA)
+    world.space.change(at, clear=D)
+    spa = world.space.walk(DATA, READ).outcome
+    assert isinstance(spa, Reached)
+    return world.observer.stop(Stop(ACCESS, 1, world.host | {"cr3": world.space.gcr3, "cs": 0}, gva=DATA, write=True,
+                                    spa=spa.spa))
+
+
+def another_table(world: World) -> list[Divergence]:
+    world.enter()
+    world.vmmcall()
+    world.other_table(without=CODE)
+    return world.enter()
+
+
+def invlpga_of(gva: int, asid: int, late: bool = False) -> Callable[[World], list[Divergence]]:
+    """INVLPGA of another address or in another ASID, or before the entry is changed, flushes nothing of it."""
+    def run(world: World) -> list[Divergence]:
+        at = world.entry(DATA)
+        world.space.change(at, set=A)
+        world.enter()
+        world.vmmcall()
+        if late:
+            world.invlpga(gva, asid)
+        world.space.change(at, clear=P)
+        if not late:
+            world.invlpga(gva, asid)
+        return world.enter()
+    return run
+
+
 FAULTS = {
+    "L2's access went elsewhere": (access(spa=0x5000), "C1", "outcome", "reached"),
+    "L2 read what it has not": (access(gva=0x7000, spa=0x5000, cs=3), "C1", "outcome", "guest.present"),
+    "L2's write, read-only": (write_to_read_only, "C1", "outcome", "nested.write"),
+    "D is missing": (dirty_missing, "C2", "entry", "ad"),
+    "nCR3 of tables that lack a page": (another_table, "L1", "ncr3", "tlb.control"),
+    "INVLPGA elsewhere": (invlpga_of(CODE, 1), "L1", "tlb_control", "tlb.control"),
+    "INVLPGA in another ASID": (invlpga_of(DATA, 2), "L1", "tlb_control", "tlb.control"),
+    "INVLPGA too early": (invlpga_of(DATA, 1, late=True), "L1", "tlb_control", "tlb.control"),
     "refused": (refused, "C3", "outcome", "vmrun.legal"),
     "not refused": (not_refused, "C3", "outcome", "vmrun.intercept"),
     "#NPF without U": (fault(E.FINAL), "C1", "exitinfo1", "nested.present"),
@@ -278,8 +404,11 @@ FAULTS = {
 def test_a_planted_fault_is_told(
     run: Callable[[World], list[Divergence]], check: str, name: str, rule: str, world: World
 ) -> None:
-    found = told(run(world))
+    made = run(world)
+    found = told(made)
     assert any((one[0], one[1].partition(" at sPA")[0], one[2]) == (check, name, rule) for one in found), found
+    again = judge_again("test", world.observer.evidence(), world.cpu)
+    assert {signature(one) for one in again} == {signature(one) for one in made}, "what was taken down is enough"
 
 
 class TestFlushes:

@@ -2,7 +2,8 @@
  * A hypervisor that knows nothing of twinwalk: PVH, long mode, nested paging. Its L2 shares its tables, and makes
  * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
  * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `v` has an
- * L2 that executes VMRUN too, `e` never ends. It ends by a reset.
+ * L2 that executes VMRUN too, `g` flushes by INVLPGA alone, `c` changes to another nested table each round, with no flush,
+ * `e` never ends. It ends by a reset.
  */
 	.set ROUNDS, 25
 	.set HOLE, 0x3fe00000		/* the gPA that is mapped on demand, to PAGE */
@@ -27,15 +28,19 @@ start:
 	movl $(pd + 7), pdpt
 	movl $(npdpt + 7), npml4
 	movl $(npd + 7), npdpt
+	movl $(other_npdpt + 7), other_npml4
+	movl $(other_npd + 7), other_npdpt
 	mov $0x87, %eax			/* P, RW, US, PS */
 	xor %ecx, %ecx
 1:	mov %eax, pd(, %ecx, 8)
 	mov %eax, npd(, %ecx, 8)
+	mov %eax, other_npd(, %ecx, 8)
 	add $0x200000, %eax
 	inc %ecx
 	cmp $512, %ecx
 	jne 1b
 	movl $0, npd + (HOLE >> 21) * 8
+	movl $0, other_npd + (HOLE >> 21) * 8
 	mov $0x20, %eax
 	mov %eax, %cr4
 	mov $pml4, %eax
@@ -120,10 +125,29 @@ run:	mov %rbp, %rax
 	cmp $0x81, %eax
 	jne reset
 	addl $3, 0x578(%rbp)		/* VMMCALL ends a round */
-	movl $0, npd + (HOLE >> 21) * 8
+	cmpb $'c', letter
+	jne 2f
+	mov $npml4, %eax
+	mov $npd, %ecx
+	cmp %eax, 0xb0(%rbp)
+	jne 4f
+	mov $other_npml4, %eax
+	mov $other_npd, %ecx
+4:	mov %eax, 0xb0(%rbp)
+	mov %ecx, current
+2:	mov current, %ecx
+	movl $0, (HOLE >> 21) * 8(%rcx)
 	cmpb $'f', letter
 	je 1f
-	movb $1, 0x5c(%rbp)
+	cmpb $'c', letter
+	je 1f
+	cmpb $'g', letter
+	jne 3f
+	mov $HOLE, %eax
+	mov $1, %ecx
+	invlpga
+	jmp 1f
+3:	movb $1, 0x5c(%rbp)
 1:	dec %ebx
 	jnz run
 reset:	mov $0x3f8, %edx
@@ -138,7 +162,8 @@ npf:	mov $PAGE + 0x85, %eax		/* first read-only */
 	testb $2, 0x78(%rbp)
 	jz 1f
 	or $2, %eax
-1:	mov %eax, npd + (HOLE >> 21) * 8
+1:	mov current, %ecx
+	mov %eax, (HOLE >> 21) * 8(%rcx)
 	jmp run
 cpuid_exit:
 	addl $2, 0x578(%rbp)
@@ -170,6 +195,7 @@ gdt:	.quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
 gdt_pointer:
 	.short gdt_pointer - gdt - 1
 	.long gdt
+current: .long npd
 letter:	.byte 0
 
 	.bss
@@ -180,6 +206,9 @@ pd:	.skip 4096
 npml4:	.skip 4096
 npdpt:	.skip 4096
 npd:	.skip 4096
+other_npml4: .skip 4096
+other_npdpt: .skip 4096
+other_npd: .skip 4096
 vmcb:	.skip 4096
 host_save: .skip 4096
 	.skip 4096

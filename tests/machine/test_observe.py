@@ -16,11 +16,13 @@ from harness import cli
 from harness.errors import LaunchFailed, MachineLost
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.observe import Observer, Seen
+from harness.lockstep.signature import signature
 from harness.machine import guests, observed
 from harness.machine.observed import Options
 from harness.model.memory import Memory
 from harness.model.vmcb import Vmcb
-from harness.wire.stop import ENTER, Stop
+from harness.report import stops
+from harness.wire.stop import ACCESS, ENTER, Stop
 from tests.conftest import ROOT
 from tests.machine.foreign_l1 import build
 from tests.machine.processes import gone, named, unique, wait_for
@@ -49,6 +51,11 @@ def watch(kernel: Path | None, errata: list[Erratum], letter: str = "x", args: t
         return observer.seen, machine.ended
 
 
+def found_at(bundle: stops.Observed) -> int:
+    """The gVA of its access."""
+    return bundle.evidence.moments[-1].stop.gva
+
+
 class TestRight:
     def test_all_of_it(self, foreign: Path, errata: list[Erratum]) -> None:
         seen, ended = watch(foreign, errata)
@@ -56,6 +63,7 @@ class TestRight:
         assert seen.exits == {"VMEXIT_NPF": 2 * ROUNDS, "VMEXIT_CPUID": ROUNDS, "VMEXIT_#PF": ROUNDS,
                               "VMEXIT_VMMCALL": ROUNDS}
         assert seen.table_bytes and "reset" in ended
+        assert seen.accesses == 3 * ROUNDS and not seen.invlpga
 
     def test_several_processors(self, foreign: Path, errata: list[Erratum]) -> None:
         """The breakpoint at VMRUN stays where it is: it is stepped over."""
@@ -77,12 +85,31 @@ class TestRight:
         assert seen.divergences == [] and not seen.unpaired and seen.exits["VMEXIT_VMRUN"] == ROUNDS
         assert seen.vmruns == 6 * ROUNDS
 
+    def test_flushed_by_invlpga(self, foreign: Path, errata: list[Erratum]) -> None:
+        seen, _ = watch(foreign, errata, "g")
+        assert seen.divergences == [] and seen.invlpga == ROUNDS
+
 
 class TestFindings:
     def test_a_flush_forgotten(self, foreign: Path, errata: list[Erratum]) -> None:
         seen, _ = watch(foreign, errata, "f")
         assert {(one.check, one.field, one.rule) for one in seen.divergences} == {("L1", "tlb_control", "tlb.control")}
         assert len(seen.divergences) == ROUNDS - 1
+
+    def test_another_nested_table_under_the_same_asid(self, foreign: Path, errata: list[Erratum]) -> None:
+        """The page that L2 has used is not in it yet."""
+        seen, _ = watch(foreign, errata, "c")
+        assert {(one.check, one.field, one.rule) for one in seen.divergences} == {("L1", "ncr3", "tlb.control")}
+        assert len(seen.divergences) == ROUNDS - 1
+        assert seen.divergences[0].events == ("gPA 0x3fe00000: was sPA 0x1000000, is not there",)
+
+    def test_an_access_that_went_elsewhere(self, foreign: Path, errata: list[Erratum]) -> None:
+        """As a machine whose translation is another one, or an old one."""
+        with observed.start(Options(foreign, append="x", memory=MEMORY, wait=20)) as machine:
+            observer = Observer("foreign", machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+            for stop in machine.stops(observer.plausible):
+                observer.stop(stop._replace(spa=stop.spa ^ 0x1000) if observer.seen.accesses == 7 else stop)
+        assert [(one.check, one.field, one.rule) for one in observer.seen.divergences] == [("C1", "outcome", "reached")]
 
     @pytest.mark.parametrize(("bits", "check"), [(1 << 9, "C2"), (1 << 52, "C2")])
     def test_a_table_changed_while_l2_runs(self, bits: int, check: str, foreign: Path, errata: list[Erratum]) -> None:
@@ -177,6 +204,43 @@ class TestCommand:
         assert "a flush of ASID 1" in text and "24 of L1 tlb_control" in text
         assert json.loads(target.read_text())["totals"]["divergences_new"] == 24
 
+
+    @pytest.mark.parametrize(("letter", "rule"), [("f", "tlb.control"), ("c", "tlb.control")])
+    def test_bundles(self, letter: str, rule: str, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                     ) -> None:
+        """One of each finding; the model alone finds the same in it."""
+        argv = ["observe", "--kernel", str(foreign), "--memory", str(MEMORY), "--append", letter]
+        assert cli.main([*argv, "--bundles", str(tmp_path / "found")]) == 1
+        assert "bundle: " in capsys.readouterr().out
+        (bundle,) = (tmp_path / "found").iterdir()
+        assert cli.main(["explain", str(bundle)]) == 0
+        text = capsys.readouterr().out
+        assert rule in text and "judged again by the model alone: the same finding" in text
+        assert cli.main(["explain", str(bundle), "0x101000"]) == 2, "L2's tables are not in it"
+        assert "the pages of its finding" in capsys.readouterr().err
+        assert cli.main(["explain", str(bundle), "--vmcb", "0x1000"]) == 2
+        assert cli.main(["replay", str(bundle)]) == 2
+
+    def test_a_bundle_of_a_walk(self, foreign: Path, errata: list[Erratum], tmp_path: Path,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+        with observed.start(Options(foreign, append="x", memory=MEMORY, wait=20)) as machine:
+            observer = Observer("foreign", machine.memory, machine.cpu)
+            for stop in machine.stops(observer.plausible):
+                wrong = stop.kind == ACCESS and observer.seen.accesses == 7
+                if found := observer.stop(stop._replace(spa=stop.spa ^ 0x1000) if wrong else stop):
+                    about = stops.About(*signature(found[0]), "foreign", {}, "", "")
+                    made = stops.Observed(about, observer.evidence(), machine.cpu, "the walks\n")
+                    path = stops.write(tmp_path, made)
+        assert stops.read(path) == made
+        assert cli.main(["explain", str(path), "--svg", str(tmp_path / "walk.svg")]) == 0
+        assert "the same finding" in capsys.readouterr().out and (tmp_path / "walk.svg").exists()
+        assert cli.main(["explain", str(path), f"{found_at(made):#x}"]) == 0
+        assert "reached" in capsys.readouterr().out
+        for name in (stops.STOPS, stops.MEMORY):
+            text = (path / name).read_text()
+            (path / name).write_text(text.replace("0", "1", 1))
+            assert cli.main(["explain", str(path)]) == 2
+            (path / name).write_text(text)
 
     def test_interrupted(self, foreign: Path, tmp_path: Path) -> None:
         """What was seen is told and written; nothing is left running."""
