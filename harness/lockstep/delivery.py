@@ -8,6 +8,7 @@ from harness.errors import UsageError
 from harness.lockstep.hazards import BUSY_TSS
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
+    DELIVERY_EMULATED,
     DOUBLE_FAULT_NOT_INTERCEPTED,
     FIRST_EVENT_KEPT,
     IDT_ERROR_OF_SLOT,
@@ -70,7 +71,19 @@ class Bus:
     def raises(self, event: Event) -> NoReturn:
         _second(self._l2, self._event, event, 0, None, "exit.delivery")
 
+    def _is_emulated(self, gva: int, access: Access) -> bool:
+        """By a quirk: whether a hypervisor below L1 takes this for a write of the instruction at RIP, since an entry of
+        L2's lies in a page that it keeps a shadow of, as one of L1's nested tables."""
+        state = self._l2.state
+        if DELIVERY_EMULATED not in state.quirks.names or self._event.kind not in (events.INTERRUPT, events.NMI):
+            return False
+        trail = self._l2.walk(gva, access).trail
+        return any(step[0] == "guest" and step[3] & ~0xFFF in state.nested_pages for step in trail) and (
+            state.quirks.has(DELIVERY_EMULATED))
+
     def _reach(self, gva: int, access: Access, width: int) -> int:
+        if self._is_emulated(gva, access):
+            _emulated(self._l2, self._event)
         walk = self._l2.access(gva, access)
         match walk.outcome:
             case Reached(spa, _):
@@ -133,6 +146,17 @@ def physical(l2: L2) -> None:
     if asks(vmcb, "intr"):
         raise Leave(INTERCEPTS["intr"].exitcode, rule="exit.intercept")
     deliver(l2, Event(INTERRUPT_VECTOR, events.INTERRUPT), None, None)
+
+
+def _emulated(l2: L2, event: Event) -> NoReturn:
+    """The instruction at RIP is fetched before `event` is delivered, and tells it if that faults."""
+    walk = l2.access(l2.regs.rip + l2.base & l2.mask, _FETCH[l2.regs.cpl])
+    match walk.outcome:
+        case PageFault(code, gva) if l2.intercepted(events.PF):
+            raise Leave(ExitCode.EXCEPTION + events.PF, code, gva, walk, walk.rule, event)
+        case NestedPageFault(code, gpa):
+            raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, event)
+    raise UsageError("an instruction that comes before the event that VMRUN injects is not modelled")
 
 
 def _second(l2: L2, first: Event, second: Event, info2: int, walk: Walk | None, rule: str) -> NoReturn:

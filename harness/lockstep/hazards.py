@@ -46,6 +46,11 @@ def _writes_cr8(scenario: Scenario) -> bool:
         probe.kind == "wrcr8" for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
 
 
+def _steps_in_pae(scenario: Scenario) -> bool:
+    return scenario.guest == "PAE" and any(
+        probe.kind in STEPPED_OVER for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
+
+
 def _pending(what: str) -> Callable[[Scenario], bool]:
     """Whether L1 sends itself that in a scenario."""
     return lambda scenario: any(isinstance(op, HostOp) and op.register == what for op in scenario.ops)
@@ -97,6 +102,11 @@ class Hazard(NamedTuple):
 
 CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
 """L2 writes CR8 while a virtual interrupt is pending whose priority is not below V_TPR then."""
+PAE_STEPPED_OVER: Final = "pae-stepped-over"
+"""L2, in PAE paging under a nested table, executes what a hypervisor below L1 carries out without a walk of its own,
+and then has to fetch, to step over it."""
+STEPPED_OVER: Final = frozenset({"cpuid", "invd", "wbinvd", "rdmsr", "wrmsr"})
+"""Such instructions; of MSRs those that are not L2's own to use, EFER and PAT."""
 
 BUSY_TSS: Final = "busy-tss"
 """An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
@@ -112,6 +122,7 @@ HAZARDS: Final = {
     "vmrun-unchecked": Hazard(_any, refused=True),
     BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
+    PAE_STEPPED_OVER: Hazard(_steps_in_pae, peril=PAE_STEPPED_OVER),
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from harness.errors import UsageError
 from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave, physical
+from harness.lockstep.hazards import PAE_STEPPED_OVER, STEPPED_OVER
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
     CR_READS_AS_CR0,
@@ -55,6 +56,7 @@ _STI: Final = frozenset({"sti", "stiud"})
 """STI, which IOPL lets other CPLs execute."""
 _INT_VECTOR: Final = 13
 """Of the INT n of L2's code: one that is an exception's, and that no exception intercept catches."""
+_SHARED_MSRS: Final = (0xC000_0080, 0x277)
 _SMSW: Final = 0xFFFF_FFFF
 _LMSW: Final = CR0.MP | CR0.EM | CR0.TS
 _OF_AN_OVERFLOW: Final = RFLAGS.OF | RFLAGS.SF | RFLAGS.AF | RFLAGS.PF
@@ -77,15 +79,26 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         l2.exception(Event.exception(events.GP))
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
         l2.exception(Event.exception(events.UD))
+    if kind == "invd":  # perhaps taken for WBINVD, which L1 does not intercept
+        _step_over(l2, kind, address)
     if kind in _TAKEN_FOR and quirks.has(_TAKEN_FOR[kind][0]):
         _check(l2, _TAKEN_FOR[kind][1], size, address, value, kind)
     elif kind in INTERCEPTS and kind not in FIRST:
         _check(l2, kind, size, address, value)
     if _is_emulated(l2, kind, value) and quirks.has(EMULATED_BELOW):
         end_of_emulation(l2)
+    if kind != "invd":
+        _step_over(l2, kind, address)
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
     return registers.probe(l2, kind, address, value)
+
+
+def _step_over(l2: L2, kind: str, address: int) -> None:
+    """Note what a hypervisor below L1 steps over in an L2 whose PDPTEs it takes for illegal."""
+    own = kind.endswith("msr") and address not in _SHARED_MSRS
+    if kind in STEPPED_OVER and not own and _in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE:
+        l2.out.perils.add(PAE_STEPPED_OVER)
 
 
 def write_is_emulated(l2: L2, index: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from harness.errors import UsageError
-from harness.lockstep import devices, instructions, stale, stub
+from harness.lockstep import devices, instructions, registers, stale, stub
 from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import (
@@ -299,6 +299,7 @@ class L2(Translation):
                 words[at >> 3] = before & ~part | new << shift >> 64 * number & _MASK64
 
     def _fetch(self, address: int, index: int) -> int:
+        registers.old_breakpoint(self, address, index)
         walk = self._cached(address, _FETCH[self.regs.cpl], index, lambda spa: self._seen_result(index) == spa >> 3)
         self._note(walk)
         self.out.walks[index] = walk

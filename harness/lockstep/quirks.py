@@ -58,6 +58,8 @@ SKINIT_ANY_CPL: Final = "skinit-any-cpl"
 NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
 FIVE_LEVELS_KEPT: Final = "five-levels-kept"
 STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
+BREAKPOINTS_KEPT: Final = "breakpoints-kept"
+DELIVERY_EMULATED: Final = "delivery-emulated"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -253,6 +255,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     NESTED_FORMAT_BY_L2: Quirk(),
     FIVE_LEVELS_KEPT: Quirk(),
     STI_ALWAYS_SHADOWS: Quirk(),
+    BREAKPOINTS_KEPT: Quirk(),
+    DELIVERY_EMULATED: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

@@ -8,13 +8,13 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.hazards import CR8_WITH_V_IRQ
 from harness.lockstep.prediction import WHOLE
-from harness.lockstep.quirks import PKE_NOT_FLUSHED
+from harness.lockstep.quirks import BREAKPOINTS_KEPT, PKE_NOT_FLUSHED
 from harness.model import events, tlb_events, vmrun
 from harness.model.access import Access, Reached
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.events import Event
 from harness.model.registers import CR0, CR4, RFLAGS
-from harness.model.vmcb import NP_ENABLE, SEGMENT_P, VIntr
+from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode, VIntr
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -25,6 +25,8 @@ _EDGES: Final = CR4.PKE | CR4.PCIDE
 """Bits of CR4 of which only one change does: PKE set, PCIDE cleared."""
 _IMPLICIT_READ: Final = Access(implicit=True)
 _BREAKPOINTS: Final = ("dr0", "dr1", "dr2", "dr3")
+_MET: Final = 0xF
+"""Bits of DR6: the breakpoints that were met (section 13.1.1.3)."""
 
 
 def probe(l2: L2, kind: str, address: int, value: int) -> int:
@@ -107,6 +109,16 @@ def write(l2: L2, name: str, value: int) -> None:
     elif changed & (_FLUSHING.get(name, 0) | (_EDGES & (value ^ CR4.PCIDE) if name == "cr4" else 0)):
         l2.flush(tlb_events.CR0 if name == "cr0" else tlb_events.CR4)
     l2.enter_again()
+
+
+def old_breakpoint(l2: L2, address: int, index: int) -> None:
+    """By a quirk: L2's fetch meets a breakpoint that L1 had enabled, perhaps in an earlier program."""
+    seen, debug = l2.state.seen, ExitCode.EXCEPTION + events.DB
+    met = sum(1 << n for n, name in enumerate(_BREAKPOINTS) if l2.state.outside.get(name, 0) == address)
+    if (met and seen is not None and (seen.next_probe, seen.exitcode) == (index, debug)
+            and l2.state.quirks.has(BREAKPOINTS_KEPT)):
+        l2.regs.rip, l2.regs.dr6 = address, l2.regs.dr6 & ~_MET | met
+        l2.exception(Event.exception(events.DB))
 
 
 def _cr8(l2: L2, kind: str, value: int) -> int:

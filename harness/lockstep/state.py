@@ -92,6 +92,8 @@ class State:
         self.mode: Mode = MODES[DEFAULT_MODE]
         self.stub = image.stubs[self.mode.stub]
         self.watched: frozenset[int] = frozenset()
+        self.nested_pages: frozenset[int] = frozenset()
+        """Those of L1's nested tables."""
         self.own: dict[tuple[object, ...], Own] = {}
         """By place and CPL, under the translation last built: see `harness.lockstep.l2`."""
         self.quirks = Active()
@@ -128,6 +130,7 @@ class State:
                 words[address >> 3] = value
             self._world = world
             self.watched = frozenset(world.watch)
+            self.nested_pages = frozenset(at & ~0xFFF for name, at in world.entries.items() if name[:6] == "nested")
         self.tlb.forget()
         self.queued = []
         self.outside = {}

@@ -92,12 +92,14 @@ class Twin(State):
         vmrun.canonicalize(vmcb, self.cpu)
         if self._taken_for_exception():
             return self._refuse_halfway(out, step)
-        injected = Event.from_eventinj(vmcb["eventinj"])
+        event = vmcb["eventinj"]
+        injected = Event.from_eventinj(event)
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         self.tlb.vmrun(self._tlb_control(), vmcb["asid"])
         l2 = L2(self, out, step)
         if self._no_root():
-            self._leave(out, l2, Leave(ExitCode.SHUTDOWN, rule="nested.reserved"))
+            vmcb["eventinj"] = event  # L2 was never entered
+            self._leave(out, l2, Leave(ExitCode.SHUTDOWN, rule="nested.reserved", event=injected))
             return out
         try:
             if injected is not None and not self._lost(injected):

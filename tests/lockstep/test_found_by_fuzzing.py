@@ -1,0 +1,89 @@
+"""Quirks that fuzzing found: what a VMRUN comes to with them, and that nothing else has them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import BREAKPOINTS_KEPT, DELIVERY_EMULATED, NESTED_PDPTE_SHUTDOWN, SKINIT_ANY_CPL, Active
+from harness.lockstep.twin import Twin
+from harness.model import events
+from harness.model.vmcb import ExitCode
+from harness.scenario import files
+from harness.scenario.program import Compiler
+from harness.wire.image import PAGE
+from tests.conftest import LIBRARY
+
+DEBUG = ExitCode.EXCEPTION + events.DB
+PAGE_FAULT = ExitCode.EXCEPTION + events.PF
+
+
+def last(twin: Twin, compiler: Compiler, name: str, quirk: str = "", seen: Any = None) -> Prediction:
+    """The prediction of a scenario's last RUN, with a quirk there; the VMCB is as it leaves it."""
+    (scenario,) = files.load([LIBRARY], lambda one: one == name)
+    program = compiler.compile(scenario)
+    twin.reset(program.world)
+    runs = [number for number, step in enumerate(program.steps) if step.code == "RUN"]
+    for number, step in enumerate(program.steps[: runs[-1] + 1]):
+        if step.code != "RUN":
+            twin.apply(step)
+            continue
+        twin.begin(step)
+        before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+        out = twin.predict(step, 0)
+        if quirk and number == runs[-1]:
+            out = twin.predict_again(out, before, step, Active([quirk]), seen)
+    return out
+
+
+def left(twin: Twin, *names: str) -> tuple[int, ...]:
+    return tuple(twin.vmcb[name] for name in names)
+
+
+def test_an_interrupt_gives_way_to_the_next_instruction(twin: Twin, compiler: Compiler) -> None:
+    name = "regressions/delivery-by-nested-table"
+    last(twin, compiler, name)
+    rip = twin.vmcb["rip"]
+    idt = twin.vmcb["idtr.base"] + 16 * 16
+    told = "exitcode", "exitinfo1", "exitinfo2", "exitintinfo"
+    assert left(twin, *told) == (PAGE_FAULT, 0, idt, 0x8000_0010)
+    last(twin, compiler, name, DELIVERY_EMULATED)
+    assert left(twin, *told) == (PAGE_FAULT, 0x10, rip, 0x8000_0010)
+
+
+def test_only_where_a_table_is_shadowed(twin: Twin, compiler: Compiler) -> None:
+    name = "events/inject-cut[0x80000010,idt]"
+    last(twin, compiler, name)
+    before = twin.vmcb_bytes()
+    out = last(twin, compiler, name, DELIVERY_EMULATED)
+    assert twin.vmcb_bytes() == before and out.rule
+
+
+@pytest.mark.parametrize(("quirk", "event"), [("", 0), (NESTED_PDPTE_SHUTDOWN, 0x8000_0010)])
+def test_a_shutdown_before_l2_is_entered_keeps_the_event(
+    twin: Twin, compiler: Compiler, quirk: str, event: int
+) -> None:
+    last(twin, compiler, "regressions/nested-pdpte-event", quirk)
+    code = ExitCode.SHUTDOWN if quirk else ExitCode.NPF
+    assert left(twin, "exitcode", "eventinj", "exitintinfo") == (code, event, 0x8000_0010)
+
+
+@pytest.mark.parametrize(("code", "probe", "stops"), [(DEBUG, 0, True), (DEBUG, 1, False), (PAGE_FAULT, 0, False)])
+def test_a_breakpoint_of_l1_stops_l2_where_that_was_seen(
+    twin: Twin, compiler: Compiler, code: int, probe: int, stops: bool
+) -> None:
+    seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0)
+    last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen)
+    assert left(twin, "exitcode", "rip") == (DEBUG if stops else PAGE_FAULT, 0)
+    assert twin.vmcb["dr6"] & 0xF == (0xF if stops else 0)
+
+
+@pytest.mark.parametrize("its", ["0x7f", "0x3f"])
+@pytest.mark.parametrize("quirk", ["", SKINIT_ANY_CPL])
+def test_skinit_at_cpl_3(twin: Twin, compiler: Compiler, its: str, quirk: str) -> None:
+    last(twin, compiler, f"intercepts/skinit-user[0xffffffff,{its}]", quirk)
+    asked = 0x86 if its == "0x7f" else ExitCode.EXCEPTION + events.UD
+    assert twin.vmcb["exitcode"] == (asked if quirk else ExitCode.EXCEPTION + events.GP)
