@@ -25,7 +25,7 @@ from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.universe import universe
 from harness.options import LIBRARY, add_mode, add_target, add_volume, is_pipelined, screen, targeted
-from harness.report import bundle, catches, jsonfile, output, table, terminal
+from harness.report import bundle, catches, html, jsonfile, output, table, terminal
 from harness.report.catches import Hunt
 from harness.report.findings import findings
 from harness.report.headline import kind
@@ -73,6 +73,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--bundles", type=Path, metavar="FOLDER",
                         help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
     add_volume(parser)
     parser.set_defaults(command=command)
 
@@ -171,6 +172,8 @@ def command(options: argparse.Namespace) -> int:
     """Returns the exit code: as that of `run`."""
     if options.json:
         jsonfile.check(options.json)
+    if options.html:
+        html.check(options.html)
     if options.corpus:
         try:
             options.corpus.mkdir(parents=True, exist_ok=True)
@@ -206,6 +209,8 @@ def command(options: argparse.Namespace) -> int:
         summary = bundling.of_run(setup, summary, outcome.before, places.again(), options.bundles)
     if options.json:
         output.write(options.json, catches.text(hunt, summary))
+    if options.html:
+        html.write(options.html, summary, errata, [catches.page_table(hunt)])
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code()

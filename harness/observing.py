@@ -21,7 +21,7 @@ from harness.lockstep.signature import signature
 from harness.machine import observed
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
 from harness.options import LIBRARY, add_volume, positive, screen
-from harness.report import jsonfile, stops, table
+from harness.report import html, jsonfile, stops, table
 from harness.report.bundle import check_folder
 from harness.report.findings import Finding, findings
 from harness.report.headline import headline
@@ -70,6 +70,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--bundles", type=Path, metavar="DIR",
                         help="write a bundle of each finding to DIR, which `explain` shows and judges again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, as `run` does")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
     add_volume(parser)
     parser.set_defaults(command=_observe)
 
@@ -105,6 +106,8 @@ def _observe(options: argparse.Namespace) -> int:
         jsonfile.check(options.json)
     if options.bundles:
         check_folder(options.bundles, "--bundles")
+    if options.html:
+        html.check(options.html)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     name, wanted = _options(options)
     shown = screen(options)
@@ -118,6 +121,10 @@ def _observe(options: argparse.Namespace) -> int:
         shown.show([line(f"console: {harmless(text)}") for text in console.splitlines()[-_CONSOLE:]])
     if options.json:
         jsonfile.write(options.json, summary)
+    if options.html:
+        rows = tuple((what, f"{count:,}") for what, count in seen.exits.most_common())
+        exits = html.Table("Exits", ("exit code", "seen"), rows)
+        html.write(options.html, summary, errata, [exits])
     if interrupted is not None:
         raise interrupted
     return 3 if result.lost is not None else int(summary.totals.divergences_new > 0)

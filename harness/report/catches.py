@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.lockstep.signature import LOST, Signature
-from harness.report import jsonfile
+from harness.report import html, jsonfile
 from harness.report.styled import BAD, DIM, GOOD, HEAD, Line, harmless, line, wrap
 from harness.report.summary import Summary
 from harness.scenario import writer
@@ -64,6 +64,15 @@ def table(hunt: Hunt, width: int) -> list[Line]:
         where = f"{one.scenario.name}, of {len(one.scenario.ops)} ops"
         lines += wrap(f"   seen {times}, first in {where}", width, rest="   ")
     return lines
+
+
+def page_table(hunt: Hunt) -> html.Table:
+    """What was generated, and each sort of finding with its first program: for the page."""
+    figures = [("seed", f"{hunt.seed}"), ("programs", f"{hunt.programs:,}"), ("of earlier runs", f"{hunt.before:,}"),
+               ("not followed to their end", f"{hunt.left_off:,}"),
+               ("cells of the coverage table", f"{hunt.cells:,} of {hunt.reachable:,}")]
+    found = [(one.what, f"{one.count:,} times, first in {one.scenario.name}") for one in _sorted(hunt.catches)]
+    return html.Table("Generated programs", (), (*figures, *found))
 
 
 def _sorted(catches: Sequence[Catch]) -> list[Catch]:

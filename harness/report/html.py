@@ -1,4 +1,5 @@
-"""The `--html` file: a run as one page that needs nothing else, with each walk drawn as the grid that it is.
+"""The `--html` file: a run, or a matrix of several, as one page that needs nothing else, with each walk drawn as the
+grid that it is.
 
 A finding's walk has a row for each entry of L2's tables: the nested walk of that entry's own address, then the entry;
 and a last row for the page itself. The page is made of three files (harness/report/page) and of the values here.
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature
@@ -26,12 +27,24 @@ from harness.report.findings import Finding, findings, place
 from harness.report.headline import headline, rule_of
 from harness.report.summary import Summary, describe_machine
 from harness.report.table import totals, verdict
+from harness.scenario import writer
+from harness.scenario.ops import RunOp, Scenario
 
 OPTION: Final = "--html"
 _DRAWN: Final = 500
 _EACH: Final = 3
 """Walks that are drawn: so many in all, and of each signature so many at least. Others are like them."""
 _SEARCHED: Final = 400
+_BEFORE: Final = 40
+"""Ops of a scenario that are told before the one that a finding is of."""
+
+
+class Table(NamedTuple):
+    """A section of the page that only one command has: `rows` of text under `head`, which may be empty."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def check(path: Path) -> None:
@@ -39,25 +52,30 @@ def check(path: Path) -> None:
     output.check_writable(path, OPTION)
 
 
-def write(path: Path, summary: Summary, errata: Iterable[Erratum] = ()) -> None:
+def write(path: Path, summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> None:
     """After a run: all of the file or nothing. Raises TwinwalkError if that fails after all."""
-    output.write(path, text(summary, errata))
+    output.write(path, text(summary, errata, tables))
 
 
-def text(summary: Summary, errata: Iterable[Erratum] = ()) -> str:
-    """The page."""
-    page = resources.files("harness.report") / "page"
-    data = json.dumps(document(summary, errata), ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-    whole = (page / "page.html").read_text(encoding="utf-8")
-    parts = {"title": "results", "style": (page / "page.css").read_text(encoding="utf-8"),
-             "script": (page / "page.js").read_text(encoding="utf-8"), "data": data}
+def text(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> str:
+    """The page of a run."""
+    return page(document(summary, errata, tables), "results")
+
+
+def page(told: Mapping[str, Any], title: str) -> str:
+    """The page that shows `told`, plain values of which it knows the names: see harness/report/page/page.js."""
+    parts_of = resources.files("harness.report") / "page"
+    data = json.dumps(told, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    whole = (parts_of / "page.html").read_text(encoding="utf-8")
+    parts = {"title": title, "style": (parts_of / "page.css").read_text(encoding="utf-8"),
+             "script": (parts_of / "page.js").read_text(encoding="utf-8"), "data": data}
     for name, part in parts.items():
         whole = whole.replace(f"{{{{{name}}}}}", part, 1)
     return whole
 
 
-def document(summary: Summary, errata: Iterable[Erratum] = ()) -> dict[str, Any]:
-    """What the page shows, in plain values."""
+def document(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> dict[str, Any]:
+    """What the page of a run shows, in plain values."""
     said, bad = verdict(summary)
     return {
         "verdict": said,
@@ -71,6 +89,7 @@ def document(summary: Summary, errata: Iterable[Erratum] = ()) -> dict[str, Any]
         "known": [{"id": one.erratum.id, "title": one.erratum.title, "count": one.count, "scenarios": one.scenarios,
                    "explanation": " ".join(one.erratum.explanation.split()), "reference": one.erratum.reference}
                   for one in summary.known],
+        "tables": [one._asdict() for one in tables],
         "coverage": _coverage(summary, errata),
     }
 
@@ -93,11 +112,29 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
                 "rule": _rule(one), "values": [
                     [f"{d.check} {d.field}", words.value(d, d.expected), words.value(d, d.observed), d.erratum or ""]
                     for d in one.divergences],
+                "program": _program(one, scenario) if draw or not has_walk else [],
                 "events": list(one.first.events), "grid": grid(one) if draw else None,
                 "like": str(one.signature) if has_walk and not draw else "",
                 "search": " ".join((one.scenario, said, *one.signature)).lower()[:_SEARCHED],
             })
     return out
+
+
+def _program(finding: Finding, scenario: Scenario | None) -> list[list[str | bool]]:
+    """What L1 and L2 did up to the finding, an op a line, and a probe a line of the run in question: whether it is the
+    one, and the text."""
+    if scenario is None or finding.op < 0:
+        return []
+    told: list[list[str | bool]] = []
+    for number, op in enumerate(scenario.ops[: finding.op + 1]):
+        here = number == finding.op
+        if here and isinstance(op, RunOp):
+            told.append([finding.probe < 0, f"op {number}  VMRUN, L2 at CPL {op.cpl}"])
+            told += [[n == finding.probe, f"  probe {n}  {probe}"] for n, probe in enumerate(op.probes)]
+            told.append([finding.probe >= len(op.probes), "  #VMEXIT"])
+        else:
+            told.append([here, f"op {number}  {'; '.join(writer.op_lines(op))}"])
+    return told[-_BEFORE:]
 
 
 def _rule(finding: Finding) -> list[str]:

@@ -10,11 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from typing import Any, Final
 
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import of_loss, signature
+from harness.report.html import page
 from harness.report.summary import Summary, errata_of
 
 SHOWS: Final = "shows"
@@ -197,38 +197,29 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-_STYLE: Final = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
-table { border-collapse: collapse; } th, td { padding: .25em .6em; border: 1px solid #ccc; text-align: right; }
-th { background: #f2f2f2; position: sticky; top: 0; } td:first-child, td:nth-child(2) { text-align: left; }
-.shows { background: #fde9d0; } .new { background: #f8c9c4; } .absent { background: #e4f3e1; } .stale { color: #b00; }
-.none { color: #888; } code { font-size: 13px; }
-"""
-
-
 def html(matrix: Matrix) -> str:
-    """The table as a page of its own; a cell's title says what it means."""
+    """The table as a page (harness.report.html); a cell says what it means when it is chosen."""
     by_id = {erratum.id: erratum for erratum in matrix.errata}
-    head = "".join(f"<th>{escape(one.name)}</th>" for one in matrix.columns)
-    body = []
+    rows = []
     for row in matrix.rows():
         erratum = by_id.get(row)
-        about = f"{erratum.explanation.strip()} {erratum.reference}" if erratum else ""
-        cells = "".join(_html_cell(row, matrix.cell(row, one)) for one in matrix.columns)
-        body.append(f'<tr><td title="{escape(" ".join(about.split()), quote=True)}"><code>{escape(row)}</code></td>'
-                    f"<td>{escape(erratum.title if erratum else '')}</td>{cells}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in matrix.notes())
-    return (f"<!doctype html><meta charset=utf-8><title>twinwalk: findings by version</title><style>{_STYLE}</style>"
-            f"<h1>Findings by version</h1><p>{escape(matrix.made)}</p><p>{escape(_LEGEND)}</p>"
-            f"<table><tr><th>finding</th><th>what</th>{head}</tr>{''.join(body)}</table><h2>Machines</h2>"
-            f"<ul>{notes}</ul>\n")
+        about = " ".join(f"{erratum.explanation} {erratum.reference}".split()) if erratum else ""
+        rows.append({"name": row, "title": erratum.title if erratum else "", "about": about,
+                     "cells": [_html_cell(row, matrix.cell(row, one)) for one in matrix.columns]})
+    unexplained = len(matrix.unexplained())
+    by_version = {
+        "columns": [one.name for one in matrix.columns], "rows": rows, "legend": _LEGEND.replace("`", ""),
+        "notes": [["Machines", list(matrix.notes())], ["What cannot be tested", list(matrix.reasons())]]}
+    return page({
+        "verdict": f"not explained by any erratum: {unexplained}" if unexplained else "all is explained",
+        "bad": bool(unexplained), "machine": matrix.made.replace("`", ""), "totals": [], "sweeps": [], "tables": [],
+        "findings": [], "lost": [], "known": [], "coverage": {"columns": [], "rows": []}, "matrix": by_version,
+    }, "findings by version")
 
 
-def _html_cell(row: str, cell: Cell) -> str:
+def _html_cell(row: str, cell: Cell) -> dict[str, Any]:
     kind = {SHOWS: "new" if row.startswith(_NEW) else "shows", ABSENT: "absent", UNTESTED: "none"}[cell.state]
-    kind += " stale" if cell.stale else ""
-    title = cell.reason or cell.state
-    return f'<td class="{kind}" title="{escape(title, quote=True)}">{escape(str(cell))}</td>'
+    return {"text": str(cell), "kind": kind, "stale": cell.stale, "about": cell.reason or cell.state}
 
 
 def document(matrix: Matrix) -> str:

@@ -40,7 +40,7 @@ def text(scenario: Scenario) -> str:
     head += [(key, value) for key, value, default in worlds if value != default]
     lines = [f"# {scenario.name}", "", *(f"{key} = {_string(value)}" for key, value in head)]
     for op in scenario.ops:
-        lines += ["", "[[op]]", *_op(op)]
+        lines += ["", "[[op]]", *op_lines(op)]
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +72,8 @@ def write(scenarios: Sequence[Scenario], folder: Path) -> list[Path]:
     return paths
 
 
-def _op(op: Op) -> Iterator[str]:
+def op_lines(op: Op) -> Iterator[str]:
+    """The lines of one op, as they stand under `[[op]]`."""
     match op:
         case EntryOp(entry, change, frame, second):
             yield f"entry = {_string(entry)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from harness.errors import MachineLost
 from harness.lockstep.driver import Result
 from harness.model.access import Access
 from harness.model.entries import RW
-from harness.report import html
+from harness.report import html, matrix
 from harness.report.summary import Summary, summarize
 from tests.report.cases import NAME, SCENARIO, Case, divergence, erratum, extra_d, missing_a, result, went_through
+from tests.report.test_matrix import MATRIX
 
 WRITE = Access(write=True)
 
@@ -83,6 +86,15 @@ def test_an_entry_that_differs(summary: Summary) -> None:
     assert len(differing) == 1 and int(differing[0]["model"], 16) ^ int(differing[0]["machine"], 16) == 0x20
 
 
+def test_the_program(summary: Summary) -> None:
+    """What L1 and L2 did, up to the finding: it is marked."""
+    program = html.document(summary)["findings"][0]["program"]
+    assert program == [
+        [False, 'op 0  entry = "nested.a.pte"; clear = ["rw"]'], [False, "op 1  VMRUN, L2 at CPL 3"],
+        [False, "  probe 0  read a"], [True, "  probe 1  write a+0x8"], [False, "  probe 2  fetch a"],
+        [False, "  probe 3  rdcr2"], [False, "  #VMEXIT"]]
+
+
 def test_it_is_one_page(summary: Summary) -> None:
     """Nothing is fetched, nothing of a finding is markup, and the data is what `document` says."""
     page = html.text(summary)
@@ -107,6 +119,8 @@ def test_ten_thousand_findings() -> None:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+SLOW = 5
+"""How much slower than a quiet machine this one may be."""
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no Chromium here: apt-get install chromium chromium-driver")
 
@@ -154,16 +168,86 @@ def test_in_a_browser(browser: webdriver.Chrome, summary: Summary, tmp_path: Pat
     browser.find_element(By.CSS_SELECTOR, ".cell.differs").click()
     assert any("1, machine 0" in text for text in _texts(browser, "#bits tr"))
     browser.find_elements(By.CSS_SELECTOR, "#list button")[4].click()
-    assert _texts(browser, ".timeline li.here") == ["run L2"]
+    assert _texts(browser, ".timeline:not(.program) li.here") == ["run L2"]
     log = browser.get_log("browser")  # type: ignore[no-untyped-call]
     assert [one for one in log if one["level"] == "SEVERE"] == []
 
 
 @needs_browser
 def test_in_a_browser_at_ten_thousand(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """It opens and filters soon: seconds, with room for a machine that has other things to do."""
     case, walk = _denied()
     finding = went_through(case, walk)
-    _open(browser, tmp_path / "page.html", _summary(*(result(finding, scenario=f"many[{n}]") for n in range(10_000))))
+    html.write(tmp_path / "page.html", _summary(*(result(finding, scenario=f"many[{n}]") for n in range(10_000))))
+    begun = time.monotonic()
+    browser.get((tmp_path / "page.html").as_uri())
+    WebDriverWait(browser, 3 * SLOW - (time.monotonic() - begun)).until(
+        lambda page: len(page.find_elements(By.CSS_SELECTOR, "#list button")) == 200)
+    filtered = browser.execute_script("""
+        const begun = performance.now(), field = document.getElementById("filter");
+        for (const text of ["many[77", "nothing like it", ""]) {
+            field.value = text;
+            field.dispatchEvent(new Event("input"));
+        }
+        return performance.now() - begun;""")
+    assert filtered < 3 * 200 * SLOW
     assert _texts(browser, "#new-count") == ["10,000"] and len(_texts(browser, "#list button")) == 200
     browser.find_element(By.ID, "filter").send_keys("many[9999]")
     assert len(_texts(browser, "#list button")) == 1 and "drawn with the first" in _texts(browser, "#detail")[0]
+
+
+@needs_browser
+def test_a_matrix_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Rows, columns and notes are there; a cell explains itself, by keyboard too; no section of a run is in the way."""
+    page = tmp_path / "matrix.html"
+    page.write_text(matrix.html(MATRIX))
+    browser.get(page.as_uri())
+    assert _texts(browser, "#by-version tr:first-child th") == ["finding", "what", *(c.name for c in MATRIX.columns)]
+    assert _texts(browser, "#by-version th.r") == MATRIX.rows()
+    assert not browser.find_element(By.ID, "new").is_displayed() and "none" in _texts(browser, "#notes")[0]
+    browser.find_element(By.CSS_SELECTOR, "#by-version .stale").send_keys(Keys.ENTER)
+    assert _texts(browser, "#cell")[0].startswith("e1 on Q3: absent. ")
+    assert [one for one in browser.get_log("browser") if one["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
+
+
+@needs_browser
+def test_tables_and_the_program_in_a_browser(browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
+    exits = html.Table("Exits", ("exit code", "seen"), (("VMEXIT_NPF", "7"),))
+    html.write(tmp_path / "page.html", summary, tables=[exits])
+    browser.get((tmp_path / "page.html").as_uri())
+    assert _texts(browser, "#tables h2") == ["Exits"] and "VMEXIT_NPF 7" in _texts(browser, "#tables table")[0]
+    assert _texts(browser, ".program li.here")[0].split() == ["probe", "1", "write", "a+0x8"]
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_it_can_be_read(scheme: str, browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
+    """In either scheme all text has the contrast that WCAG's level AA asks for: 4.5."""
+    html.write(tmp_path / "page.html", summary)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {
+        "features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get((tmp_path / "page.html").as_uri())
+    low = browser.execute_script(CONTRAST)
+    assert low == []
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+CONTRAST = """
+const parts = text => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, n) => sum + v * [.2126, .7152, .0722][n], 0);
+const behind = node => {
+    for (let one = node; one; one = one.parentElement) {
+        const colour = parts(getComputedStyle(one).backgroundColor);
+        if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+};
+const low = [];
+for (const node of document.querySelectorAll("body *")) {
+    if (![...node.childNodes].some(one => one.nodeType === 3 && one.data.trim()) || !node.offsetParent) continue;
+    const [a, b] = [light(parts(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) low.push(`${node.tagName}.${node.className}: ${node.textContent.slice(0, 40)}`);
+}
+return low;
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,14 @@ def test_every_form_has_every_cell() -> None:
     page = matrix.markdown(MATRIX)
     assert "| e1 | about \\| e1 | 3 | x | -* | x | x |" in page and "`a command`" in page and "&lt;none>" in page
     html = matrix.html(MATRIX)
-    assert 'class="absent stale"' in html and 'class="new"' in html and "&lt;none&gt;" in html and "<none>" not in html
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None and "<none>" not in html
+    told = json.loads(found[1])["matrix"]
+    assert [row["name"] for row in told["rows"]] == MATRIX.rows()
+    assert told["columns"] == [one.name for one in MATRIX.columns]
+    cells = {row["name"]: row["cells"] for row in told["rows"]}
+    assert [cell["text"] for cell in cells["e1"]] == ["3", "x", "-*", "x", "x"] and cells["e1"][2]["stale"]
+    assert any(cell["kind"] == "new" for cell in cells[NEW])
     data = json.loads(matrix.document(MATRIX))
     assert [row["finding"] for row in data["rows"]] == MATRIX.rows()
     assert data["rows"][0]["explained"] is False and data["rows"][1]["cells"]["Q1"]["count"] == 3

@@ -12,6 +12,7 @@ const CHUNK = 200;
 by("verdict").textContent = data.verdict;
 by("verdict").className = data.bad ? "bad" : "good";
 by("machine").textContent = data.machine;
+if (data.matrix) for (const id of ["new", "checked"]) by(id).hidden = true;
 by("new-count").textContent = data.findings.length.toLocaleString("en");
 
 /* --- tables --- */
@@ -28,6 +29,39 @@ function table(node, head, rows) {
 }
 table(by("totals"), [], data.totals);
 table(by("sweeps"), ["Sweeps", "cases", "of", "pairs", "of", "triples", "of"], data.sweeps);
+for (const one of data.tables) {
+	const box = by("tables").appendChild(make("section"));
+	box.appendChild(make("h2", one.title));
+	table(box.appendChild(make("table")), one.head, one.rows);
+}
+
+/* --- findings by version --- */
+if (data.matrix) {
+	by("matrix").hidden = false;
+	by("legend").textContent = data.matrix.legend;
+	const node = by("by-version");
+	node.className = "matrix";
+	const head = node.appendChild(make("tr"));
+	for (const text of ["finding", "what", ...data.matrix.columns]) head.appendChild(make("th", text));
+	for (const row of data.matrix.rows) {
+		const line = node.appendChild(make("tr"));
+		line.append(make("th", row.name, "r"), make("td", row.title));
+		row.cells.forEach((one, n) => {
+			const cell = line.appendChild(make("td")).appendChild(make("button", one.text, `${one.kind}${one.stale ? " stale" : ""}`));
+			cell.type = "button";
+			cell.onclick = () => {
+				by("cell").hidden = false;
+				by("cell").textContent = `${row.name} on ${data.matrix.columns[n]}: ${one.about}. ${row.about}`;
+			};
+		});
+	}
+	for (const [title, lines] of data.matrix.notes) {
+		if (!lines.length) continue;
+		by("notes").appendChild(make("h3", title));
+		const box = by("notes").appendChild(make("ul"));
+		for (const text of lines) box.appendChild(make("li", text));
+	}
+}
 
 /* --- findings --- */
 const list = by("list"), detail = by("detail");
@@ -100,6 +134,12 @@ function show(one, button) {
 	parts.push(rule);
 	if (one.grid) parts.push(...grid(one.grid));
 	else if (one.like) parts.push(make("p", `The walk is drawn with the first findings of this kind: ${one.like}.`, "dim"));
+	if (one.program.length) {
+		parts.push(make("h4", "What L1 and L2 did: ops, VMRUN, probes, #VMEXIT"));
+		const line = make("ol", undefined, "timeline program");
+		for (const [here, text] of one.program) line.appendChild(make("li", text, here ? "here" : ""));
+		parts.push(line);
+	}
 	if (one.events.length) {
 		parts.push(make("h4", "What KVM did: VMRUNs, exits and MMU contexts"));
 		const line = make("ol", undefined, "timeline");
