@@ -9,6 +9,9 @@ from harness.model.entries import FRAME, RW, Format, P
 from harness.model.memory import Memory, Words
 
 PAGE: Final = 4096
+_WINDOW_SHIFT: Final = 21
+_WINDOW: Final = 1 << _WINDOW_SHIFT
+"""What one of L0's tables of PTEs maps."""
 
 
 class Slot(NamedTuple):
@@ -72,14 +75,17 @@ class Backed(NamedTuple):
 
 class Backing:
     """From sPAs to hPAs, as L0 has it now; `host` is the format of L0's own tables. What was looked up is remembered
-    as long as the tables that said so have the same bytes."""
+    as long as the tables that said so have the same bytes: in `frames`, by the number of a page of L1's, its hPA, with
+    RW if L0 lets it be written."""
 
     def __init__(self, memory: Memory, host: Format) -> None:
         self._bytes, self._words, self._host = memory.bytes, memory.words, host
         self._slots: tuple[Slot, ...] = ()
         self._root = 0
         self._seen: dict[int, bytes] = {}
-        self._pages: dict[int, Backed | None] = {}
+        self.frames: dict[int, int] = {}
+        self._large: set[int] = set()
+        self._absent: set[int] = set()
 
     def is_current(self, kvm: Kvm) -> bool:
         """Go by `kvm` from now on; whether nothing has changed under what was looked up."""
@@ -88,30 +94,32 @@ class Backing:
         if not same:
             self._slots, self._root = kvm.slots, kvm.page_map
             self._seen.clear()
-            self._pages.clear()
+            self.frames.clear()
+            self._large.clear()
+            self._absent.clear()
         return same
 
-    def page(self, spa: int) -> Backed | None:
-        """Where the byte at `spa` lies; None where L1 has no memory, or L0 has given it none yet."""
-        try:
-            found = self._pages[spa >> 12]
-        except KeyError:
-            found = self._pages[spa >> 12] = self._look(spa & ~0xFFF)
-        return found and Backed(found.address | spa & 0xFFF, found.writable, found.shift)
+    def frame(self, spa: int) -> int | None:
+        """The hPA of the page that `spa` is in, with RW if it may be written; None where L1 has no memory, or L0 has
+        given it none yet."""
+        number = spa >> 12
+        if number not in self.frames and number not in self._absent:
+            self._fill(spa)
+        return self.frames.get(number)
 
-    def range(self, spa: int, size: int) -> Backed | None:
-        """Where `size` bytes from `spa` on lie, in one piece; None where they do not."""
-        first = self.page(spa)
-        if first is None:
-            return None
-        writable, offset = first.writable, 0
-        while (offset := (spa + offset >> first.shift) + 1 << first.shift) < spa + size:
-            offset -= spa
-            one = self.page(spa + offset)
-            if one is None or one.address != first.address + offset:
+    def range(self, spa: int, size: int) -> int | None:
+        """The same of `size` bytes from `spa` on; None where they do not lie in one piece."""
+        first = self.frame(spa)
+        if first is None or size == PAGE:
+            return first
+        together, at = first, spa
+        while at < spa + size:
+            one = self.frame(at)
+            if one is None or (one ^ first + at - spa) & FRAME:
                 return None
-            writable = writable and one.writable
-        return first._replace(writable=writable)
+            together &= one
+            at += _WINDOW if at >> _WINDOW_SHIFT in self._large and not at & _WINDOW - 1 else PAGE
+        return first & FRAME | together & RW
 
     def slot(self, spa: int) -> Slot | None:
         """The slot that `spa` is in."""
@@ -124,17 +132,38 @@ class Backing:
             look_up(self._words, self._host, self._root, slot.process + spa - slot.start, trail)
         return trail
 
-    def _look(self, spa: int) -> Backed | None:
-        slot = self.slot(spa)
+    def _fill(self, spa: int) -> None:
+        """Look up `spa`, and what else is under the same one of L0's tables of PTEs, or in the same large page."""
+        slot, trail = self.slot(spa), list[tuple[str, int, int]]()
+        self._absent.add(spa >> 12)
         if slot is None:
-            return None
-        trail: list[tuple[str, int, int]] = []
-        found = look_up(self._words, self._host, self._root, slot.process + spa - slot.start, trail)
+            return
+        address = slot.process + spa - slot.start
+        found = look_up(self._words, self._host, self._root, address, trail)
         for _, at, _ in trail:
             table = at & ~(PAGE - 1)
             if table not in self._seen:
                 self._seen[table] = self._bytes[table : table + PAGE].tobytes()
-        return found and found._replace(writable=found.writable and slot.writable)
+        if found is None:
+            return
+        window = address & -_WINDOW
+        first, end = max(window, slot.process), min(window + _WINDOW, slot.process + slot.end - slot.start)
+        number = slot.start + first - slot.process >> 12
+        allowed = RW if slot.writable else 0
+        if found.shift > 12:
+            base = found.address - (address - first) | (allowed if found.writable else 0)
+            self.frames.update(zip(range(number, number + (end - first >> 12)), range(base, base + end - first, PAGE),
+                                   strict=True))
+            if end - first == _WINDOW and not number & _WINDOW - 1 >> 12:
+                self._large.add(number << 12 >> _WINDOW_SHIFT)
+            return
+        for _, _, entry in trail[:-1]:
+            allowed &= entry
+        table = trail[-1][1] & ~(PAGE - 1)
+        for offset in range(0, end - first, PAGE):
+            entry = self._words[table + (first + offset >> 9 & PAGE - 8) >> 3]
+            if entry & P:
+                self.frames[number + (offset >> 12)] = entry & FRAME | entry & allowed
 
 
 def look_up(words: Words, host: Format, root: int, address: int, trail: list[tuple[str, int, int]]) -> Backed | None:

@@ -6,7 +6,8 @@ are not the same: L0's has four or five, L1's five to two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from harness.model.backing import Backing
@@ -20,6 +21,7 @@ IS_PAGE, IS_NOTHING = -1, -2
 """In place of a level's number: the walk has come to a page, or to nothing."""
 
 _PHYSICAL_BITS: Final = 52
+_ENTRIES: Final = struct.Struct("<512Q")
 
 
 class Reach(NamedTuple):
@@ -44,6 +46,10 @@ NOTHING: Final = Reach(0, IS_NOTHING)
 class Source(Protocol):
     """What a shadow stands for."""
 
+    @property
+    def reserved(self) -> int:
+        """Bits that are reserved in its last level."""
+
     def root(self) -> Reach:
         """Where a walk begins."""
 
@@ -54,12 +60,25 @@ class Source(Protocol):
         """The hPA of the page that `down` reads an entry from; None if from none. For what lies under one entry of a
         shadow it is one at most."""
 
+    def plain(self, reach: Reach, gpa: int, shift: int, nested: bytes) -> Sequence[int]:
+        """The 512 entries of pages of 1 << `shift` bytes from `gpa` on, for a table of a shadow that stands beside all
+        of them, if nothing above them withholds anything; else none. `nested` is what is at `read_at`."""
+
     def steps(self, gpa: int) -> list[tuple[str, int, int]]:
         """The entries of the walk of `gpa`: name, sPA and value of each."""
 
 
+def _of_page(reach: Reach, gpa: int, shift: int) -> Sequence[int]:
+    """Those of a large page, as if it were split."""
+    whole = reach.depth == IS_PAGE and reach.rights == RIGHTS and not reach.nx
+    base = reach.at(gpa) | RIGHTS | P
+    return range(base, base + (512 << shift), 1 << shift) if whole else ()
+
+
 class Identity:
     """What a direct map stands for: every address is its own, and every right is there."""
+
+    reserved = 0
 
     def root(self) -> Reach:
         return Reach(0, IS_PAGE, _PHYSICAL_BITS)
@@ -69,6 +88,9 @@ class Identity:
 
     def read_at(self, reach: Reach, shift: int) -> int | None:
         return None
+
+    def plain(self, reach: Reach, gpa: int, shift: int, nested: bytes) -> Sequence[int]:
+        return _of_page(reach, gpa, shift)
 
     def steps(self, gpa: int) -> list[tuple[str, int, int]]:
         return []
@@ -80,7 +102,7 @@ class NestedTable:
 
     def __init__(self, fmt: Format, ncr3: int, backing: Backing, words: Words,
                  before: Callable[[int], int | None] | None = None) -> None:
-        self.format, self.ncr3 = fmt, ncr3
+        self.format, self.ncr3, self.reserved = fmt, ncr3, fmt.levels[-1].reserved_leaf
         self._backing, self._words, self._before = backing, words, before
 
     def root(self) -> Reach:
@@ -95,8 +117,14 @@ class NestedTable:
     def read_at(self, reach: Reach, shift: int) -> int | None:
         if reach.depth < 0 or self.format.levels[reach.depth].shift < shift:
             return None
-        found = self._backing.page(reach.base & ~0xFFF)
-        return found and found.address
+        found = self._backing.frame(reach.base)
+        return None if found is None else found & FRAME
+
+    def plain(self, reach: Reach, gpa: int, shift: int, nested: bytes) -> Sequence[int]:
+        if reach.depth < 0:
+            return _of_page(reach, gpa, shift)
+        whole = reach.rights == RIGHTS and not reach.nx and self.format.levels[reach.depth].shift == shift
+        return _ENTRIES.unpack(nested) if whole and nested and self.format.entry_shift == 3 else ()
 
     def steps(self, gpa: int) -> list[tuple[str, int, int]]:
         reach, out = self.root(), []
@@ -113,12 +141,12 @@ class NestedTable:
 
     def _entry(self, spa: int) -> int | None:
         """None where L1 has no memory."""
-        found = self._backing.page(spa & ~7)
+        found = self._backing.frame(spa)
         if found is None:
             return None
         word = self._before(spa & ~7) if self._before else None
         if word is None:
-            word = self._words[found.address >> 3]
+            word = self._words[(found & FRAME | spa & 0xFFF) >> 3]
         return word if self.format.entry_shift == 3 else word >> (spa & 4) * 8 & 0xFFFF_FFFF
 
     def _step(self, reach: Reach, gpa: int) -> Reach:

@@ -18,11 +18,11 @@ L1's too, is not read again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Final, NamedTuple
 
 from harness.model.backing import PAGE, Backing, Kvm, Table
-from harness.model.entries import ALL_RIGHTS, FRAME, NX, RW, US, A, D, Format, P
+from harness.model.entries import ALL_RIGHTS, FRAME, NX, RW, US, A, D, Format, Level, P
 from harness.model.memory import Memory
 from harness.model.ranges import IS_NOTHING, IS_PAGE, RIGHTS, Identity, NestedTable, Reach, Source
 
@@ -33,6 +33,8 @@ BREAK_ISOLATION: Final = frozenset({"shadow.frame", "shadow.rights", "shadow.sta
 
 _ENTRIES: Final = struct.Struct("<512Q")
 _ENTRY: Final = 8
+_LAST: Final = 12
+"""The shift of pages that PTEs map."""
 _OWN: Final = ALL_RIGHTS & ~(RW | US)
 _MOST: Final = 4096
 """Tables that are remembered."""
@@ -73,7 +75,7 @@ class _Way(NamedTuple):
 class _Node(NamedTuple):
     """What came of a table: its bytes, the hPA and the bytes of L1's beside it, ways to those below it with the
     addresses of their entries, and its leaves: how many, and by the shift of its size and the number of the page of
-    L1's that may be written through it, the breach that it is if KVM relies on being told of that."""
+    L1's that may be written through it, the index of its entry."""
 
     shadow: bytes
     beside: int | None
@@ -81,7 +83,7 @@ class _Node(NamedTuple):
     below: tuple[tuple[int, _Way], ...]
     breaches: tuple[Breach, ...]
     leaves: int
-    writable: Mapping[int, Mapping[int, Breach]]
+    writable: Mapping[int, Mapping[int, int]]
 
     def was(self, index: int, entries: bytes) -> bool:
         """Whether the entry with that index was what it is in `entries`, and nothing was wrong with it."""
@@ -149,7 +151,7 @@ class Auditor:
             yield from node.breaches
             for shift, pages in node.writable.items():
                 for page in self._tracked[shift] & pages.keys():
-                    yield pages[page]
+                    yield self._untold(way, node, pages[page], page << shift)
             todo += node.below
 
     def _is_current(self, table: int, node: _Node) -> bool:
@@ -166,11 +168,12 @@ class Auditor:
         before = self._last.get((way.table, way.gpa))
         below: list[tuple[int, _Way]] = []
         breaches: list[Breach] = []
-        writable: dict[int, dict[int, Breach]] = {}
-        leaves, self._leant = 0, False
-        for index, entry in enumerate(_ENTRIES.unpack(shadow)):
-            if not entry & P:
-                continue
+        writable: dict[int, dict[int, int]] = {}
+        self._leant = False
+        entries = _ENTRIES.unpack(shadow)
+        leaves, left = self._quickly(way, level, entries, nested, writable)
+        for index in left:
+            entry = entries[index]
             gpa, address = way.gpa + (index << level.shift), way.table + _ENTRY * index
             rights, nx = way.rights & (entry | _OWN), way.nx | entry & NX
             if not entry & level.leaf:
@@ -191,8 +194,34 @@ class Auditor:
             self._nodes[way] = node
         return node
 
+    def _quickly(self, way: _Way, level: Level, entries: Sequence[int], nested: bytes,
+                 writable: dict[int, dict[int, int]]) -> tuple[int, list[int]]:
+        """Of a table of PTEs, how many leaves are in order by one look at L1's entry and at L0's page map; and the
+        indices of what must be looked at again. Most are in order."""
+        beside = () if level.shift != _LAST or way.nx or way.rights & RIGHTS != RIGHTS else self._source.plain(
+            way.reach, way.gpa, level.shift, nested)
+        if not beside:
+            return 0, [index for index, entry in enumerate(entries) if entry & P]
+        usable, closed = P | US | A | self._source.reserved, US | level.reserved_leaf
+        frame, written = self.backing.frames.get, writable.setdefault(_LAST, {})
+        leaves, left = 0, []
+        for index, (entry, own) in enumerate(zip(entries, beside, strict=True)):
+            if not entry & P:
+                continue
+            page = (own & FRAME) >> _LAST
+            if (backed := frame(page)) is None:
+                backed = self.backing.frame(own & FRAME)
+            if (backed is None or (backed ^ entry) & FRAME or entry & closed != US or own & usable != P | US | A
+                    or own & ~entry & NX or (entry & RW and (own & (RW | D) != RW | D or not backed & RW))):
+                left.append(index)
+                continue
+            leaves += 1
+            if entry & RW:
+                written[page] = index
+        return leaves, left
+
     def _leaf(self, reach: Reach, gpa: int, shift: int, address: int, entry: int, rights: int, nx: int,
-              writable: dict[int, dict[int, Breach]]) -> Iterator[Breach]:
+              writable: dict[int, dict[int, int]]) -> Iterator[Breach]:
         """Hold a leaf against what L1's table has of those gPAs, be that one page or several smaller ones."""
         found = self._source.down(reach, gpa, shift)
         if found.depth >= 0:
@@ -207,9 +236,7 @@ class Auditor:
                 self._leant, wrong = True, None
         spa = found.at(gpa) if found.depth == IS_PAGE else -1
         if rights & RW and spa >= 0:
-            writable.setdefault(shift, {})[spa >> shift] = Breach(
-                "shadow.tracked", gpa, shift, address, entry, "no writes, as L1's table there is in step", "RW", spa,
-                self._is_direct)
+            writable.setdefault(shift, {})[spa >> shift] = (address & PAGE - 1) // _ENTRY
         if wrong is not None:
             yield Breach(wrong[0], gpa, shift, address, entry, wrong[1], wrong[2], spa, self._is_direct)
 
@@ -223,9 +250,9 @@ class Auditor:
         backed = self.backing.range(spa, 1 << shift)
         if backed is None:
             return rule, f"nothing, as L1 has no memory at sPA {spa:#x}", f"hPA {frame:#x}"
-        if backed.address != frame:
-            return rule, f"sPA {spa:#x}, which is hPA {backed.address:#x}", f"hPA {frame:#x}"
-        if rights & RW and not backed.writable:
+        if backed & FRAME != frame:
+            return rule, f"sPA {spa:#x}, which is hPA {backed & FRAME:#x}", f"hPA {frame:#x}"
+        if rights & RW and not backed & RW:
             return "shadow.direct" if self._is_direct else "shadow.rights", "no writes, as L0 permits none", "RW"
         if rights & RW and not found.rights & RW:
             return "shadow.rights", "no writes", "RW"
@@ -239,21 +266,27 @@ class Auditor:
             return "shadow.ad", "no writes before D is set in L1's entry", "RW"
         return None
 
+    def _untold(self, way: _Way, node: _Node, index: int, spa: int) -> Breach:
+        """A leaf through which L1's table at `spa`, or in the large page there, can be written."""
+        shift = self._format.levels[way.depth].shift
+        entry = int.from_bytes(node.shadow[_ENTRY * index : _ENTRY * index + _ENTRY], "little")
+        return Breach("shadow.tracked", way.gpa + (index << shift), shift, way.table + _ENTRY * index, entry,
+                      "no writes, as L1's table there is in step", "RW", spa, self._is_direct)
+
     def _stands_for(self, way: _Way, address: int) -> Breach | None:
         """Whether KVM keeps the table for what L1 has there; what is not KVM's, or kept for something else, breaks
         shadow.table. Of a direct map, whether there is a table at all."""
-        shift = self._format.levels[way.depth].shift + 9
+        is_there = way.table + PAGE <= len(self._bytes)
+        if is_there and (self._is_direct or way.reach.depth == IS_NOTHING):
+            return None  # of the latter every leaf is told
+        known, shift = self._kvm.tables.get(way.table), self._format.levels[way.depth].shift + 9
         wanted = self._kept_for(way, way.reach)
-        known = self._kvm.tables.get(way.table)
-        if way.table + PAGE <= len(self._bytes):
-            if self._is_direct or way.reach.depth == IS_NOTHING:
-                return None  # of the latter every leaf is told
-            if way.reach.depth == 0 and way.table in self._kvm.stitched:
+        if is_there:
+            kept = known and known._replace(unsync=False, passthrough=False)
+            if kept == wanted or (way.reach.depth == 0 and way.table in self._kvm.stitched):
                 return None
-            permitted = [wanted]
-            if self._earlier is not None:
-                permitted.append(self._kept_for(way, self._earlier.down(self._earlier.root(), way.gpa, shift)))
-            if known is not None and known._replace(unsync=False, passthrough=False) in permitted:
+            if self._earlier is not None and kept == self._kept_for(
+                    way, self._earlier.down(self._earlier.root(), way.gpa, shift)):
                 return None
         entry = int.from_bytes(self._bytes[address : address + _ENTRY], "little")
         return Breach("shadow.direct" if self._is_direct else "shadow.table", way.gpa, shift, address, entry,
