@@ -18,7 +18,7 @@ from harness.model.memory import Memory
 from harness.model.ranges import NestedTable
 from harness.model.registers import Cpu
 from harness.model.shadow import Auditor, Breach
-from harness.model.vmcb import FIELDS, NP_ENABLE
+from harness.model.vmcb import FIELDS, NP_ENABLE, ExitCode
 from harness.model.vmrun import table_format
 from harness.wire.layout import RECORDS, VMRUN_RAISED
 from harness.wire.records import Record
@@ -169,5 +169,7 @@ def _field(one: Breach) -> str:
 
 
 def _ran(record: Record) -> bool:
-    """Whether the processor ran L2: VMRUN was neither refused nor raised an exception."""
-    return record.exitcode & _INVALID != _INVALID and record.exitcode >> 32 != VMRUN_RAISED >> 32
+    """Whether the processor surely ran L2: VMRUN was neither refused nor raised an exception; nor did it come to a
+    shutdown, which KVM makes of a table that it can build no root for, without running L2."""
+    code = record.exitcode & _INVALID
+    return code not in (_INVALID, ExitCode.SHUTDOWN) and record.exitcode >> 32 != VMRUN_RAISED >> 32

@@ -14,9 +14,9 @@ from harness.model.backing import Kvm
 from harness.model.entries import RW, Format, P
 from harness.model.memory import Memory
 from harness.model.registers import CR0, CR4, EFER, Cpu
-from harness.model.vmcb import FIELDS
+from harness.model.vmcb import FIELDS, ExitCode
 from harness.wire.image import Region
-from harness.wire.layout import CONTROL_BYTES, RECORDS
+from harness.wire.layout import CONTROL_BYTES, RECORDS, VMRUN_RAISED
 from tests.model.shadows import L1_SIZE, PRESENT, World
 
 VMMCALL = 0x81
@@ -134,11 +134,13 @@ def test_it_is_told_once() -> None:
     assert run.rules() == ["shadow.frame"]
 
 
-def test_before_the_first_vmrun_and_behind_a_refused_one_l2s_table_is_nobodys() -> None:
+@pytest.mark.parametrize("code", [0xFFFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF, VMRUN_RAISED | 6, ExitCode.SHUTDOWN])
+def test_before_the_first_vmrun_and_behind_one_that_was_none_l2s_table_is_nobodys(code: int) -> None:
+    """A table that KVM can make no root for is a shutdown, and L2 does not run."""
     run = Run()
     run.world.change("l1.0.pte", clear=P)
     run.enter()
-    run.exit(exitcode=0xFFFF_FFFF_FFFF_FFFF)
+    run.exit(exitcode=code)
     run.enter()
     assert run.rules() == [] and run.sink.shadow_audits == 2
     run.exit()
