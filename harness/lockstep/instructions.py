@@ -22,6 +22,7 @@ from harness.lockstep.quirks import (
     SKINIT_UNDEFINED,
     STI_ALWAYS_SHADOWS,
     XSETBV_CPL_FIRST,
+    XSETBV_INTERCEPT_FIRST,
     XSETBV_NOT_INTERCEPTED,
 )
 from harness.model import events, intercepts
@@ -67,7 +68,8 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     Returns its result."""
     quirks = l2.state.quirks
     cpl_first = kind == "xsetbv" and l2.regs.cpl and quirks.has(XSETBV_CPL_FIRST)
-    if _undefined(l2, kind) and not cpl_first:
+    asked_first = kind == "xsetbv" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(XSETBV_INTERCEPT_FIRST)
+    if _undefined(l2, kind) and not (cpl_first or asked_first):
         l2.exception(Event.exception(events.UD))
     if kind in FIRST and not (kind == "xsetbv" and quirks.has(XSETBV_NOT_INTERCEPTED)):
         _check(l2, kind, size, address, value)

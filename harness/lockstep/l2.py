@@ -11,6 +11,7 @@ from harness.lockstep.delivery import Leave, deliver
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import (
     EXCLUSIVE_LOSES_FLAGS,
+    EXCLUSIVE_PROBES_FIRST,
     JUMP_NON_CANONICAL,
     LAR_LOSES_FLAGS,
     RMW_READS_FIRST,
@@ -202,6 +203,8 @@ class L2(Translation):
         old = 0
         # with two processors QEMU's atomic operations are whole, but for those that are not aligned
         second, quirks = "second" in self.state.cpu.features, self.state.quirks
+        if kind == "rmw" and second and address % size and quirks.has(EXCLUSIVE_PROBES_FIRST):
+            self.reach(access, address, 1, index)  # of the first page alone
         if kind == "rmw" and second and address % size and quirks.has(EXCLUSIVE_LOSES_FLAGS):
             self.regs.rflags &= ~RFLAGS.STATUS
         if kind == "rmw" and not (second and address % size == 0) and quirks.has(RMW_READS_FIRST):

@@ -59,6 +59,8 @@ NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
 FIVE_LEVELS_KEPT: Final = "five-levels-kept"
 STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
 BREAKPOINTS_KEPT: Final = "breakpoints-kept"
+EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
+XSETBV_INTERCEPT_FIRST: Final = "xsetbv-intercept-first"
 DELIVERY_EMULATED: Final = "delivery-emulated"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
@@ -256,6 +258,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     FIVE_LEVELS_KEPT: Quirk(),
     STI_ALWAYS_SHADOWS: Quirk(),
     BREAKPOINTS_KEPT: Quirk(),
+    EXCLUSIVE_PROBES_FIRST: Quirk(),
+    XSETBV_INTERCEPT_FIRST: Quirk(),
     DELIVERY_EMULATED: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),

@@ -8,21 +8,32 @@ from typing import Any
 import pytest
 
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import BREAKPOINTS_KEPT, DELIVERY_EMULATED, NESTED_PDPTE_SHUTDOWN, SKINIT_ANY_CPL, Active
+from harness.lockstep.quirks import (
+    BREAKPOINTS_KEPT,
+    DELIVERY_EMULATED,
+    EXCLUSIVE_PROBES_FIRST,
+    NESTED_PDPTE_SHUTDOWN,
+    RMW_READS_FIRST,
+    SKINIT_ANY_CPL,
+    XSETBV_INTERCEPT_FIRST,
+    Active,
+)
 from harness.lockstep.twin import Twin
 from harness.model import events
+from harness.model.liberties import Liberties
+from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.scenario import files
 from harness.scenario.program import Compiler
-from harness.wire.image import PAGE
+from harness.wire.image import PAGE, Image
 from tests.conftest import LIBRARY
 
 DEBUG = ExitCode.EXCEPTION + events.DB
 PAGE_FAULT = ExitCode.EXCEPTION + events.PF
 
 
-def last(twin: Twin, compiler: Compiler, name: str, quirk: str = "", seen: Any = None) -> Prediction:
-    """The prediction of a scenario's last RUN, with a quirk there; the VMCB is as it leaves it."""
+def last(twin: Twin, compiler: Compiler, name: str, *quirks: str, seen: Any = None) -> Prediction:
+    """The prediction of a scenario's last RUN, with quirks there; the VMCB is as it leaves it."""
     (scenario,) = files.load([LIBRARY], lambda one: one == name)
     program = compiler.compile(scenario)
     twin.reset(program.world)
@@ -34,8 +45,8 @@ def last(twin: Twin, compiler: Compiler, name: str, quirk: str = "", seen: Any =
         twin.begin(step)
         before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
         out = twin.predict(step, 0)
-        if quirk and number == runs[-1]:
-            out = twin.predict_again(out, before, step, Active([quirk]), seen)
+        if any(quirks) and number == runs[-1]:
+            out = twin.predict_again(out, before, step, Active(filter(None, quirks)), seen)
     return out
 
 
@@ -76,7 +87,7 @@ def test_a_breakpoint_of_l1_stops_l2_where_that_was_seen(
     twin: Twin, compiler: Compiler, code: int, probe: int, stops: bool
 ) -> None:
     seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0)
-    last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen)
+    last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen=seen)
     assert left(twin, "exitcode", "rip") == (DEBUG if stops else PAGE_FAULT, 0)
     assert twin.vmcb["dr6"] & 0xF == (0xF if stops else 0)
 
@@ -87,3 +98,23 @@ def test_skinit_at_cpl_3(twin: Twin, compiler: Compiler, its: str, quirk: str) -
     last(twin, compiler, f"intercepts/skinit-user[0xffffffff,{its}]", quirk)
     asked = 0x86 if its == "0x7f" else ExitCode.EXCEPTION + events.UD
     assert twin.vmcb["exitcode"] == (asked if quirk else ExitCode.EXCEPTION + events.GP)
+
+
+@pytest.mark.parametrize("cpl", [0, 3])
+def test_xsetbv_that_is_undefined_is_intercepted(twin: Twin, compiler: Compiler, cpl: int) -> None:
+    name = f"intercepts/xsetbv-undefined[{cpl}]"
+    last(twin, compiler, name)
+    assert twin.vmcb["exitcode"] == ExitCode.EXCEPTION + events.UD
+    last(twin, compiler, name, XSETBV_INTERCEPT_FIRST)
+    assert twin.vmcb["exitcode"] == 0x8D
+
+
+@pytest.mark.parametrize(("page", "code"), [("a", 2), ("b", 0)])
+def test_a_locked_instruction_begins_as_a_write(image: Image, cpu: Cpu, page: str, code: int) -> None:
+    """Of the first page, where it is not aligned; the second one is read first."""
+    twin, compiler = Twin(image, cpu, Liberties()), Compiler(image, cpu)
+    name = f"split/locked[{page},p]"
+    last(twin, compiler, name, RMW_READS_FIRST)
+    assert left(twin, "exitcode", "exitinfo1") == (PAGE_FAULT, 0)
+    last(twin, compiler, name, RMW_READS_FIRST, EXCLUSIVE_PROBES_FIRST)
+    assert left(twin, "exitcode", "exitinfo1") == (PAGE_FAULT, code)
