@@ -39,7 +39,7 @@ l1_start:
 
 	mov $0x628, %eax		/* CR4: DE, PAE, OSFXSR, OSXMMEXCPT */
 	mov %eax, %cr4
-	mov $l1_pml4, %eax
+	mov $l1_pml4 + 8, %eax		/* and PWT: see host.c */
 	mov %eax, %cr3
 	mov $0xc0000080, %ecx
 	rdmsr

@@ -7,6 +7,7 @@
 enum {
 	DR7_NONE = 0x400,
 	CR0_PG = 1u << 31,
+	CR3_PWT = 1 << 3,	/* so that CR3 has more than an address, which #VMEXIT is to restore */
 	CR4_PSE = 1 << 4,
 	CR4_PAE = 1 << 5,
 	CR4_LA57 = 1 << 12,
@@ -87,7 +88,7 @@ void host_mode_set(uint32_t mode)
 		own.cr4 ^= CR4_LA57;
 		l1_long.cr4 = own.cr4;
 		l1_long.efer = own.efer;
-		l1_switch((uint64_t)(mode == TW_HOST_MODE_LONG5 ? l1_pml5 : l1_pml4));
+		l1_switch((uint64_t)(mode == TW_HOST_MODE_LONG5 ? l1_pml5 : l1_pml4) | CR3_PWT);
 	}
 	host_mode = mode;
 }
@@ -210,13 +211,13 @@ static void vmrun_legacy(uint64_t vmcb)
 	l1_long.efer = own.efer;
 	l1_legacy.efer = own.efer & ~(uint64_t)(EFER_LME | EFER_LMA);
 	l1_legacy.cr4 = own.cr4;
-	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt;
+	l1_legacy.cr3 = (uint64_t)l1_pae_pdpt | CR3_PWT;
 	for (uint64_t i = 0; i < 4; i++)	/* anew: QEMU TCG sets A in them, a reserved bit */
 		l1_pae_pdpt[i] = ((uint64_t)l1_pd + i * PAGE) | 1;
 	l1_legacy.pg = host_mode == TW_HOST_MODE_OFF ? 0 : CR0_PG;
 	if (host_mode == TW_HOST_MODE_LEGACY) {
 		l1_legacy.cr4 = (l1_legacy.cr4 & ~(uint64_t)CR4_PAE) | CR4_PSE;
-		l1_legacy.cr3 = (uint64_t)l1_legacy_pd;
+		l1_legacy.cr3 = (uint64_t)l1_legacy_pd | CR3_PWT;
 	}
 	l1_host_before.cr4 = l1_legacy.cr4;
 	l1_host_before.efer = l1_legacy.efer;
@@ -271,6 +272,11 @@ void host_set(uint32_t reg, uint64_t value)
 	case TW_HOST_PKRU: set_pkru(value); return;
 	case TW_HOST_RFLAGS: l1_vmrun_rflags = value; return;
 	case TW_HOST_GIF: l1_vmrun_gif = value; return;
+	case TW_HOST_CR8:
+		if (value != own.cr8)
+			SET(cr8, value);
+		own.cr8 = value;
+		return;
 	case TW_HOST_NMI: pending_set(1, value); return;
 	case TW_HOST_INTERRUPT: pending_set(0, value); return;
 	}

@@ -83,8 +83,8 @@ l1_vmrun_instruction:
 	mov l1_host_before + TW_AT_HOST_RSP(%rip), %rsp
 	pushf
 	popq l1_host_after + TW_AT_HOST_RFLAGS(%rip)
-	cli
-	cld
+	push $2				/* none of what it had: DF, IF, NT */
+	popf
 	mov %rbx, l1_regs + TW_AT_REGS_RBX(%rip)
 	mov %rcx, l1_regs + TW_AT_REGS_RCX(%rip)
 	mov %rdx, l1_regs + TW_AT_REGS_RDX(%rip)

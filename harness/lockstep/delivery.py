@@ -142,6 +142,8 @@ def physical(l2: L2) -> None:
         return
     if vmcb["interrupt_shadow"] and not l2.begun:
         raise UsageError("an interrupt that a shadow holds back is not modelled")
+    if l2.state.host.cr8 >= INTERRUPT_VECTOR >> 4:
+        raise UsageError("an interrupt that L1's task priority holds back is not modelled")
     del outside["interrupt"]
     if asks(vmcb, "intr"):
         raise Leave(INTERCEPTS["intr"].exitcode, rule="exit.intercept")

@@ -137,7 +137,7 @@ def _cr8(l2: L2, kind: str, value: int) -> int:
         if own:
             l2.host["cr8"] = value & 0xF
         return value
-    return l2.host.get("cr8", 0) if own else vmcb["v_intr"] & 0xF
+    return l2.host.get("cr8", l2.state.host.cr8) if own else vmcb["v_intr"] & 0xF
 
 
 def _load_segment(l2: L2, name: str, selector: int) -> int:

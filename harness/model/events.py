@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple, NoReturn, Protocol, Self
 
 from harness.errors import UsageError
-from harness.model.registers import RFLAGS
+from harness.model.registers import CR4, RFLAGS
 from harness.model.vmcb import Vmcb
 from harness.model.vmrun import Registers
 
@@ -159,11 +159,15 @@ def handler_cpl(descriptor: int, cpl: int) -> int:
 
 
 def _stack_pointer(event: Event, at: int, vmcb: Vmcb, bus: Bus, habits: Habits) -> int:
-    """RSP from that place in the TSS (8.9.3, 12.2.5); ends the delivery where there is none."""
+    """RSP from that place in the TSS (8.9.3, 12.2.5); ends the delivery where there is no canonical one."""
     ext, undecided = from_outside(event, habits)
     if at + 7 > vmcb["tr.limit"]:
         bus.raises(Event.exception(TS, vmcb["tr.selector"] & 0xFFF8 | ext, undecided))
-    return bus.load(vmcb["tr.base"] + at)
+    pointer = bus.load(vmcb["tr.base"] + at)
+    top = 1 << (56 if vmcb["cr4"] & CR4.LA57 else 47)
+    if top <= pointer < -top & _WHOLE:
+        bus.raises(Event.exception(SS, 0, EXT))  # 8.2.13 has 0; whether an outer event sets EXT is not said
+    return pointer
 
 
 def deliver(

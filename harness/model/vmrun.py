@@ -57,6 +57,8 @@ class Host:
     u_cet: int = 0
     rflags: int = RFLAGS.ONE
     gif: int = 0
+    cr8: int = 0
+    """The task priority, which is L2's CR8 too without V_INTR_MASKING."""
 
 
 def canonicalize(vmcb: Vmcb, cpu: Cpu) -> None:

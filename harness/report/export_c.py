@@ -30,7 +30,7 @@ from harness.wire.program import Step, WireProbe
 _SUFFIX: Final = {1: "b", 2: "w", 4: "l", 8: "q"}
 _RAX: Final = {1: "%al", 2: "%ax", 4: "%eax", 8: "%rax"}
 _LOADS: Final = {"cr0": "SET(cr0, {})", "cr4": "SET(cr4, {})", "efer": "write_msr(MSR_EFER, {})",
-                 "pat": "write_msr(MSR_PAT, {})", "dr7": "SET(dr7, {})", "pkru": "set_pkru({})"}
+                 "pat": "write_msr(MSR_PAT, {})", "dr7": "SET(dr7, {})", "cr8": "SET(cr8, {})", "pkru": "set_pkru({})"}
 _OWN: Final = {"l1.cr0": "READ(cr0)", "l1.cr4": "READ(cr4)", "l1.efer": "read_msr(MSR_EFER)",
                "l1.pat": "read_msr(MSR_PAT)", "l1.dr6": "READ(dr6)", "l1.dr7": "READ(dr7) & 0xff"}
 """L1's registers, as its C reads them."""

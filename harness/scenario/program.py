@@ -40,7 +40,9 @@ FLUSH_ALL: Final = 1
 """TLB_CONTROL (table 15-9)."""
 
 _HOST: Final = {"cr0": HOST_CR0, "cr4": HOST_CR4, "efer": HOST_EFER, "pat": HOST_PAT, "dr7": HOST_DR7, "pkru": 0,
-                "rflags": HOST_RFLAGS, "nmi": 0, "interrupt": 0, "gif": 0}
+                "rflags": HOST_RFLAGS, "nmi": 0, "interrupt": 0, "gif": 0, "cr8": 0}
+_HOST_FLAGS: Final = (RFLAGS.STATUS | RFLAGS.IF | RFLAGS.DF | RFLAGS.IOPL | RFLAGS.NT | RFLAGS.AC | RFLAGS.ID)
+"""What of its RFLAGS L1 may have otherwise at VMRUN."""
 _USUAL_BITS: Final = 40
 _USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle",
                               "second"])
@@ -279,12 +281,14 @@ class _Body:
         lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(op.register)
         if lacking is not None and (bits := lacking(new, self.cpu)):
             raise ValueError(f"L1 cannot set {bits:#x} in its {op.register.upper()}: this CPU has no such feature")
-        if op.register in ("rflags", "nmi", "interrupt", "gif") and self.world.host_mode.narrow:
+        if op.register in ("rflags", "nmi", "interrupt", "gif", "cr8") and self.world.host_mode.narrow:
             raise ValueError(f"an L1 in a 32-bit mode has {op.register} as it is")
         if op.register in ("nmi", "interrupt", "gif") and new > 1:
             raise ValueError(f"{op.register} is 0 or 1")
-        if op.register == "rflags" and (new ^ HOST_RFLAGS) & ~(RFLAGS.STATUS | RFLAGS.IF | RFLAGS.AC):
-            raise ValueError(f"{new:#x}: of its RFLAGS L1 changes IF, AC and the status flags")
+        if op.register == "rflags" and (new ^ HOST_RFLAGS) & ~_HOST_FLAGS:
+            raise ValueError(f"{new:#x}: of its RFLAGS L1 changes IF, DF, IOPL, NT, AC, ID and the status flags")
+        if op.register == "cr8" and new > 0xF:
+            raise ValueError("CR8 has 4 bits")
         self.host[op.register] = new
         self.steps.append(Step("HOST", number, b=new, origin=index))
 

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 11
+PROTOCOL = 12
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62
@@ -258,7 +258,7 @@ A SYNC record has them twice in its `results`: as they were at the last VMSAVE, 
 HOST_MODES = {"long4": 0, "long5": 1, "pae": 2, "legacy": 3, "off": 4}
 
 HOST_REGISTERS = {"cr0": 0, "cr4": 1, "efer": 2, "pat": 3, "dr7": 4, "pkru": 5, "rflags": 6, "nmi": 7, "interrupt": 8,
-                  "gif": 9}
+                  "gif": 9, "cr8": 10}
 """`gif` is what L1 sets that to right before VMRUN; else it is 0. `nmi` and `interrupt` are no registers: 1 sends L1 an
 NMI, or an interrupt of INTERRUPT_VECTOR; 0 has it taken, if it is pending."""
 

@@ -429,6 +429,14 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "model.legacy_events", 'if at + 7 > vmcb["tr.limit"]:', "if False:", ("events/legacy-tss-limit",), "C1", ""),
     "RSP0 has no end": Mutant(
         "model.events", 'if at + 7 > vmcb["tr.limit"]:', "if False:", ("events/tss-limit",), "C1", ""),
+    "stacks that are not canonical": Mutant(
+        "model.events", "Event.exception(SS, 0, EXT)", "Event.exception(GP, 0, EXT)", ("events/tss-canonical",), "C1",
+        ""),
+    "seven stacks are three": Mutant(
+        "model.events", "ist = low >> 32 & 7", "ist = low >> 32 & 3", ("events/ist",), "C1", ""),
+    "L1's task priority is none of L2's business": Mutant(
+        "lockstep.registers", 'l2.host.get("cr8", l2.state.host.cr8)', 'l2.host.get("cr8", 0)', ("state/l1-cr8",), "C3",
+        "rdcr8"),
     "error codes in real mode": Mutant(
         "model.legacy_events", "(rip, 0)])", "(rip, 0), *([] if event.error is None else [(event.error, 0)])])",
         ("events/real-injected",), "C1", ""),
