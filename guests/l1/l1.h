@@ -3,6 +3,7 @@
 #include "wire.h"
 
 enum {
+	VMCB_MISC1 = 0xc,
 	VMCB_EXIT_CODE = 0x70,
 	VMCB_NP_CONTROL = 0x90,
 	VMCB_SAVE = 0x400,
@@ -76,4 +77,4 @@ uint64_t features(void);			/* of this CPU: TW_FEATURE_* */
 /* pending.c: an NMI or an interrupt that L1 sends itself. */
 void pending_begin(void);
 void pending_set(uint32_t is_nmi, uint32_t value);	/* 1: send it; 0: take it, if it is pending */
-void pending_settle(uint64_t exit_code);	/* behind a #VMEXIT */
+void pending_settle(uint64_t exit_code, uint32_t takes_nmi);	/* behind a #VMEXIT */

@@ -7,6 +7,7 @@
 #include "second.h"
 
 enum {
+	MISC1_NMI = 1 << 1,
 	EXIT_VMMCALL = 0x81,
 	EXIT_INVALID = -1,
 };
@@ -107,7 +108,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		copy64(loaded, save, sizeof(loaded));
 		host_vmrun(op->a, plain);
 
-		pending_settle(*exit_code);
+		pending_settle(*exit_code, !(*(uint32_t *)(op->a + VMCB_MISC1) & MISC1_NMI));
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;
 		record->first_probe = first;

@@ -70,11 +70,28 @@ static void take_interrupt(void)
 	interrupt_is_sent = 0;
 }
 
-/* Behind a #VMEXIT: L1 takes what ended L2; of an interrupt that L2 took it tells the APIC the end. */
-void pending_settle(uint64_t exit_code)
+/* L2 took the NMI: the next one is held back until an IRET. If L2 did not take it, L1 does now. */
+static void let_nmi_in(void)
+{
+	uint64_t at, segments;
+
+	__asm__ volatile(
+		"mov %%rsp, %0; mov %%ss, %k1; push %1; push %0; pushf; mov %%cs, %k1; push %1\n\t"
+		"lea 1f(%%rip), %1; push %1; iretq\n"
+		"1:	stgi; nop; nop; clgi" : "=&r"(at), "=&r"(segments) : : "memory", "cc");
+	nmi_is_sent = 0;
+}
+
+/*
+ * Behind a #VMEXIT: L1 takes what ended L2; of an interrupt that L2 took it tells the APIC the end. `takes_nmi`: L1 does
+ * not intercept NMIs.
+ */
+void pending_settle(uint64_t exit_code, uint32_t takes_nmi)
 {
 	if (exit_code == EXIT_NMI)
 		take_nmi();
+	else if (nmi_is_sent && takes_nmi)
+		let_nmi_in();
 	if (!interrupt_is_sent)
 		return;
 	if (exit_code == EXIT_INTR) {

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
 
 _BUSY_TSS = 0xB
+_NMI_VECTOR = 2
 _READ = Access(implicit=True)
 _WRITE = Access(write=True, implicit=True)
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
@@ -129,9 +130,11 @@ def physical(l2: L2) -> None:
     ends L2 if L1 intercepts it. GIF is 1 in L2; an interrupt wants L1's IF with V_INTR_MASKING, without it L2's."""
     vmcb, outside = l2.state.vmcb, l2.state.outside
     if "nmi" in outside:
-        if not vmcb["intercept_misc1"] & MISC1_NMI or (vmcb["interrupt_shadow"] and not l2.begun):
-            raise UsageError("an NMI that L1 does not intercept, or that a shadow holds back, is not modelled")
+        if vmcb["interrupt_shadow"] and not l2.begun:
+            raise UsageError("an NMI that a shadow holds back is not modelled")
         del outside["nmi"]
+        if not vmcb["intercept_misc1"] & MISC1_NMI:
+            deliver(l2, Event(_NMI_VECTOR, events.NMI), None, None)
         raise Leave(ExitCode.NMI, rule="exit.intercept")
     if "interrupt" not in outside:
         return

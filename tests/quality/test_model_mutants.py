@@ -437,6 +437,11 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "L1's task priority is none of L2's business": Mutant(
         "lockstep.registers", 'l2.host.get("cr8", l2.state.host.cr8)', 'l2.host.get("cr8", 0)', ("state/l1-cr8",), "C3",
         "rdcr8"),
+    "an NMI wants IF": Mutant(
+        "lockstep.delivery", 'if "nmi" in outside:', 'if "nmi" in outside and l2.regs.rflags & RFLAGS.IF:',
+        ("events/physical-nmi-delivered",), "C1", "outcome"),
+    "an NMI has another vector": Mutant(
+        "lockstep.delivery", "_NMI_VECTOR = 2", "_NMI_VECTOR = 3", ("events/physical-nmi-delivered",), "C3", "rip"),
     "error codes in real mode": Mutant(
         "model.legacy_events", "(rip, 0)])", "(rip, 0), *([] if event.error is None else [(event.error, 0)])])",
         ("events/real-injected",), "C1", ""),
