@@ -286,12 +286,13 @@ def test_cr8_lets_a_virtual_interrupt_in(twin: Twin, compiler: Compiler) -> None
             'vmcb = "v_intr"\nvalue = 0x1f01060107', 'vmcb = "rflags"\nvalue = 0x202', run("wrcr8 = 5"))))
 
 
-@pytest.mark.parametrize(("guest", "limit"), [("PAE", 0x1FF), ("32-bit", 0x1E), ("off", 0x1FF)])
-def test_no_gate_in_legacy_mode(predict, guest: str, limit: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("guest", ["PAE", "32-bit", "off"])
+@pytest.mark.parametrize(("limit", "code"), [(0x1E, ExitCode.EXCEPTION + 13), (0x1F, ExitCode.HLT)])
+def test_gates_in_legacy_mode(predict, guest: str, limit: int, code: int) -> None:  # type: ignore[no-untyped-def]
     (out, *_), _ = predict(f'vmcb = "idtr.limit"\nvalue = {limit}', 'vmcb = "intercept_exceptions"\nclear = ["bit3"]',
                            "breakpoint", head=f'guest = "{guest}"\n')
-    assert out.exitcode == ExitCode.EXCEPTION + 13
-    assert int.from_bytes(out.control[0x78:0x80], "little") == 0x1A
+    assert out.exitcode == code
+    assert int.from_bytes(out.control[0x78:0x80], "little") == (0x1A if limit == 0x1E else 0)
 
 
 @pytest.mark.parametrize(("quirk", "told"), [((), 0x6A_8000_0B0D), ((FIRST_EVENT_KEPT,), 0x8000_040D)])
