@@ -1,4 +1,4 @@
-"""`twinwalk explain`: the two-dimensional walk of an address, from a bundle or a memory dump, entry by entry."""
+"""`twinwalk explain`: the two-dimensional walk of an address, entry by entry: of a bundle, a dump, a live machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from harness.lockstep.observe import judge_again
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.rehearse import rehearse
 from harness.machine.dump import Dump
+from harness.machine.live import SCHEME, Live
 from harness.model.access import Access
 from harness.model.given import FORMATS, OFF, by_cr3, by_vmcb
 from harness.model.memory import Memory
@@ -19,7 +20,7 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import NP_ENABLE, Vmcb
 from harness.model.vmrun import Host, load, paging
 from harness.model.walk import Paging, Walk, translate
-from harness.options import number
+from harness.options import count, number
 from harness.replay import models
 from harness.report import output, stops, svg, terminal
 from harness.report.bundle import MANIFEST, Bundle, read
@@ -36,14 +37,15 @@ _VMCB: Final = 4096
 def add(commands: Any) -> None:
     """The command, to argparse's sub-commands."""
     parser = commands.add_parser(
-        "explain", help="draw the two-dimensional walk of an address, from a bundle or a memory dump",
-        epilog="exit codes: 0 it was drawn, 2 wrong use, a damaged file, or a walk that leads out of the dump.",
+        "explain", help="draw the two-dimensional walk of an address: from a bundle, a dump, a live machine",
+        epilog="exit codes: 0 it was drawn, 2 wrong use, a damaged file, or a walk that leads out of memory.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE",
-                        help="a bundle, NAME.twin; or a file of QEMU's `pmemsave` from 0 on, or of `dump-guest-memory`")
+                        help="a bundle, NAME.twin; a file of QEMU's `pmemsave` from 0 on, or of `dump-guest-memory`; "
+                             "or qmp:PATH, the QMP socket of a QEMU that is running")
     parser.add_argument("gva", type=number, nargs="?", metavar="GVA",
                         help="the address to translate; a bundle without it: its finding")
-    parser.add_argument("--vmcb", type=number, metavar="SPA", help="where L2's VMCB is in the dump")
+    parser.add_argument("--vmcb", type=number, metavar="SPA", help="where L2's VMCB is")
     parser.add_argument("--cr3", type=number, metavar="GPA", help="L2's CR3, in place of --vmcb")
     parser.add_argument("--ncr3", type=number, metavar="SPA",
                         help="nCR3; without it --cr3 is of a walk of one dimension")
@@ -53,6 +55,8 @@ def add(commands: Any) -> None:
                         help="the format of L1's nested table (default: 4-level)")
     parser.add_argument("--maxphyaddr", type=number, default=52, metavar="BITS",
                         help="physical address bits: those above are reserved (default: 52)")
+    parser.add_argument("--vcpu", type=count, metavar="N",
+                        help="of a live machine without --vmcb and --cr3: whose registers count (default: 0)")
     parser.add_argument("--access", choices=[*_ACCESSES], default="read", help="what L2 does there (default: read)")
     parser.add_argument("--user", action="store_true", help="at CPL 3 (default: CPL 0)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the walk as a drawing")
@@ -64,7 +68,12 @@ def _explain(options: argparse.Namespace) -> int:
         output.check_writable(options.svg, "--svg")
     access = _ACCESSES[options.access]._replace(user=options.user)
     screen = terminal.Screen()
-    if stops.is_one(options.source):
+    if str(options.source).startswith(SCHEME):
+        finding = _of_machine(options, access, screen)
+        screen.show(alone(finding, screen.width))
+    elif options.vcpu is not None:
+        raise UsageError("--vcpu is for a live machine: qmp:PATH")
+    elif stops.is_one(options.source):
         finding = _of_stops(options.source, stops.read(options.source), options, access, screen)
     elif (options.source / MANIFEST).exists() or options.source.is_dir():
         finding = _of_bundle(options.source, read(options.source), options, access, screen)
@@ -79,20 +88,48 @@ def _explain(options: argparse.Namespace) -> int:
 def _of_dump(path: Path, options: argparse.Namespace, access: Access) -> Finding:
     if options.gva is None or (options.vmcb is None) == (options.cr3 is None):
         raise UsageError("explain: of a dump give an address, and either --vmcb or --cr3 (and --ncr3)")
+    return _in_memory(Dump(path), options, access)
+
+
+def _of_machine(options: argparse.Namespace, access: Access, screen: terminal.Screen) -> Finding:
+    """Of one that is running: by a VMCB in its memory, by CR3 and nCR3, or by the registers of a vCPU."""
+    if options.gva is None or (options.vmcb is not None and options.cr3 is not None):
+        raise UsageError("explain: of a live machine give an address, and at most one of --vmcb and --cr3")
+    with Live(Path(str(options.source).removeprefix(SCHEME))) as machine:
+        if options.vmcb is not None or options.cr3 is not None:
+            return _in_memory(machine, options, access)
+        registers = machine.registers(options.vcpu or 0)
+        said = ", ".join(f"{name.upper()} {value:#x}" for name, value in registers.items())
+        screen.show(wrap(said, screen.width, f"vCPU {options.vcpu or 0}  "))
+        vmcb = Vmcb(Memory.over(memoryview(bytearray(_VMCB))), 0)
+        for name, value in registers.items():
+            vmcb[name] = value
+        if options.ncr3 is not None:
+            vmcb["np_control"], vmcb["ncr3"] = NP_ENABLE, options.ncr3
+        else:
+            screen.show([line("one dimension: if L2 runs there, give --ncr3")])
+        screen.show([line("")])
+        return _in_memory(machine, options, access, vmcb)
+
+
+def _in_memory(
+    memory: Dump | Live, options: argparse.Namespace, access: Access, vmcb: Vmcb | None = None
+) -> Finding:
+    """By `vmcb`, or what the options say."""
     if not 32 <= options.maxphyaddr <= 52:
         raise UsageError(f"--maxphyaddr {options.maxphyaddr}: processors have 32 to 52")
-    dump, cpu = Dump(path), Cpu(options.maxphyaddr)
+    cpu = Cpu(options.maxphyaddr)
     try:
-        if options.vmcb is None:
-            paging = by_cr3(options.cr3, options.ncr3, options.guest, options.nested, cpu=cpu)
-        else:
-            vmcb = Vmcb(Memory.over(memoryview(bytearray(dump.read(options.vmcb, _VMCB)))), 0)
-            paging = by_vmcb(vmcb, options.nested, cpu=cpu)
+        if options.vmcb is not None:
+            vmcb = Vmcb(Memory.over(memoryview(bytearray(memory.read(options.vmcb & -8, _VMCB)))), 0)
             if not vmcb["np_control"] & NP_ENABLE and not vmcb["cr3"]:
                 raise UsageError(f"--vmcb {options.vmcb:#x}: there is no VMCB: NP_ENABLE and CR3 are 0")
-        return by_itself(translate(paging, dump, options.gva, access))
+        by = by_vmcb(vmcb, options.nested, cpu=cpu) if vmcb is not None else (
+            by_cr3(options.cr3, options.ncr3, options.guest, options.nested, cpu=cpu))
+        return by_itself(translate(by, memory, options.gva, access))
     except IndexError as reason:
-        raise UsageError(f"{path}: the walk leads out of the dump: {reason}: are the addresses right?") from None
+        raise UsageError(f"{options.source}: the walk leads out of memory: {reason}: are the addresses right?"
+                         ) from None
 
 
 def _of_stops(

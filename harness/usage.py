@@ -44,6 +44,7 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     ),
     "explain": (
         ("found/NAME.twin", "a bundle's finding: both walks, and the VMCB"),
+        ("qmp:vm.qmp 0x3c5a9d7e6000 --vmcb 0x20000", "in a QEMU that is running, by its QMP socket"),
         ("memory.bin 0x3c5a9d7e6000 --vmcb 0x20000 --svg walk.svg", "an address of L2 in a dump, by its VMCB"),
         ("dump.elf 0x3c5a9d7e6000 --cr3 0x3140002000 --ncr3 0x1000", "by CR3 and nCR3"),
     ),

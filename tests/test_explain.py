@@ -118,7 +118,7 @@ class TestWrongUse:
         ("content", "why"),
         [(b"", "0 bytes"), (b"KDUMP   " + bytes(100), "packed"), (b"\x7fELF" + bytes(100), "damaged"),
          (elf([]), "no dump"), (elf([(0, bytes(8192))])[:-100], "cut off"),
-         (bytes(4096), "leads out of the dump")],
+         (bytes(4096), "leads out of memory")],
     )
     def test_files(self, content: bytes, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "file"
