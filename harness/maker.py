@@ -19,9 +19,10 @@ from typing import Final, NamedTuple, Self
 from harness.errors import WorkerLost
 from harness.machine.qemu import die_with
 from harness.model.coverage import Cell
+from harness.model.universe import universe
 from harness.pool import FORK
 from harness.scenario.ops import Scenario
-from harness.steering import Made, Steering
+from harness.steering import CPU, Made, Steering
 from harness.wire.image import Image
 
 _END_TIMEOUT: Final = 3.0
@@ -59,6 +60,7 @@ class Maker:
         self._arguments = image, seed, frozenset(reached), first, tuple(corpus)
 
     def __enter__(self) -> Self:
+        universe(CPU)  # once, for both processes
         self._pipe, theirs = FORK.Pipe(duplex=False)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _THEIRS)  # until it knows what to do with them
         try:

@@ -36,7 +36,7 @@ CPU: Final = Cpu(40, True, 16, frozenset(
 """What programs are made for: QEMU's `max`, without what only some machines have of it."""
 NAME: Final = "fuzz"
 """Programs are called `fuzz[SEED,BLOCK,BATCH,NUMBER]`."""
-VERSION: Final = 2
+VERSION: Final = 3
 """One more whenever the same seed makes other programs."""
 BLOCK: Final = 40
 """Batches in a block, which is what a campaign goes on behind."""
@@ -60,6 +60,13 @@ class Made:
     """Programs that were aimed at a cell, and those that reached it."""
     vmruns: int = 0
     ops: int = 0
+
+
+def _aims(key: Key, todo: list[Cell]) -> Iterator[Cell]:
+    """Those of `todo` that can be aimed at in that world, from the last on, as they are taken out."""
+    for at in range(len(todo) - 1, -1, -1):
+        if fits(todo[at], key):
+            yield todo.pop(at)
 
 
 class Steering:
@@ -93,8 +100,8 @@ class Steering:
         novelty = _Novelty()
         for batch in range(BLOCK):
             key = self._world(random, todo)
-            draw = Draw(self._ground(key), random)
-            made = (self._program(f"{NAME}[{self._seed},{number},{batch},{n}]", key, draw, todo, novelty)
+            draw, aims = Draw(self._ground(key), random), _aims(key, todo)
+            made = (self._program(f"{NAME}[{self._seed},{number},{batch},{n}]", key, draw, aims, novelty)
                     for n in range(_BATCH))
             if programs := tuple(program for program in made if program is not None):
                 yield programs
@@ -116,11 +123,10 @@ class Steering:
             self._grounds[key] = Ground.of(probe.world)
         return self._grounds[key]
 
-    def _program(self, name: str, key: Key, draw: Draw, todo: list[Cell], novelty: _Novelty) -> Scenario | None:
-        cell: Cell | None = None
-        if draw.chance(_AIMED):
-            at = next((n for n in range(len(todo) - 1, -1, -1) if fits(todo[n], key)), -1)
-            cell = todo.pop(at) if at >= 0 else None
+    def _program(
+        self, name: str, key: Key, draw: Draw, aims: Iterator[Cell], novelty: _Novelty
+    ) -> Scenario | None:
+        cell = next(aims, None) if draw.chance(_AIMED) else None
         for _ in range(_ATTEMPTS):
             own = Draw(draw.ground, draw.random)
             parents = novelty.pool.get(key)

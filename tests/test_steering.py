@@ -7,15 +7,18 @@ import sys
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
+from random import Random
 
 import pytest
 
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
+from harness.model import local_apic
 from harness.model.registers import Cpu
 from harness.model.universe import universe
 from harness.scenario import files, writer
+from harness.scenario.aims import place
 from harness.scenario.ops import EntryOp, HostOp, InvlpgaOp, RunOp, Scenario, UseOp, VmcbOp
 from harness.scenario.program import Compiler, world_key
 from harness.steering import CPU, Steering
@@ -54,13 +57,29 @@ def test_all_of_the_vocabulary_is_used(made: tuple[Steering, list[tuple[Scenario
     assert {type(op) for op in ops} == {EntryOp, HostOp, InvlpgaOp, RunOp, UseOp, VmcbOp}
     guests = {one.guest for one in programs}
     assert guests > {"4-level", "5-level", "PAE", "32-bit"} and guests & {"off", "real"}  # cells name no paging once
-    assert {one.nested for one in programs} == {"4-level", "5-level", "PAE", "32-bit", "off"}
+    assert {one.nested for one in programs} >= {"4-level", "5-level", "PAE", "32-bit"}
+    unpaged = [cell for cell in universe(CPU).reachable if cell.mode.endswith("/none")]
+    assert any(key and key[1] == "off" for key in (place(cell, Random(1)) for cell in unpaged)), "which is rare"
     assert {one.nested_page for one in programs} == {"4K", "2M", "4M", "1G", "none"}
     kinds = {probe.kind for op in ops if isinstance(op, RunOp) for probe in op.probes}
     assert len(kinds) > 50
     assert {op.cpl for op in ops if isinstance(op, RunOp)} == {0, 3}
     assert {op.field for op in ops if isinstance(op, VmcbOp)} > {
         "cr0", "cr3", "cr4", "efer", "ncr3", "asid", "tlb_control", "eventinj", "rflags", "intercept_exceptions"}
+    hosts = {op.register for op in ops if isinstance(op, HostOp)}
+    assert hosts >= {"gif", "nmi", "interrupt", "rflags"}, "what comes to L1 from outside"
+    assert any(op.frame == "device" for op in ops if isinstance(op, EntryOp))
+    assert {one.guest for one in programs for op in one.ops if isinstance(op, VmcbOp) and op.field == "eventinj"} > {
+        "4-level", "PAE", "32-bit"}
+
+
+def test_a_device_is_met_by_its_registers(made: tuple[Steering, list[tuple[Scenario, ...]]]) -> None:
+    """What the page that became one is asked for then is what the model has of a local APIC."""
+    _, batches = made
+    met = [probe for batch in batches for one in batch for at, op in enumerate(one.ops)
+           if isinstance(op, EntryOp) and op.frame == "device" for later in one.ops[at:] if isinstance(later, RunOp)
+           for probe in later.probes if probe.target == op.entry.split(".")[1] and probe.offset in local_apic.WRITABLE]
+    assert {probe.kind for probe in met} == {"read", "write"} and {probe.size for probe in met} == {4}
 
 
 def test_each_can_be_written_and_read(made: tuple[Steering, list[tuple[Scenario, ...]]]) -> None:

@@ -77,7 +77,7 @@ class Twin(State):
         """One VMRUN of a RUN op, from probe `first` on. The model's own state moves along; after a UsageError
         memory is as it was."""
         out = self.last = Prediction(first_probe=first, next_probe=first)
-        self._before = self.tlb.mark(), dict(self.outside)
+        self._before = self.tlb.mark(), dict(self.outside), self.host.pkru, self.host.pat
         vmcb = self.vmcb
         if self.host.gif and self.outside.keys() & PENDING:
             raise UsageError("L1 sets GIF while something is pending for it, and takes it itself")
@@ -128,8 +128,9 @@ class Twin(State):
         return control if control == 1 or "flushbyasid" in self.cpu.features else 0
 
     def _undo(self, out: Prediction) -> None:
-        self.tlb.rewind(self._before[0])
-        self.outside = dict(self._before[1])
+        mark, outside, self.host.pkru, self.host.pat = self._before  # L2 writes the two where L1 has them
+        self.tlb.rewind(mark)
+        self.outside = dict(outside)
         words = self.memory.words
         for address, old in out.old.items():
             words[address >> 3] = old

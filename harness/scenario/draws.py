@@ -13,6 +13,7 @@ from random import Random
 from typing import Final, TypeVar
 
 from harness.model.intercepts import INTERCEPTS
+from harness.scenario import situations
 from harness.scenario.ops import MEMORY, Change, EntryOp, HostOp, InvlpgaOp, Op, Probe, UseOp, VmcbOp
 from harness.scenario.program import LONG_ONLY, NOT_REAL
 from harness.scenario.world import ALIASES, PAGES, World
@@ -23,6 +24,8 @@ OWN: Final = ("code", "mailbox")
 SYSTEM: Final = ("idt", "gdt", "tss", "stack")
 
 _GUEST_BITS: Final = ("p", "rw", "us", "nx", "a", "d", "g", "pwt", "pcd", "pat", "ps", "bit9", "bit11")
+_NARROW_BITS: Final = ("bit9", "bit11", "bit12", "bit13", "bit14", "bit20", "bit21")
+"""Of an entry of 32-bit paging: available ones, and those that mean something else in a 4M page."""
 _HIGH_BITS: Final = ("nx", "bit40", "bit51", "bit52", "bit58", "bit59", "bit60", "bit62")
 _CLEARED: Final = (("p",), ("rw",), ("us",), ("rw", "us"), ("a",), ("d",), ("a", "d"), ("g",))
 _LEGAL_CR0: Final = ("wp", "wp", "wp", "mp", "em", "ts", "cd")
@@ -38,13 +41,13 @@ _EVENTS: Final = (
 _V_INTRS: Final = (0x1000000, 0x1000003, 0x1F_0106_0105, 0x12_010F_0100, 0x1F_0113_010F)
 _DESCRIPTORS: Final = ("rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "rdldtr", "rdtr")
 _UNMODELLED: Final = (
-    "rdpmc", "invd", "invlpga", "skinit", "monitor", "mwait", "iret", "rsm", "icebp", "lldt", "ltr",
+    "rdpmc", "invd", "invlpga", "skinit", "monitor", "mwait", "iret", "icebp", "lldt", "ltr",
 )
 """Instructions that L1 must intercept."""
 _MAY_BE: Final = (
     "cpuid", "rdtsc", "rdtscp", "pause", "wbinvd", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "rdcr0",
     "wrcr0", "rdcr3", "wrcr3", "rdcr4", "wrcr4", "rdcr2", "rddr7", "rdflags", "wrflags", "invlpg", "rdidtr", "rdgdtr",
-    "rdtr", "wrgdtr", "xsetbv", "rdmsr", "wrmsr",
+    "rdtr", "wrgdtr", "xsetbv", "rdmsr", "wrmsr", "rsm",
 )
 _VALUES: Final = {
     "lmsw": 0x33, "lar": 0x28, "wrflags": 0x46, "wrgdtr": 0x1234_5000, "wridtr": 0x1234_5000, "wrcr2": 0x1111,
@@ -98,6 +101,8 @@ class Draw:
     used: set[int] = field(default_factory=lambda: {1})
     aligned: bool = False
     """Whether RFLAGS.AC may be set: at CPL 3 it makes #AC of what is not aligned, which is not modelled."""
+    devices: set[str] = field(default_factory=set)
+    """Pages that lead to a device, or did."""
 
     def one(self, values: Sequence[T]) -> T:
         return values[int(self.random.random() * len(values))]
@@ -110,17 +115,21 @@ class Draw:
     def change(self) -> list[Op]:
         """One change to the world, with what it takes to be one."""
         dice = self.random.random()
-        if dice < 0.55:
+        if dice < 0.53:
             return self.entry()
-        if dice < 0.80:
+        if dice < 0.76:
             return [self.register()]
-        if dice < 0.86:
+        if dice < 0.82:
             return [self.host()]
-        if dice < 0.91:
+        if dice < 0.87:
             return [self.translations()]
-        if dice < 0.95:
+        if dice < 0.91:
             return self.several()
-        return [self.event()] if self.ground.long else [self.register()]
+        if dice < 0.93:
+            return situations.device(self) or self.entry()
+        if dice < 0.95:
+            return situations.outside(self) or [self.register()]
+        return [self.event()]
 
     def entry(self, name: str = "") -> list[Op]:
         """A table entry, of either dimension."""
@@ -138,7 +147,8 @@ class Draw:
         elif dice < 0.40:
             change = Change(clear=self.one(_CLEARED))
         elif dice < 0.60:
-            change = Change(set=(self.one(_HIGH_BITS if wide and self.chance(0.5) else _GUEST_BITS),))
+            others = _HIGH_BITS if wide else _NARROW_BITS
+            change = Change(set=(self.one(others if self.chance(0.5) else _GUEST_BITS),))
         elif dice < 0.72:
             change = Change(set=("p", "rw", "us"), clear=("nx",) if wide else ())
         elif dice < 0.80:
@@ -166,7 +176,7 @@ class Draw:
         if dice < 0.66:
             self.aligned = True
             return VmcbOp("rflags", Change(value=self.one((0x2, 0x202, 0x40002, 0x40AD7, 0x3002))))
-        if dice < 0.74 and self.ground.long:
+        if dice < 0.74 and not self.ground.world.mode.real:
             vectors = self.one((("pf",), ("gp",), ("ud",), ("pf", "gp"), ("df",), ("bit0", "bit3"), ("bit12",)))
             return VmcbOp("intercept_exceptions", self._either(vectors, clear=0.8))
         if dice < 0.80:
@@ -269,6 +279,8 @@ class Draw:
         if mode.real and kind == "fetch":
             kind = "read"
         page = page or self.one(("a", "a", "a", "b", "b", "c", "d"))
+        if page in self.devices:
+            return situations.register(self, page)
         dice = self.random.random()
         if mode.long and dice < 0.06:
             return Probe(kind, f"{self.edge():#x}")

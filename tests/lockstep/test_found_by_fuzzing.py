@@ -27,6 +27,7 @@ from harness.scenario import files
 from harness.scenario.program import Compiler
 from harness.wire.image import PAGE, Image
 from tests.conftest import LIBRARY
+from tests.scenario.texts import one, run
 
 DEBUG = ExitCode.EXCEPTION + events.DB
 PAGE_FAULT = ExitCode.EXCEPTION + events.PF
@@ -34,7 +35,7 @@ PAGE_FAULT = ExitCode.EXCEPTION + events.PF
 
 def last(twin: Twin, compiler: Compiler, name: str, *quirks: str, seen: Any = None) -> Prediction:
     """The prediction of a scenario's last RUN, with quirks there; the VMCB is as it leaves it."""
-    (scenario,) = files.load([LIBRARY], lambda one: one == name)
+    (scenario,) = files.load([LIBRARY], lambda it: it == name)
     program = compiler.compile(scenario)
     twin.reset(program.world)
     runs = [number for number, step in enumerate(program.steps) if step.code == "RUN"]
@@ -118,3 +119,27 @@ def test_a_locked_instruction_begins_as_a_write(image: Image, cpu: Cpu, page: st
     assert left(twin, "exitcode", "exitinfo1") == (PAGE_FAULT, 0)
     last(twin, compiler, name, RMW_READS_FIRST, EXCLUSIVE_PROBES_FIRST)
     assert left(twin, "exitcode", "exitinfo1") == (PAGE_FAULT, code)
+
+
+@pytest.mark.parametrize(("probe", "name", "head"), [
+    ("wrpkru = 0xc", "pkru", ""), ("wrmsr 0x277 = 0x0706050401000706", "pat", 'nested_page = "none"\n'),
+])
+def test_what_l2_wrote_to_registers_of_l1_is_undone(
+    twin: Twin, compiler: Compiler, probe: str, name: str, head: str
+) -> None:
+    """A VMRUN that is predicted once more begins with L1's registers as they were."""
+    program = compiler.compile(one('vmcb = "cr4"\nset = ["pke"]', run(f"read a; {probe}; read a"), head=head))
+    twin.reset(program.world)
+    for step in program.steps:
+        if step.code == "RUN":
+            break
+        twin.apply(step)
+    begun = getattr(twin.host, name)
+    before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+    first = twin.predict(step, 0)
+    written = getattr(twin.host, name)
+    assert written != begun
+    twin._undo(first)
+    assert getattr(twin.host, name) == begun
+    again = twin.predict_again(first, before, step)
+    assert getattr(twin.host, name) == written and again.exitcode == first.exitcode
