@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.evidence import Evidence
 from harness.lockstep.observe import Observer, Seen
 from harness.lockstep.signature import signature
-from harness.machine import observed
+from harness.machine import kvm_on_tcg, observed, observed_kvm
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
 from harness.options import LIBRARY, add_volume, positive, screen
 from harness.report import html, jsonfile, stops, table
@@ -34,6 +35,7 @@ from harness.target import say
 from harness.wire.stop import Stop
 
 LINUX: Final = "linux"
+KVM: Final = "kvm-on-tcg"
 
 _TIME: Final = ("-icount", "shift=3,sleep=on")
 """Time goes by instructions: else most exits are timers', since stops make L1 and L2 slow. With sleep=off each stop
@@ -59,6 +61,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--kernel", type=Path, metavar="FILE", help="L1: a multiboot, PVH or Linux image")
     parser.add_argument("--initrd", type=Path, metavar="FILE", help="its initrd, or a multiboot module")
     parser.add_argument("--append", default="", metavar="TEXT", help="its command line")
+    parser.add_argument("--machine", choices=["tcg", KVM], default="tcg",
+                        help="what runs L1: QEMU's own SVM, or real KVM on an AMD host that QEMU plays (default: tcg)")
+    parser.add_argument("--l0-kernel", type=Path, metavar="PATH",
+                        help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
+                        "distribution's)")
+    parser.add_argument("--l0-modules", type=Path, metavar="DIR", help="its modules")
+    parser.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
+                        help="a parameter of L0's kvm or kvm_amd, such as tdp_mmu=0")
     parser.add_argument("--qemu", metavar="PATH", help="the QEMU to use: a path, or a version such as 10.0")
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
     parser.add_argument("--memory", type=positive, default=1024, metavar="MIB", help="L1's RAM (default: 1024)")
@@ -87,6 +97,8 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
     linux, args = options.what == LINUX, options.behind
     if options.memory > MAX_MEMORY:
         raise UsageError(f"--memory {options.memory}: at most {MAX_MEMORY} MiB, which is RAM in one piece")
+    if options.machine != KVM and (options.l0_kernel or options.l0_modules or options.kvm_param):
+        raise UsageError(f"--l0-kernel, --l0-modules and --kvm-param are for --machine {KVM}")
     common = {"qemu": options.qemu, "cpu": options.cpu, "memory": options.memory, "wait": float(options.wait)}
     if linux:
         if options.kernel or options.initrd or options.append:
@@ -94,7 +106,8 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
         from harness.machine import linux as images
 
         kernel, initrd, append = images.build(say)
-        return LINUX, Options(kernel, initrd, append, args=(*_TIME, *args), **common)
+        clock = _TIME if options.machine != KVM else ()
+        return LINUX, Options(kernel, initrd, append, args=(*clock, *args), **common)
     if options.kernel is None and not args:
         raise UsageError("say what to observe: `linux`, --kernel FILE, or a disk in arguments for QEMU behind --")
     name = options.kernel.name if options.kernel else "L1"
@@ -111,7 +124,7 @@ def _observe(options: argparse.Namespace) -> int:
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     name, wanted = _options(options)
     shown = screen(options)
-    with observed.start(wanted, say) as machine:
+    with _start(wanted, options) as machine:
         result, seen, seconds, interrupted = _watch(name, machine, errata, options, shown)
         identity, ended, console = machine.identity, machine.ended, machine.console()
     summary = summarize(identity, [], [result], errata, seconds, options.strict)
@@ -130,10 +143,18 @@ def _observe(options: argparse.Namespace) -> int:
     return 3 if result.lost is not None else int(summary.totals.divergences_new > 0)
 
 
+def _start(wanted: Options, options: argparse.Namespace) -> AbstractContextManager[Foreign]:
+    if options.machine != KVM:
+        return observed.start(wanted, say)
+    host = kvm_on_tcg.Options(options.l0_kernel, options.l0_modules, tuple(options.kvm_param))
+    return observed_kvm.start(wanted, host, say)
+
+
 def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse.Namespace, screen: Screen
            ) -> tuple[Result, Seen, float, KeyboardInterrupt | None]:
     """All stops; what is new is shown at once, the first of its sort. Raises MachineLost where there was no VMRUN."""
-    observer = Observer(name, machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+    observer = Observer(name, machine.memory, machine.cpu, of_layers(errata, machine.identity.layers),
+                        machine.holds)
     seen, result, interrupted = observer.seen, Result(name), None
     begun = told = time.monotonic()
     shown = set()

@@ -65,6 +65,8 @@ class Exit(NamedTuple):
     vmcb: Vmcb
     memory: Memory | Touched
     cpu: Cpu
+    holds: bool = False
+    """The machine may hold translations over VMRUN and #VMEXIT: A and D may have been set before."""
 
     def found(self, check: str, field: str, expected: int | str, observed: int | str, rule: str,
               walk: Walk | None = None) -> Divergence:
@@ -181,7 +183,7 @@ def _executed(it: Exit, quirks: Active, translation: Paging, regs: Registers) ->
         return
     for address, bits, kind in walk.updates:
         # L2's kernel may have cleared the accessed bit of a page of its users, and not flushed it yet
-        if kind is not NESTED_TABLE and regs.cpl == 3:
+        if it.holds if kind is NESTED_TABLE else regs.cpl == 3:
             continue
         shift = (address & 4) * 8
         entry = it.memory.words[address >> 3]
@@ -218,7 +220,7 @@ def accessed(it: Exit, quirks: Active, stop: Stop) -> Iterator[Divergence]:
     for address, bits, kind in same[0].updates:
         shift = (address & 4) * 8
         entry = it.memory.words[address >> 3]
-        if kind is NESTED_TABLE and bits & ~(entry >> shift):
+        if kind is NESTED_TABLE and not it.holds and bits & ~(entry >> shift):
             yield it.found("C2", f"entry at sPA {address & ~7:#x}", entry | bits << shift, entry, "ad", same[0])
 
 

@@ -70,13 +70,16 @@ class _Latest(NamedTuple):
 
 
 class Observer:
-    """`memory` is L1's RAM from sPA 0 on; `errata` those of the machine, the most specific first."""
+    """`memory` is L1's RAM from sPA 0 on; `errata` those of the machine, the most specific first. `holds`: it may hold
+    translations over VMRUN and #VMEXIT, so that accessed bits which L1 has cleared since may stay clear."""
 
-    def __init__(self, name: str, memory: memoryview, cpu: Cpu, errata: Sequence[Erratum] = ()) -> None:
+    def __init__(self, name: str, memory: memoryview, cpu: Cpu, errata: Sequence[Erratum] = (), holds: bool = False
+                 ) -> None:
         self.seen = Seen()
         self._name = name
         self._memory = Memory.over(memory)
         self._cpu = cpu
+        self._holds = holds
         self._errata = Known(errata)
         self._quirks = quirks_of(errata)
         self._entered: dict[int, Entered] = {}
@@ -163,7 +166,7 @@ class Observer:
             return []
         self.seen.accesses += 1
         self._latest = _Latest(stop, entered)
-        it = Exit(self._name, entered, Vmcb(self._memory, entered.vmcb), self._memory, self._cpu)
+        it = Exit(self._name, entered, Vmcb(self._memory, entered.vmcb), self._memory, self._cpu, self._holds)
         return explain(self._judged(lambda quirks: list(exits.accessed(it, quirks, stop))), self._errata)
 
     def _exit(self, stop: Stop, vmcb: Vmcb) -> list[Divergence]:
@@ -174,7 +177,7 @@ class Observer:
             self.seen.unpaired += 1
             return []
         self._latest = _Latest(stop, entered)
-        it = Exit(self._name, entered, vmcb, self._memory, self._cpu)
+        it = Exit(self._name, entered, vmcb, self._memory, self._cpu, self._holds)
         found = list(exits.host(it, stop.host)) + list(exits.unchanged(it)) + list(exits.saved(it))
         judged = True
         if vmcb["np_control"] & NP_ENABLE and not entered.broken:
@@ -221,7 +224,7 @@ class Observer:
         assert self._latest is not None
         stop, before, fmt, changes, tables = self._latest
         touched = Touched(self._memory)
-        it = Exit(self._name, before, Vmcb(self._memory, before.vmcb), touched, self._cpu)
+        it = Exit(self._name, before, Vmcb(self._memory, before.vmcb), touched, self._cpu, self._holds)
         with suppress(IndexError):
             list(violations(it.vmcb, before.host, self._cpu, touched.words))
         if stop.kind == ACCESS:

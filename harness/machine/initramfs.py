@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from harness.errors import LaunchFailed
@@ -29,8 +30,8 @@ _KEEP: Final = 4
 
 
 def build(kernel: Kernel, l1: Path, l0_qemu: str, parameters: Iterable[str],
-          say: Callable[[str], None] = lambda text: None) -> Path:
-    """The archive's path, made if there is none like it yet. `parameters` are texts such as `npt=0`.
+          say: Callable[[str], None] = lambda text: None, more: Mapping[str, bytes] = MappingProxyType({})) -> Path:
+    """The archive's path, made if there is none like it yet. `parameters` are texts such as `npt=0`; `more` are files.
     Raises LaunchFailed, saying what to do; UsageError for a parameter that does not exist."""
     modules = kernel.closure(MODULES)
     options: dict[str, list[str]] = {name: [] for name in PARAMETERS}
@@ -46,6 +47,7 @@ def build(kernel: Kernel, l1: Path, l0_qemu: str, parameters: Iterable[str],
         "l1.elf": l1.read_bytes(),
         "modules/list": "".join(f"{name} {' '.join(options.get(name, ()))}\n" for name in modules).encode(),
         **{f"modules/{name}.ko": data for name, data in modules.items()},
+        **more,
     }
     return archive("l0", files, qemu_files(l0_qemu))
 

@@ -126,7 +126,7 @@ def start(
     linux, root = prepare(options, say)
     with l0.start(path, cpu_model, linux, root, extra) as host:
         try:
-            release, number = _version(host)
+            release, number = kernel_version(host)
             layers = (Layer("kvm", number), Layer("qemu-tcg", version))
             identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
                                 tuple(options.parameters), options.pages,
@@ -148,7 +148,7 @@ def start(
             machine.close()
 
 
-def _version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
+def kernel_version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
     """L0's release as uname has it, and the version of the upstream kernel that it is made from."""
     text = host.run("uname -r; cat /proc/version_signature 2>/dev/null; uname -v").decode()
     release, _, rest = text.partition("\n")
@@ -206,17 +206,24 @@ def _pages(host: l0.L0, image: Image, loaded: int, size: str) -> tuple[str, list
     ranges = _rounded([(0, loaded), image.vmcbs, image.low_vmcbs, image.arena, image.low_arena, image.data,
                        image.low_data, *mirrors])
     file = "/dev/hugepages/l1" if size == "2m" else "/dev/shm/l1"
+    frames = iter(frames_of(host, file, image.ram_bytes, [(image.offset(a), b - a) for a, b in ranges], size))
+    addresses = [at for start, end in ranges for at in range(start, end, PAGE)]
+    return file, [(at, next(frames)) for at in addresses]
+
+
+def frames_of(host: l0.L0, file: str, whole: int, ranges: Sequence[tuple[int, int]], size: str) -> list[int]:
+    """Make that file in L0 for L1's memory, of `whole` bytes, and the pages of these ranges in it (where each begins,
+    and its bytes) present; `size` is of the pages, for errors. Returns the address in L0's memory of each page of 4
+    KiB. Raises LaunchFailed."""
     host.run(f"echo {_OVERCOMMIT} >/proc/sys/vm/nr_overcommit_hugepages; "
              "echo 0 >/proc/sys/vm/compact_unevictable_allowed")
-    words = " ".join(f"{image.offset(start)} {end - start}" for start, end in ranges)
-    status, output, errors = host.try_run(f"pages {file} {image.ram_bytes} {words}")
+    words = " ".join(f"{start} {length}" for start, length in ranges)
+    status, output, errors = host.try_run(f"pages {file} {whole} {words}")
     if status:
         meminfo = host.try_run("grep -E 'MemFree|Huge' /proc/meminfo")[1].decode(errors="replace").rstrip()
         raise LaunchFailed(f"L0 cannot back L1's memory with {size} pages: {errors.decode(errors='replace').strip()}\n"
                            f"{meminfo}\ntry --l1-pages {'4k' if size == '2m' else '2m'}, or another kernel")
-    frames = iter(struct.unpack(f"<{len(output) // 8}Q", output))
-    addresses = [at for start, end in ranges for at in range(start, end, PAGE)]
-    return file, [(at, (next(frames) & _FRAME) * PAGE) for at in addresses]
+    return [(entry & _FRAME) * PAGE for entry in struct.unpack(f"<{len(output) // 8}Q", output)]
 
 
 def _rounded(used: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

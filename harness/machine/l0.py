@@ -95,8 +95,10 @@ class L0:
 
 
 @contextmanager
-def start(binary: str, cpu_model: str, kernel: Path, root: Path, extra: Sequence[str]) -> Iterator[L0]:
-    """Boot L0; it is gone at the block's end. Raises LaunchFailed, saying what to do."""
+def start(binary: str, cpu_model: str, kernel: Path, root: Path, extra: Sequence[str], memory: int = MEMORY,
+          fds: Sequence[int] = ()) -> Iterator[L0]:
+    """Boot L0 with `memory` bytes of RAM; it is gone at the block's end. `extra` are arguments for its QEMU, which may
+    name the descriptors `fds`. Raises LaunchFailed, saying what to do."""
     with ExitStack() as stack:
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
@@ -113,7 +115,7 @@ def start(binary: str, cpu_model: str, kernel: Path, root: Path, extra: Sequence
             "-device", "virtserialport,chardev=trace0,name=twinwalk.trace0",
             *extra,
         ]
-        process = stack.enter_context(Qemu(binary, args, MEMORY, (theirs.fileno(), trace)))
+        process = stack.enter_context(Qemu(binary, args, memory, (theirs.fileno(), trace, *fds)))
         theirs.close()
         check_cpu(process, cpu_model)
         process.command("cont")

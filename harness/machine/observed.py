@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -56,18 +56,19 @@ class Options:
 class Foreign:
     """A foreign L1 that has not run yet; `stops` runs it. `ended` says, behind them, how it ended."""
 
-    def __init__(self, process: qemu.Qemu, channel: socket.socket, options: Options) -> None:
-        self.memory = memoryview(mmap.mmap(process.memory_fd, options.memory << 20))
+    holds = False
+    """Whether this machine may hold translations over VMRUN and #VMEXIT."""
+
+    def __init__(self, process: qemu.Qemu, channel: socket.socket, memory: memoryview, cpu: Cpu, identity: Identity,
+                 wait: float) -> None:
+        self.memory, self.cpu = memory, cpu
+        self.identity = replace(identity, maxphyaddr=cpu.maxphyaddr, asids=cpu.asids,
+                                features=tuple(sorted(cpu.features)))
         self.ended = ""
         self.processors = len(process.command("query-cpus-fast"))
-        self.cpu = _cpu(process)
-        version = qemu.version(process.binary)
-        self.identity = Identity(
-            "tcg", process.binary, version, options.cpu, (Layer("qemu-tcg", version),), maxphyaddr=self.cpu.maxphyaddr,
-            asids=self.cpu.asids, features=tuple(sorted(self.cpu.features)))
         self._process = process
-        self._options = options
         self._channel = channel
+        self._wait = wait
         self._entered = 0
 
     def stops(self, plausible: Callable[[Stop], bool], more: Callable[[], bool] = lambda: True) -> Iterator[Stop]:
@@ -79,11 +80,11 @@ class Foreign:
         while more():
             data = self._receive()
             if data is None:
-                if ended := self._how_it_ended():
+                if ended := self.how_it_ended():
                     self.ended = ended
                     break
-                if not self._entered and time.monotonic() - begun > self._options.wait:
-                    raise self._process.lost(f"no VMRUN in {self._options.wait:.0f} s: is this L1 a hypervisor, "
+                if not self._entered and time.monotonic() - begun > self._wait:
+                    raise self._process.lost(f"no VMRUN in {self._wait:.0f} s: is this L1 a hypervisor, "
                                              "and does it find SVM? (--wait SECONDS waits longer)")
                 continue
             yield from self._at(decode(data, self.processors == 1), plausible)
@@ -122,7 +123,7 @@ class Foreign:
         with suppress(ConnectionError):  # QEMU may have gone meanwhile: the next look tells
             self._channel.sendall(bytes([answer]))
 
-    def _how_it_ended(self) -> str:
+    def how_it_ended(self) -> str:
         """Why the machine goes on no more; empty while it does. Raises MachineLost for a QEMU that died."""
         status = self._process.exit_status()
         if status:
@@ -136,7 +137,7 @@ class Foreign:
         return "QEMU ended" if status is not None else ""
 
 
-def _cpu(process: qemu.Qemu) -> Cpu:
+def cpu_of(process: qemu.Qemu) -> Cpu:
     """What CPUID says of the CPU, as QEMU knows it."""
     path = process.command("query-cpus-fast")[0]["qom-path"]
     there = {one["name"] for one in process.command("qom-list", path=path)}
@@ -155,10 +156,9 @@ def start(options: Options, say: Callable[[str], None] = lambda text: None) -> I
     version = qemu.version(path)
     # one thread for all vCPUs: all wait while one does
     args = ["-machine", "pc,memory-backend=ram", "-accel", "tcg,thread=single", "-cpu", options.cpu, "-no-shutdown"]
+    check_files(options)
     for option, file in (("kernel", options.kernel), ("initrd", options.initrd)):
         if file is not None:
-            if not (file.is_file() and os.access(file, os.R_OK)):
-                raise UsageError(f"--{option} {file}: there is no such file that can be read")
             args += [f"-{option}", str(file)]
     if options.append:
         args += ["-append", options.append]
@@ -169,16 +169,25 @@ def start(options: Options, say: Callable[[str], None] = lambda text: None) -> I
         try:
             process = stack.enter_context(qemu.Qemu(path, args, options.memory << 20, (theirs.fileno(),)))
         except LaunchFailed as reason:
-            raise _no_plugins(path, reason) from None
+            raise no_plugins(path, reason) from None
         stack.enter_context(ours)  # closed before QEMU is ended: a vCPU may wait for an answer
         theirs.close()
         check_cpu(process, options.cpu)
-        yield Foreign(process, ours, options)
+        identity = Identity("tcg", path, version, options.cpu, (Layer("qemu-tcg", version),))
+        memory = memoryview(mmap.mmap(process.memory_fd, options.memory << 20))
+        yield Foreign(process, ours, memory, cpu_of(process), identity, options.wait)
 
 
 def _may_run(host: dict[str, int]) -> bool:
     """Whether VMRUN raises no exception in this state (15.5.1)."""
     return bool(host["efer"] & EFER.SVME and host["cr0"] & CR0.PE and not host["cs"] & 3)
+
+
+def check_files(options: Options) -> None:
+    """Raises UsageError for files that cannot be read."""
+    for option, file in (("kernel", options.kernel), ("initrd", options.initrd)):
+        if file is not None and not (file.is_file() and os.access(file, os.R_OK)):
+            raise UsageError(f"--{option} {file}: there is no such file that can be read")
 
 
 def plugin(path: str, version: tuple[int, int, int], channel: int, more: str = "") -> list[str]:
@@ -191,7 +200,8 @@ def plugin(path: str, version: tuple[int, int, int], channel: int, more: str = "
     return ["-plugin", f"{built},fd={channel}{more}"]
 
 
-def _no_plugins(path: str, reason: LaunchFailed) -> LaunchFailed:
+def no_plugins(path: str, reason: LaunchFailed) -> LaunchFailed:
+    """`reason`, with what to do about it where it is the plugin that this QEMU did not take."""
     text = str(reason)
     if "-plugin" not in text.partition("it was started as")[0] and "plugin" not in text.partition("\n")[0]:
         return reason
