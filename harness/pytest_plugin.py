@@ -32,6 +32,7 @@ _NEEDS: Final = {"la57": "5-level paging", "page1g": "pages of 1G", "pku": "prot
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options: as those of `twinwalk run`."""
     group = parser.getgroup("twinwalk", "nested paging, held against a model")
     group.addoption("--twinwalk-machine", type=machine_name, metavar="MACHINE",
                     help="collect scenario files, and run them there: " + ", ".join([AUTO, *MACHINES, FORM]))
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """The markers; with --twinwalk-machine a machine, which is booted for the first test."""
     for name, what in _NEEDS.items():
         config.addinivalue_line("markers", f"needs_{name}: a scenario that can only be run on a CPU with {what}")
     if config.getoption("--twinwalk-machine"):
@@ -55,6 +57,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """A scenario file, with --twinwalk-machine."""
     if file_path.suffix != ".toml" or _MACHINE not in parent.config.stash or files.ERRATA_FOLDER in file_path.parts:
         return None
     if not files.has_ops(file_path) or not files.find([file_path]):
@@ -67,6 +70,7 @@ class ScenarioFile(pytest.File):
     """One file of scenarios."""
 
     def collect(self) -> Iterable[pytest.Item]:
+        """A test for each of its scenarios."""
         try:
             found = files.read(self.path)
         except UsageError as reason:
@@ -85,6 +89,7 @@ class ScenarioItem(pytest.Item):
             self.add_marker(f"needs_{need}")
 
     def runtest(self) -> None:
+        """Passes where `twinwalk run` agrees; raises what it does not, MachineLost, or pytest's own Skipped."""
         machine = self.config.stash[_MACHINE]
         for done in machine.run(self.scenario):
             result = done.result
@@ -107,6 +112,7 @@ class ScenarioItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
+        """The file, the line from 0, and the name."""
         line = self.scenario.lines[0] - 1 if self.scenario.lines else None
         return self.path, line, f"{self.name}: {self.scenario.title}"
 

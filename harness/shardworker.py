@@ -30,6 +30,7 @@ def _watch() -> None:
 
 
 def main() -> None:
+    """One shard, by the command line; a line of JSON with its exit code, and what it says, on stdout."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what prints by mistake is no answer
     signal.signal(signal.SIGINT, signal.default_int_handler)

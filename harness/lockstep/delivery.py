@@ -57,9 +57,11 @@ class Bus:
         self._l2, self._event = l2, event
 
     def load(self, gva: int, width: int = 8) -> int:
+        """The `width` bytes at `gva`. Raises Leave where they cannot be reached."""
         return self._l2.state.memory.read(self._reach(gva, _READ, width), width)
 
     def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
+        """Write `width` bytes at `gva`; bits of `free` are left to the machine. Raises Leave as `load` does."""
         spa = self._reach(gva, _WRITE, width)
         state, out = self._l2.state, self._l2.out
         word, shift = spa & ~7, 8 * (spa & 7)
@@ -70,6 +72,7 @@ class Bus:
             out.permitted[word] = out.permitted.get(word, 0) | free << shift
 
     def raises(self, event: Event) -> NoReturn:
+        """The delivery raises `event`, which is delivered in its place: raises Leave, or L2 goes on there."""
         _second(self._l2, self._event, event, 0, None, "exit.delivery")
 
     def _is_emulated(self, gva: int, access: Access) -> bool:

@@ -31,11 +31,13 @@ class CannotRun(Exception):
 
 
 def tell(**message: Any) -> None:
+    """A line of JSON for who started us."""
     sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 
 def receive(stream: BinaryIO) -> tuple[dict[str, Any], zipfile.ZipFile]:
+    """What to do, and the archive that came behind it. Raises CannotRun if it is not whole."""
     head = json.loads(stream.readline(1 << 16))
     data = stream.read(head["size"])
     if hashlib.sha256(data).hexdigest() != head["sha256"]:
@@ -62,6 +64,7 @@ def make_folder(needed: int) -> tuple[str, int]:
 
 
 def remove_if_left(folder: str) -> None:
+    """A folder of ours whose process has ended. Raises OSError where one has it still."""
     lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +74,7 @@ def remove_if_left(folder: str) -> None:
 
 
 def unpack(archive: zipfile.ZipFile, folder: str) -> None:
+    """All of it, nothing outside of `folder`. Raises CannotRun for a path that leads elsewhere."""
     for member in archive.infolist():
         parts = member.filename.split("/")
         if member.filename.startswith("/") or ".." in parts or "\\" in member.filename:
@@ -79,6 +83,7 @@ def unpack(archive: zipfile.ZipFile, folder: str) -> None:
 
 
 def child(folder: str, head: dict[str, Any], parent: int) -> None:
+    """The far side itself, which ends with `parent`; its files are below `folder`."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
@@ -93,6 +98,7 @@ def child(folder: str, head: dict[str, Any], parent: int) -> None:
 
 
 def main() -> int:
+    """Run what comes on stdin; the folder is gone behind it. Returns the exit code."""
     sys.stdout.buffer.write(b"\n" + MAGIC + b"\n")  # whatever a login script printed ends here
     sys.stdout.buffer.flush()
     folder = ""

@@ -73,6 +73,7 @@ class Bits(NamedTuple):
         return cls(tuple((n, m.bit, (1 << m.width) - 1) for n, m in members.items() if m.width < 32))
 
     def decode(self, word: int) -> dict[str, int]:
+        """The fields of a word, by name."""
         out = {name: word >> bit & mask for name, bit, mask in self.fields}
         for name, bit, mask in self.fields:
             if name == "access":

@@ -169,7 +169,6 @@ MISC1_NMI: Final = 1 << 1
 """intercept_misc1 bits."""
 
 MISC2_VMRUN: Final = 1 << 0
-MISC2_VMMCALL: Final = 1 << 1
 MISC2_SVM: Final = 0x3F
 """intercept_misc2 bits; the last are VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI and CLGI."""
 

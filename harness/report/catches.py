@@ -87,6 +87,7 @@ def text(hunt: Hunt, summary: Summary) -> str:
 
 
 def document(hunt: Hunt) -> dict[str, Any]:
+    """What was generated and found, in plain values."""
     return {
         "seed": hunt.seed, "programs": hunt.programs, "before": hunt.before, "left_off": hunt.left_off,
         "skipped": hunt.skipped, "cells": hunt.cells, "cells_reachable": hunt.reachable,

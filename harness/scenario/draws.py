@@ -77,6 +77,7 @@ class Ground:
 
     @classmethod
     def of(cls, world: World) -> Ground:
+        """The entries of a world, by what they map."""
         kinds: dict[str, list[str]] = {"guest": [], "nested": [], "tables": [], "system": []}
         for name in world.entries:
             dimension, what, _ = name.split(".")

@@ -205,6 +205,7 @@ class File:
         return self.stem + (f"[{','.join(choice.values())}]" if choice else "")
 
     def scenario(self, data: Mapping[str, Any], name: str) -> Scenario:
+        """Of a whole table. Raises UsageError, with the line."""
         guest = data.get("guest", DEFAULT_MODE)
         if guest not in MODES:
             raise self.error(None, "guest", f"guest must be one of {', '.join(MODES)}, not {guest!r}")
@@ -235,6 +236,7 @@ class File:
         )
 
     def op(self, index: int, table: Any) -> Op:
+        """The op number `index`, from 0. Raises UsageError, with the line."""
         if not isinstance(table, dict):
             raise self.error(None, "op", "'op' must be a list of tables: write [[op]]")
         kinds = [kind for kind in KINDS if kind in table]
@@ -279,6 +281,7 @@ class File:
             raise self.error(index, key, f"{key!r} must be a number, not {value!r}") from None
 
     def run(self, index: int, table: Mapping[str, Any]) -> RunOp:
+        """A VMRUN with its probes. Raises UsageError, with the line."""
         probes = []
         for text in self.strings(index, table, "run"):
             try:
@@ -294,6 +297,7 @@ class File:
         return RunOp(tuple(probes), cpl, expect)
 
     def strings(self, index: int, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        """A list of strings, empty if it is not there. Raises UsageError, with the line."""
         values = table.get(key, [])
         if not all(isinstance(v, str) for v in values):
             raise self.error(index, key, f"{key!r} must be a list of strings, not {values!r}")

@@ -184,6 +184,7 @@ class Partial:
         return self.open & self._space.blocks[at].fits(self._part(at, axis, value))
 
     def put(self, axis: int, value: int) -> None:
+        """Give an axis its value, by its place among them: what else is open depends on it."""
         if axis in self._space.free:
             return
         self.open = self.room(axis, value)

@@ -35,6 +35,8 @@ class Value:
 
 
 class Axis(NamedTuple):
+    """One axis of a sweep: its name, and its values in order."""
+
     name: str
     values: tuple[Value, ...]
 
