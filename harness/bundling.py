@@ -31,6 +31,8 @@ from harness.shrinking import Repeated, Trials, repeat, shrink
 from harness.target import Target
 
 _MAX_RECORDS: Final = 1000
+MAX_BUNDLES: Final = 25
+"""Bundles of one run at most, of what was seen most often: a machine that is wrong in more ways is wrong in general."""
 
 
 def our_version() -> str:
@@ -137,10 +139,11 @@ def of_run(
     setup: Setup, summary: Summary, before: Mapping[str, Sequence[Scenario]], command: str, folder: Path
 ) -> Summary:
     """A bundle for each finding of a run; returns `summary` with where they are. `before` has, by scenario, what ran
-    before it. One that cannot be made is told, and the others are made."""
+    before it. One that cannot be made is told, and the others are made; of the most frequent MAX_BUNDLES."""
     found = []
-    for number, one in enumerate(summary.found, 1):
-        setup.target.say(f"bundle {number} of {len(summary.found)}: {one.signature}, in {one.scenario}")
+    made, left = summary.found[:MAX_BUNDLES], summary.found[MAX_BUNDLES:]
+    for number, one in enumerate(made, 1):
+        setup.target.say(f"bundle {number} of {len(made)}: {one.signature}, in {one.scenario}")
         scenario = summary.scenarios[one.scenario]
         try:
             path = make(setup, one.signature, scenario, before.get(one.scenario, ()), command, folder)
@@ -149,4 +152,7 @@ def of_run(
         except TwinwalkError as reason:
             setup.target.say(f"no bundle of it: {reason}")
         found.append(one)
-    return replace(summary, found=tuple(found))
+    if left:
+        setup.target.say(f"no bundle of {len(left)} more findings, which were seen less often: run what shows them "
+                         "again, alone, for theirs")
+    return replace(summary, found=(*found, *left))

@@ -7,6 +7,7 @@ run; a machine that dies for another reason than the finding's shows nothing.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
@@ -35,6 +36,8 @@ MAX_TRIES: Final = 20_000
 """Candidates that are tried for one finding at most."""
 MAX_BOOTS: Final = 100
 """Boots for one finding at most."""
+MAX_SECONDS: Final = 600.0
+"""Time for one finding, after which no more is tried."""
 _MAX_TIMES: Final = 20
 """Times that one candidate of a flaky finding is tried at most."""
 _MISS: Final = 0.01
@@ -78,12 +81,14 @@ class Repeated(NamedTuple):
 
 
 class Trials:
-    """Tries scenarios for a signature, on a machine of its own: a context manager. `tries` and `boots` count."""
+    """Tries scenarios for a signature, on a machine of its own: a context manager. `tries` and `boots` count, and so
+    does the time since it was made."""
 
     def __init__(self, target: Target, errata: Sequence[Erratum], pipelined: bool, strict: bool) -> None:
         self._session = far.session(target, errata, pipelined)
         self._strict = strict
         self.tries = self.boots = 0
+        self._until = time.monotonic() + MAX_SECONDS
 
     def __enter__(self) -> Self:
         self._session.__enter__()
@@ -94,7 +99,7 @@ class Trials:
 
     def spent(self) -> bool:
         """Whether enough was tried."""
-        return self.tries >= MAX_TRIES or self.boots >= MAX_BOOTS
+        return self.tries >= MAX_TRIES or self.boots >= MAX_BOOTS or time.monotonic() >= self._until
 
     def fresh(self) -> None:
         """What is tried next begins on a fresh boot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_one_that_cannot_be_made_is_told(target: FakeTarget, tmp_path: Path) -> 
     quiet = FakeTarget(image=target.image, of=target.of, plants=[Errs()], say=told.append)
     after = of_run(Setup(quiet, (), True, False), before, {}, "", tmp_path / "none")
     assert after.found == before.found and told[-1].startswith("no bundle of it: no bundle could be written to ")
+
+
+def test_of_the_most_frequent(target: FakeTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is wrong in many ways does not take forever: the rest is told, and stays among what was found."""
+    told: list[str] = []
+    before = summary(target, Errs())
+    many = replace(before, found=tuple(replace(before.found[0], count=9 - n) for n in range(4)))
+    monkeypatch.setattr("harness.bundling.MAX_BUNDLES", 1)
+    quiet = FakeTarget(image=target.image, of=target.of, plants=[Errs()], say=told.append)
+    after = of_run(Setup(quiet, (), True, False), many, {}, "", tmp_path)
+    assert [bool(one.bundle) for one in after.found] == [True, False, False, False] and len([*tmp_path.iterdir()]) == 1
+    assert told[0].startswith("bundle 1 of 1: ") and told[-1].startswith("no bundle of 3 more findings")
 
 
 def test_a_target_in_plain_values() -> None:

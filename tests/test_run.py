@@ -42,7 +42,7 @@ class Machine(FakeMachine):
     """What `run` needs beyond what lockstep does."""
 
     liberties = LIBERTIES
-    trace = None
+    trace = kvm = None
     identity = Identity("tcg", "fake-machine", (7, 2, 0), "max", (Layer("qemu-tcg", (7, 2, 0)),))
 
     def __init__(self, image: Image, cpu: Cpu, plant: Plant) -> None:

@@ -216,6 +216,12 @@ def test_an_end_to_tries(target: FakeTarget, monkeypatch: pytest.MonkeyPatch) ->
         assert on.tries < 100 and len(small.ops) <= len(BIG.ops)
 
 
+def test_an_end_to_the_time(target: FakeTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.shrinking.MAX_SECONDS", 0.0)
+    with trials(target, Errs()) as on:
+        assert len(shrink(on, VALUE, BIG, Repeated(Kind.STABLE, 10, 10)).ops) == len(BIG.ops) and on.tries == 1
+
+
 def test_kinds_are_words() -> None:
     assert isinstance(divergence(), Divergence)
     assert [str(Repeated(kind, 1, 2, (BIG,))) for kind in Kind] == [
