@@ -109,6 +109,7 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
             out.append({
                 "name": one.scenario, "family": one.scenario.partition("[")[0], "headline": said,
                 "place": place(one, scenario), "check": one.first.check, "field": one.first.field,
+                "sort": str(one.signature),
                 "rule": _rule(one), "values": [
                     [f"{d.check} {d.field}", words.value(d, d.expected), words.value(d, d.observed), d.erratum or ""]
                     for d in one.divergences],

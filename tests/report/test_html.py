@@ -14,7 +14,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.errors import MachineLost
 from harness.lockstep.driver import Result
@@ -162,6 +162,12 @@ def test_in_a_browser(browser: webdriver.Chrome, summary: Summary, tmp_path: Pat
     assert [text.splitlines()[-1] for text in _texts(browser, "#list button")] == [
         "ad/<b>extra</b> · C2 " + html.document(summary)["findings"][2]["field"]]
     field.send_keys(Keys.BACKSPACE * 5 + Keys.ESCAPE)
+    sorts = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "#sort option")]
+    assert sorts[0] == "all" and len(sorts) == 6 and any(text.startswith("C1 outcome done, rule") for text in sorts)
+    Select(browser.find_element(By.ID, "sort")).select_by_index(sorts.index("C4 level, rule context.nested (1)"))
+    WebDriverWait(browser, SLOW).until(lambda page: len(_texts(page, "#list button")) == 1)
+    Select(browser.find_element(By.ID, "sort")).select_by_index(0)
+    WebDriverWait(browser, SLOW).until(lambda page: len(_texts(page, "#list button")) == 5)
     assert len(_texts(browser, "#list button")) == 5
     browser.find_element(By.CSS_SELECTOR, "#list button").send_keys("j")
     assert _texts(browser, "#list button[aria-current=true]")[0].splitlines()[-1].startswith("ad/missing")

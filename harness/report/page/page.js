@@ -67,10 +67,13 @@ if (data.matrix) {
 const list = by("list"), detail = by("detail");
 let shown = data.findings, drawn = 0;
 
-function choices(id, values) {
-	for (const value of [...new Set(values)].sort()) by(id).appendChild(make("option", value)).value = value;
+function choices(id, values) {  // the most frequent first
+	const counts = new Map();
+	for (const value of values) counts.set(value, (counts.get(value) || 0) + 1);
+	for (const [value, count] of [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1)))
+		by(id).appendChild(make("option", `${value} (${count.toLocaleString("en")})`)).value = value;
 }
-choices("check", data.findings.map(one => one.check));
+choices("sort", data.findings.map(one => one.sort));
 choices("family", data.findings.map(one => one.family));
 
 function more() {
@@ -89,8 +92,8 @@ list.addEventListener("scroll", () => {
 
 function filter() {
 	const words = by("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-	const check = by("check").value, family = by("family").value;
-	shown = data.findings.filter(one => (!check || one.check === check) && (!family || one.family === family) &&
+	const sort = by("sort").value, family = by("family").value;
+	shown = data.findings.filter(one => (!sort || one.sort === sort) && (!family || one.family === family) &&
 		words.every(word => one.search.includes(word)));
 	drawn = 0;
 	list.replaceChildren();
@@ -100,7 +103,7 @@ function filter() {
 	if (shown.length) show(shown[0], list.querySelector("button"));
 	else detail.replaceChildren(make("p", "Nothing matches.", "dim"));
 }
-for (const id of ["filter", "check", "family"]) by(id).addEventListener("input", filter);
+for (const [id, event] of [["filter", "input"], ["sort", "change"], ["family", "change"]]) by(id).addEventListener(event, filter);
 
 document.addEventListener("keydown", event => {
 	const typing = ["INPUT", "SELECT"].includes(document.activeElement.tagName);
