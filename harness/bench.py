@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
+from harness import bench_fuzz, places
 from harness.lockstep import errata
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.driver import Lockstep
@@ -50,9 +51,9 @@ class Figure:
         return f"{self.name:36} {self.value:>14,.3f} {self.unit:10} {self.note}".rstrip()
 
 
-def bench(target: Target, pairs: int, library: Path) -> Iterator[Figure]:
+def bench(target: Target, pairs: int, library: Path, faults: bool = False) -> Iterator[Figure]:
     """Measure, figure by figure; `pairs` VMRUN/#VMEXIT pairs are checked in each mode, and cases of the sweeps
-    of `library`."""
+    of `library`, and generated programs; with `faults` those that the tests plant are looked for too."""
     yield _first_verdict(target)
     with target.start() as machine:
         compiler = Compiler(machine.image, machine.cpu)
@@ -76,6 +77,9 @@ def bench(target: Target, pairs: int, library: Path) -> Iterator[Figure]:
             yield Figure("checked, pipelined, MMU contexts too", rate, "pairs/s",
                          f"1/{unchecked / rate:.1f} of unchecked")
     yield from _sweeps(target, library)
+    for measured in (*bench_fuzz.rates(target, errata.load(library / files.ERRATA_FOLDER)),
+                     *(bench_fuzz.planted(places.root()) if faults else ())):
+        yield Figure(*measured)
 
 
 def _first_verdict(target: Target) -> Figure:

@@ -123,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
     add_target(bench)
     bench.add_argument("--pairs", type=int, default=100_000, metavar="N",
                        help="VMRUN/#VMEXIT pairs to check in each mode (default: 100000)")
+    bench.add_argument("--faults", action="store_true",
+                       help="measure too how soon planted faults are found, and how small they are shrunk: some "
+                            "minutes, in a checkout")
     bench.set_defaults(command=_bench)
     usage.add(commands)
     usage.add_examples(commands)
@@ -245,7 +248,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from harness.bench import bench
 
-    for figure in bench(local(options).chosen(), options.pairs, LIBRARY):
+    for figure in bench(local(options).chosen(), options.pairs, LIBRARY, options.faults):
         print(figure, flush=True)
     return 0
 

@@ -23,6 +23,11 @@ def folder(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def root() -> Path:
+    """The folder that has harness/: of a checkout, tests/ too."""
+    return _PACKAGE.parent
+
+
 def command() -> str:
     """What one types: the launcher in a checkout, else the script that was installed."""
     return "./twinwalk" if _LAUNCHER.is_file() else "twinwalk"

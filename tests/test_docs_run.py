@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from harness import bench, cli, options
+from harness import bench, bench_fuzz, cli, options
 from harness.errors import LaunchFailed
 from harness.lockstep import errata
 from harness.machine import guests, kernel
@@ -151,7 +151,7 @@ def test_a_command(command: str, place: Path, case: str, tmp_path: Path, monkeyp
     for module in [one for name, one in sys.modules.items() if name.startswith("harness")]:
         if getattr(module, "LIBRARY", None) == options.LIBRARY and module is not options:
             monkeypatch.setattr(module, "LIBRARY", here / "scenarios")
-    for module, name in ((bench, "_CASES"), (bench, "_LITMUS_CASES"), (cli, "BUDGET")):
+    for module, name in ((bench, "_CASES"), (bench, "_LITMUS_CASES"), (bench_fuzz, "PROGRAMS"), (cli, "BUDGET")):
         monkeypatch.setattr(module, name, 24)
     values = {"qemu": shutil.which(QEMU) or QEMU, "case": case, "image": "", "modules": ""}
     if "kvm-on-tcg" in command or "{image}" in command or "observe linux" in command:

@@ -254,7 +254,8 @@ def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[
     registers, begin, end = record.around
     if begin and end - begin & _MASK64 > _FAR:
         yield _plain(context, "C3", "l1.tsc", begin, end, "exit.host")
-    for difference in _host_differences(tuple(prediction.host.items()), registers):
+    exited = prediction.exitcode >> 32 != VMRUN_RAISED >> 32
+    for difference in _host_differences(tuple(prediction.host.items()), registers, exited):
         yield _plain(context, "C3", *difference)
     if same_course(prediction, record):
         regs = record.regs
@@ -265,14 +266,17 @@ def _host(context: Context, prediction: Prediction, record: Record) -> Iterator[
 
 
 @lru_cache(maxsize=1000)
-def _host_differences(predicted: tuple[tuple[str, int], ...], registers: bytes) -> list[tuple[str, int, int, str]]:
-    """Of L1's own registers, which are the same nearly always: field, what it must be, what it is, and the rule."""
+def _host_differences(
+    predicted: tuple[tuple[str, int], ...], registers: bytes, exited: bool
+) -> list[tuple[str, int, int, str]]:
+    """Of L1's own registers, which are the same nearly always: field, what it must be, what it is, and the rule. Unless
+    VMRUN was `exited`, no breakpoint was disabled."""
     before, after = host_registers(registers)
     wanted = dict(zip(_RESTORED, _restored(before), strict=True)) | dict(predicted)
     read = after["all_read"]
     wrong = [(f"l1.{name}", want, after[name], "exit.host") for name, want in wanted.items()
              if after[name] != want and (read or name not in DEAR)]
-    if read and after["dr7"] & 0xFF:
+    if read and exited and after["dr7"] & 0xFF:
         wrong.append(("l1.dr7", after["dr7"] & ~0xFF, after["dr7"], "exit.host-dr7"))
     return wrong
 

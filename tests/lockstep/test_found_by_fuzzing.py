@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.lockstep.compare import _host_differences
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import (
     BREAKPOINTS_KEPT,
@@ -26,6 +27,7 @@ from harness.model.vmcb import ExitCode
 from harness.scenario import files
 from harness.scenario.program import Compiler
 from harness.wire.image import PAGE, Image
+from harness.wire.layout import HOST
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
@@ -143,3 +145,12 @@ def test_what_l2_wrote_to_registers_of_l1_is_undone(
     assert getattr(twin.host, name) == begun
     again = twin.predict_again(first, before, step)
     assert getattr(twin.host, name) == written and again.exitcode == first.exitcode
+
+
+@pytest.mark.parametrize(("exited", "fields"), [(True, ["l1.dr7"]), (False, [])])
+def test_breakpoints_of_l1_are_disabled_by_an_exit_alone(exited: bool, fields: list[str]) -> None:
+    """15.6: a VMRUN that raises an exception in L1 has none."""
+    values = [{"dr7": 0x402, "all_read": 1}.get(name, 0) for name in HOST.names]
+    registers = HOST.packer.pack(*values) * 2
+    found = _host_differences((), registers, exited)
+    assert [one[0] for one in found] == fields

@@ -8,7 +8,8 @@ behind the real rings (tests/lockstep/fake.py).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -28,6 +29,7 @@ from tests.quality.mutants import modules, mutated
 from tests.quality.test_machine_faults import FAULTS, _Fault
 from tests.quality.test_model_mutants import MUTANTS
 
+Took = Callable[[int, float], None]
 BUDGET: Final = 50
 """Programs within which each fault of records and memory is found."""
 _BATCHES: Final = 12
@@ -56,6 +58,16 @@ def results(
         yield from run_on_fake(image, cpu, twin, compiler.batch(batch), plant, strict=False)
 
 
+@pytest.fixture
+def took(record_property: Callable[[str, object], None]) -> Took:
+    """For `twinwalk bench --faults`: how many programs it took to find a fault, and how many seconds."""
+    def note(programs: int, seconds: float) -> None:
+        record_property("programs", programs)
+        record_property("seconds", seconds)
+
+    return note
+
+
 def test_without_a_fault_nothing_is_found(
     batches: list[tuple[Scenario, ...]], image: Image, cpu: Cpu, twin: Twin
 ) -> None:
@@ -63,16 +75,18 @@ def test_without_a_fault_nothing_is_found(
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_found(name: str, batches: list[tuple[Scenario, ...]], image: Image, cpu: Cpu, twin: Twin) -> None:
+def test_found(
+    name: str, batches: list[tuple[Scenario, ...]], image: Image, cpu: Cpu, twin: Twin, took: Took
+) -> None:
     fault = FAULTS[name]
-    programs = 0
+    programs, begun = 0, time.perf_counter()
     for result in results(batches, image, cpu, twin, _Fault(fault.after_run, fault.on_exit)):
         programs += 1
         if any(one.check == fault.check and one.field.startswith(fault.field) for one in result.divergences):
             break
     else:
         pytest.fail(f"not found in {programs} programs")
-    print(f"{name}: {programs} programs")
+    took(programs, time.perf_counter() - begun)
     assert programs <= BUDGET
 
 
@@ -102,17 +116,17 @@ class _Mutant(Plant):
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_changed_rule_is_found(
-    name: str, batches: list[tuple[Scenario, ...]], image: Image, cpu: Cpu, twin: Twin
+    name: str, batches: list[tuple[Scenario, ...]], image: Image, cpu: Cpu, twin: Twin, took: Took
 ) -> None:
     mutant = MUTANTS[name]
-    programs = 0
+    programs, begun = 0, time.perf_counter()
     for result in results(batches, image, cpu, twin, _Mutant(mutant.module, mutant.old, mutant.new, mutant.number)):
         programs += 1
         if any(one.rule != "lockstep" for one in result.divergences):
             break
     else:
         pytest.fail(f"not found in {programs} programs")
-    print(f"{name}: {programs} programs")
+    took(programs, time.perf_counter() - begun)
     assert programs <= BUDGET_OF_RULES
 
 

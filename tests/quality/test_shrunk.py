@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Final
@@ -57,7 +58,9 @@ def found(session: Session, mutant: Mutant) -> tuple[Scenario, Signature] | None
     return None
 
 
-def test_they_are_shrunk(monkeypatch: pytest.MonkeyPatch, errata: list[Erratum]) -> None:
+def test_they_are_shrunk(
+    monkeypatch: pytest.MonkeyPatch, errata: list[Erratum], record_property: Callable[[str, object], None]
+) -> None:
     sizes: dict[str, tuple[int, ...]] = {}
     missed = []
     for name in SAMPLE:
@@ -77,5 +80,7 @@ def test_they_are_shrunk(monkeypatch: pytest.MonkeyPatch, errata: list[Erratum])
     shown = "\n".join(f"{size} {name}" for name, size in sorted(sizes.items(), key=lambda item: item[1]))
     print(shown, missed)
     ops = [size[0] for size in sizes.values()]
+    for count in ops:  # for `twinwalk bench --faults`
+        record_property("ops", count)
     assert median(ops) <= MOST and max(ops) <= 2 * MOST, shown
     assert len(ops) >= 7, missed
