@@ -281,6 +281,9 @@ _SHADOW: Final = (
     Rule("shadow.ad", "",
          "While A is clear in one of L1's entries a shadow has no leaf for it, and while D is clear in the last one "
          "none that can be written through, since nothing would set the bit.", _BY_LEAVES),
+    Rule("shadow.type", "",
+         "A leaf has L1's memory as write-back, as L0 has it: whatever L1's table says, one page in two types is not "
+         "coherent.", _BY_LEAVES),
     Rule("shadow.stale", "",
          "What L1's table no longer permits is gone from a shadow at the next VMRUN, and at once from a table that the "
          "hypervisor holds to be in step.", _BY_LEAVES),

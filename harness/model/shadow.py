@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Final, NamedTuple
 
 from harness.model.backing import PAGE, Backing, Kvm, Table
-from harness.model.entries import ALL_RIGHTS, FRAME, NX, RW, US, A, D, Format, Level, P
+from harness.model.entries import ALL_RIGHTS, FRAME, NX, PAT_4K, PCD, PWT, RW, US, A, D, Format, Level, P
 from harness.model.memory import Memory
+from harness.model.memory_type import index_of_page
 from harness.model.ranges import IS_NOTHING, IS_PAGE, RIGHTS, Identity, NestedTable, Reach, Source
 
 ISOLATION: Final = "isolation"
@@ -182,6 +183,9 @@ class Auditor:
                     below.append((address, _Way(entry & FRAME, way.depth + 1, gpa, reach, rights, nx)))
             elif not entry & level.reserved_leaf and rights & US:  # else the processor faults: it maps nothing
                 leaves += 1
+                if field := index_of_page(entry, level.shift):
+                    breaches.append(Breach("shadow.type", gpa, level.shift, address, entry, "PAT field 0: write-back",
+                                           f"PAT field {field}", -1, self._is_direct))
                 for breach in self._leaf(way.reach, gpa, level.shift, address, entry, rights, nx, writable):
                     if before is not None and before.was(index, shadow) and not self._is_direct:
                         breach = breach._replace(rule="shadow.stale")
@@ -202,7 +206,7 @@ class Auditor:
             way.reach, way.gpa, level.shift, nested)
         if not beside:
             return 0, [index for index, entry in enumerate(entries) if entry & P]
-        usable, closed = P | US | A | self._source.reserved, US | level.reserved_leaf
+        usable, closed = P | US | A | self._source.reserved, US | level.reserved_leaf | PWT | PCD | PAT_4K
         frame, written = self.backing.frames.get, writable.setdefault(_LAST, {})
         leaves, left = 0, []
         for index, (entry, own) in enumerate(zip(entries, beside, strict=True)):

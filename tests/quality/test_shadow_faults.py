@@ -81,6 +81,11 @@ def no_execute_lost(spoilt: Spoilt) -> None:
     spoilt.put(at, entry & ~NX)
 
 
+def uncached(spoilt: Spoilt) -> None:
+    at, entry = spoilt.leaf()
+    spoilt.put(at, entry | 1 << 4)
+
+
 def frame_changed(spoilt: Spoilt) -> None:
     at, entry = spoilt.leaf()
     spoilt.put(at, entry ^ 0x1000)
@@ -145,6 +150,7 @@ def direct_frame(spoilt: Spoilt) -> None:
 FAULTS: dict[str, tuple[Callable[[Spoilt], None], set[str]]] = {
     "rights added": (rights_added, {"shadow.rights"}),
     "NX lost": (no_execute_lost, {"shadow.rights"}),
+    "not write-back": (uncached, {"shadow.type"}),
     "the frame changed": (frame_changed, {"shadow.frame"}),
     "a frame of L0's own": (frame_of_l0, {"shadow.frame"}),
     "a leaf more": (leaf_more, {"shadow.frame"}),
