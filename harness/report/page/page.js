@@ -144,7 +144,7 @@ function show(one, button) {
 		parts.push(line);
 	}
 	if (one.events.length) {
-		parts.push(make("h4", "What KVM did: VMRUNs, exits and MMU contexts"));
+		parts.push(make("h4", "What KVM did, or what its tables hold"));
 		const line = make("ol", undefined, "timeline");
 		for (const text of one.events) line.appendChild(make("li", text.slice(2), text.startsWith("> ") ? "here" : ""));
 		parts.push(line);
