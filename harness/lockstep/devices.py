@@ -16,6 +16,7 @@ from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, SOFTWARE_WALK_OFFSET, S
 from harness.model import local_apic
 from harness.model.access import Access, ErrorCode, NestedPageFault
 from harness.model.entries import FRAME
+from harness.model.registers import RFLAGS
 from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
 
@@ -54,7 +55,8 @@ def fault(l2: L2, walk: Walk) -> Walk:
 
 
 def string(l2: L2, kind: str, size: int, address: int, index: int) -> int:
-    """INS and OUTS (volume 3): the port is asked for before memory. Returns what rDI, or rSI, is behind it."""
+    """INS and OUTS (volume 3): the port is asked for before memory. Returns what rDI, or rSI, is behind it: with DF it
+    goes down."""
     l2.rsi = l2.step.c if kind == "ins" else address
     instructions.string_port(l2, kind, size)
     try:
@@ -63,7 +65,7 @@ def string(l2: L2, kind: str, size: int, address: int, index: int) -> int:
         _by_software(l2, leave)
         raise
     l2.rsi = l2.step.c
-    return address + size & l2.mask
+    return address + (-size if l2.regs.rflags & RFLAGS.DF else size) & l2.mask
 
 
 def _ins(l2: L2, size: int, address: int, index: int) -> None:

@@ -42,6 +42,13 @@ def test_what_outs_sends_ins_gets(twin: Twin, compiler: Compiler) -> None:
     assert out.results[5] == tag(world.spa["a"]) & 0xFFFF_FFFF
 
 
+def test_df_goes_down(twin: Twin, compiler: Compiler) -> None:
+    program = compiler.compile(one('vmcb = "rflags"\nset = ["bit10"]', run("outs a+4; ins b+0xffe; ins a")))
+    out = _predict(twin, program)
+    a, b = program.world.gva["a"], program.world.gva["b"]
+    assert [out.results[n] for n in range(3)] == [a, b + 0xFFA, a - 4]
+
+
 @pytest.mark.parametrize(("probe", "info1"), [("ins a", 0xCF8_0245), ("outs a", 0xCF8_0E44)])
 def test_intercepted_before_memory(probe: str, info1: int, twin: Twin, compiler: Compiler) -> None:
     """15.10.3 and figure 15-2: STR, SZ32, A64; the segment is ES for INS and DS for OUTS."""
