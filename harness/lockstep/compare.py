@@ -193,7 +193,8 @@ def _state(context: Context, prediction: Prediction, record: Record) -> Iterator
 def differing_fields(
     control: tuple[bytes, bytes], save: tuple[bytes, bytes], free: Mapping[str, int]
 ) -> Iterator[tuple[str, int, int]]:
-    """Fields that differ, as (name, expected, observed); bytes that are in no field by their offset."""
+    """Fields that differ, as (name, expected, observed); bytes that are in no field by their offset. Bits that are
+    `free` are told as they are expected."""
     for base, owners, (want, got) in ((0, _CONTROL_BYTES, control), (SAVE, _SAVE_BYTES, save)):
         differs = int.from_bytes(want, "little") ^ int.from_bytes(got, "little")
         while differs:
@@ -201,8 +202,8 @@ def differing_fields(
             name, place = owners.get(offset) or (f"reserved+{base + offset:03X}h", Field(offset, 1))
             differs &= ~((1 << 8 * (place.offset + place.width)) - 1)
             one, other = _get(want, place), _get(got, place)
-            if (one ^ other) & ~free.get(name, 0):
-                yield name, one, other
+            if differing := (one ^ other) & ~free.get(name, 0):
+                yield name, one, one ^ differing
 
 
 def _owners(table: Mapping[str, Field], base: int) -> dict[int, tuple[str, Field]]:

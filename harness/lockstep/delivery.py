@@ -14,6 +14,7 @@ from harness.lockstep.quirks import (
     IDT_ERROR_OF_SLOT,
     IDT_ERROR_WITHOUT_EXT,
     INJECTED_TRAP_NO_DPL,
+    INTERRUPT_BEHIND_NMI,
     IST_NULL_SS,
     WINDOW_AS_INTERRUPT,
 )
@@ -117,7 +118,9 @@ def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> No
         if l2.regs.cpl and vmcb["tr.attrib"] & 0x1F == _BUSY_TSS:
             l2.out.perils.add(BUSY_TSS)
         legacy_events.protected(event, l2.regs, vmcb, bus, next_rip, _habits(l2, event))
-    physical(l2)
+    late = event.kind == events.NMI and event is not l2.injected and "interrupt" in l2.state.outside
+    if not (late and l2.state.quirks.has(INTERRUPT_BEHIND_NMI)):
+        physical(l2)
     landed = l2.access(l2.regs.rip + (0 if mode.long else vmcb["cs.base"]), _FETCH[l2.regs.cpl])
     if not isinstance(landed.outcome, Reached):
         l2.fault(landed)

@@ -61,6 +61,7 @@ STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
 BREAKPOINTS_KEPT: Final = "breakpoints-kept"
 EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
 XSETBV_INTERCEPT_FIRST: Final = "xsetbv-intercept-first"
+INTERRUPT_BEHIND_NMI: Final = "interrupt-behind-nmi"
 DELIVERY_EMULATED: Final = "delivery-emulated"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
@@ -260,6 +261,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     BREAKPOINTS_KEPT: Quirk(),
     EXCLUSIVE_PROBES_FIRST: Quirk(),
     XSETBV_INTERCEPT_FIRST: Quirk(),
+    INTERRUPT_BEHIND_NMI: Quirk(),
     DELIVERY_EMULATED: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from harness.lockstep.quirks import (
     BREAKPOINTS_KEPT,
     DELIVERY_EMULATED,
     EXCLUSIVE_PROBES_FIRST,
+    INTERRUPT_BEHIND_NMI,
     NESTED_PDPTE_SHUTDOWN,
     RMW_READS_FIRST,
     SKINIT_ANY_CPL,
@@ -25,6 +27,7 @@ from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
 from harness.scenario import files
+from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler
 from harness.wire.image import PAGE, Image
 from harness.wire.layout import HOST
@@ -35,9 +38,9 @@ DEBUG = ExitCode.EXCEPTION + events.DB
 PAGE_FAULT = ExitCode.EXCEPTION + events.PF
 
 
-def last(twin: Twin, compiler: Compiler, name: str, *quirks: str, seen: Any = None) -> Prediction:
+def last(twin: Twin, compiler: Compiler, name: str | Scenario, *quirks: str, seen: Any = None) -> Prediction:
     """The prediction of a scenario's last RUN, with quirks there; the VMCB is as it leaves it."""
-    (scenario,) = files.load([LIBRARY], lambda it: it == name)
+    (scenario,) = [name] if isinstance(name, Scenario) else files.load([LIBRARY], lambda it: it == name)
     program = compiler.compile(scenario)
     twin.reset(program.world)
     runs = [number for number, step in enumerate(program.steps) if step.code == "RUN"]
@@ -154,3 +157,13 @@ def test_breakpoints_of_l1_are_disabled_by_an_exit_alone(exited: bool, fields: l
     registers = HOST.packer.pack(*values) * 2
     found = _host_differences((), registers, exited)
     assert [one[0] for one in found] == fields
+
+
+@pytest.mark.parametrize(("quirk", "code"), [("", 0x60), (INTERRUPT_BEHIND_NMI, ExitCode.HLT)])
+def test_an_interrupt_is_due_before_the_handler_of_an_nmi(
+    twin: Twin, compiler: Compiler, quirk: str, code: int
+) -> None:
+    (scenario,) = files.load([LIBRARY], lambda it: it == "events/nmi-and-interrupt[bit0]")
+    last(twin, compiler, replace(scenario, ops=scenario.ops[:-2]), quirk)
+    assert twin.vmcb["exitcode"] == code and "nmi" not in twin.outside
+    assert ("interrupt" in twin.outside) == bool(quirk)
