@@ -37,10 +37,6 @@ from harness.wire.stop import Stop
 LINUX: Final = "linux"
 KVM: Final = "kvm-on-tcg"
 
-_TIME: Final = ("-icount", "shift=3,sleep=on")
-"""Time goes by instructions: else most exits are timers', since stops make L1 and L2 slow. With sleep=off each stop
-would take them to the next timer's end: they would get nowhere."""
-
 _CONSOLE: Final = 8
 """Lines of the console that are shown."""
 _EXITS: Final = 12
@@ -106,8 +102,7 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
         from harness.machine import linux as images
 
         kernel, initrd, append = images.build(say)
-        clock = _TIME if options.machine != KVM else ()
-        return LINUX, Options(kernel, initrd, append, args=(*clock, *args), **common)
+        return LINUX, Options(kernel, initrd, append, args=args, **common)
     if options.kernel is None and not args:
         raise UsageError("say what to observe: `linux`, --kernel FILE, or a disk in arguments for QEMU behind --")
     name = options.kernel.name if options.kernel else "L1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import select
 import socket
 import time
@@ -27,6 +28,10 @@ MAX_MEMORY: Final = 3 << 10
 _ASIDS: Final = 16
 _POLL: Final = 0.2
 _END_TIMEOUT: Final = 5.0
+FROM_L2: Final = "L2| "
+"""What guests/linux/l1 puts before each line of L2's console."""
+_PANIC: Final = re.compile(r"Kernel panic - |Panic on CPU \d|^panic: ")
+"""Of Linux, of Xen, of the BSDs."""
 _OLDEST: Final = (6, 0)
 """Of QEMU: the first whose plugins take their arguments as ours does."""
 _APIS: Final = {(11, 1): 7, (9, 0): 2, _OLDEST: 1}
@@ -74,7 +79,7 @@ class Foreign:
     def stops(self, plausible: Callable[[Stop], bool], more: Callable[[], bool] = lambda: True) -> Iterator[Stop]:
         """Every VMRUN and #VMEXIT, L2's first memory access between them, and every INVLPGA, until L1 ends, or there
         are to be no `more`; all vCPUs stand still at each. Raises MachineLost for an L1 that ends, or goes on for
-        long, without any VMRUN."""
+        long, without any VMRUN, and for a kernel that panicked."""
         begun = time.monotonic()
         self._process.command("cont")
         while more():
@@ -88,12 +93,21 @@ class Foreign:
                                              "and does it find SVM? (--wait SECONDS waits longer)")
                 continue
             yield from self._at(decode(data, self.processors == 1), plausible)
+        if panic := self._panic():
+            raise self._process.lost(panic)
         if self.ended and not self._entered:
             raise self._process.lost(f"L1 ended without any VMRUN: {self.ended}")
 
     def console(self) -> str:
         """The end of L1's console."""
         return self._process.log_tail()
+
+    def _panic(self) -> str:
+        """Who panicked, in words, by the console; empty if nobody did. L1's console has L2's, if L1 is ours."""
+        for text in self._process.log_lines(_PANIC):
+            who, what = ("L2", text.removeprefix(FROM_L2)) if text.startswith(FROM_L2) else ("L1", text)
+            return f"{who} panicked: {what.strip()}"
+        return ""
 
     def _receive(self) -> bytes | None:
         """The next stop; None if there is none for a while. Raises MachineLost."""
@@ -128,7 +142,7 @@ class Foreign:
         status = self._process.exit_status()
         if status:
             raise self._process.lost(f"QEMU ended with status {status}")
-        reasons = {"guest-reset": "it reset the machine, by a triple fault perhaps, or it panicked",
+        reasons = {"guest-reset": "it reset the machine, by a triple fault perhaps",
                    "guest-shutdown": "it switched the machine off", "guest-panic": "it panicked"}
         for event in self._process.events() if status is None else ():
             if event.get("event") == "SHUTDOWN":

@@ -174,6 +174,13 @@ class Qemu:
         text = self._log.read().decode(errors="replace")
         return "\n".join(text.splitlines()[-_LOG_TAIL:])
 
+    def log_lines(self, wanted: re.Pattern[str]) -> list[str]:
+        """The lines in all of it in which that is found."""
+        if self._log is None:
+            return []
+        self._log.seek(0)
+        return [text for text in self._log.read().decode(errors="replace").splitlines() if wanted.search(text)]
+
     def lost(self, reason: str) -> MachineLost:
         """The error that this machine was lost, with all there is to know."""
         return MachineLost(reason, self.argv, self.log_tail())

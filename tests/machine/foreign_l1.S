@@ -1,5 +1,5 @@
 /*
- * A hypervisor that knows nothing of twinwalk: PVH, long mode, nested paging. Its L2 shares its tables, and makes
+ * A hypervisor that knows nothing of twinwalk: PVH or multiboot, long mode, nested paging. Its L2 shares its tables, and makes
  * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
  * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `v` has an
  * L2 that executes VMRUN too, `g` flushes by INVLPGA alone, `c` changes to another nested table each round, with no flush,
@@ -16,12 +16,20 @@
 	.long start
 
 	.text
+#ifdef MULTIBOOT
+	.long 0x1badb002, 0, -0x1badb002
+#endif
 	.code32
 	.globl start
 start:
 	cli
+	mov %eax, %edx
+	mov $'x', %al
+	cmp $0x2badb002, %edx		/* multiboot: its command line is not looked at */
+	je 1f
 	mov 24(%ebx), %esi		/* hvm_start_info.cmdline_paddr */
 	mov (%esi), %al
+1:
 	mov %al, letter
 	mov $stack_top, %esp
 	movl $(pdpt + 7), pml4

@@ -17,14 +17,15 @@ from harness.errors import LaunchFailed, MachineLost
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.observe import Observer, Seen
 from harness.lockstep.signature import signature
-from harness.machine import guests, observed
+from harness.machine import guests, linux, observed
+from harness.machine.cpio import Archive
 from harness.machine.observed import Options
 from harness.model.memory import Memory
 from harness.model.vmcb import Vmcb
 from harness.report import stops
 from harness.wire.stop import ACCESS, ENTER, Stop
 from tests.conftest import ROOT
-from tests.machine.foreign_l1 import build
+from tests.machine.foreign_l1 import build, disk, multiboot
 from tests.machine.processes import gone, named, unique, wait_for
 
 pytestmark = pytest.mark.guest
@@ -78,6 +79,19 @@ class TestRight:
     def test_the_plugin_for_each_version(self) -> None:
         """The interface that QEMU has for plugins is another one in 9.0 and in 11.1: it builds for all."""
         assert len({guests.build_plugin(api) for api in (1, 2, 7)}) == 3
+
+    def test_multiboot(self, tmp_path: Path, errata: list[Erratum]) -> None:
+        seen, ended = watch(multiboot(tmp_path), errata)
+        assert seen.vmruns == 5 * ROUNDS and seen.divergences == [] and "reset" in ended
+
+    def test_a_disk(self, tmp_path: Path, errata: list[Erratum]) -> None:
+        """Nothing is given to QEMU but a disk, which the BIOS boots."""
+        drive = ("-drive", f"file={disk(tmp_path)},format=raw")
+        with observed.start(Options(None, memory=MEMORY, wait=60, args=drive)) as machine:
+            observer = Observer("disk", machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+            for stop in machine.stops(observer.plausible):
+                observer.stop(stop)
+        assert observer.seen.vmruns == 5 * ROUNDS and observer.seen.divergences == [] and "reset" in machine.ended
 
     def test_what_l2_executes_itself(self, foreign: Path, errata: list[Erratum]) -> None:
         """L2's own VMRUN, which L1 intercepts, is no VMRUN of L1's."""
@@ -188,6 +202,30 @@ class TestEnds:
         qemu.chmod(0o755)
         with pytest.raises(LaunchFailed, match=advice), observed.start(Options(foreign, qemu=str(qemu))):
             pass
+
+
+class TestLinux:
+    """The distribution's kernel as L1, and in it as L2."""
+
+    def test_l1_panics(self) -> None:
+        image, _, line = linux.build(lambda text: None)
+        options = Options(image, append=line, memory=512)
+        with pytest.raises(MachineLost, match=r"L1 panicked: .*Kernel panic - ") as caught, \
+                observed.start(options) as machine:
+            list(machine.stops(lambda stop: True))
+        assert caught.value.exit_code == 3
+
+    def test_l2_panics(self, errata: list[Erratum], monkeypatch: pytest.MonkeyPatch) -> None:
+        """L2 has no root: it boots as far as that, each VMRUN checked, with no finding but QEMU's known errata."""
+        monkeypatch.setattr(linux, "_l2", lambda busybox: Archive().finish())
+        image, root, line = linux.build(lambda text: None)
+        with observed.start(Options(image, root, line, memory=768)) as machine:
+            observer = Observer("linux", machine.memory, machine.cpu, of_layers(errata, machine.identity.layers))
+            with pytest.raises(MachineLost, match=r"L2 panicked: .*Kernel panic - not syncing: VFS"):
+                [observer.stop(stop) for stop in machine.stops(observer.plausible)]
+        seen = observer.seen
+        assert seen.vmruns > 2000 and seen.accesses > 1000 and not seen.unpaired and not seen.elsewhere
+        assert [one for one in seen.divergences if one.erratum is None] == []
 
 
 class TestCommand:
