@@ -123,7 +123,7 @@ def _cpu(path: Path, machine: Mapping[str, Any]) -> Cpu:
     if not 32 <= numbers["maxphyaddr"] <= 52:
         raise UsageError(f"{path}: its maxphyaddr cannot be {numbers['maxphyaddr']}")
     return Cpu(numbers["maxphyaddr"], "page1g" in features, numbers["asids"], frozenset(features),
-               npt=bool(numbers["svm_features"] & 1))
+               npt=bool(numbers["svm_features"] & 1), vgif=bool(numbers["svm_features"] >> 16 & 1))
 
 
 def targeted(options: argparse.Namespace, bundle: Bundle, path: Path) -> Target:

@@ -30,7 +30,7 @@ from harness.model.access import ErrorCode
 from harness.model.events import Event
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
-from harness.model.vmcb import NP_ENABLE, ExitCode
+from harness.model.vmcb import NP_ENABLE, ExitCode, VIntr
 from harness.wire.layout import STRING_PORT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
 
 OTHERS: Final = QUIET | {
     "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "breakpoint", "overflow", "undefined",
-    "divide", "invd", "xsetbv", "sti", "stiud", "rsm", "skinit",
+    "divide", "invd", "xsetbv", "sti", "stiud", "rsm", "skinit", "stgi", "clgi",
 }
 """Those that this module carries out."""
 
@@ -247,6 +247,8 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
             _trap(l2, kind)
         case "sti" | "stiud":
             _sti(l2, kind)
+        case "stgi" | "clgi":
+            _virtual_gif(l2, kind)
     return 0 if kind in QUIET else value
 
 
@@ -264,6 +266,19 @@ def _sti(l2: L2, kind: str) -> None:
         l2.exception(Event.exception(events.UD))
     physical(l2)
     l2.interrupt()
+
+
+def _virtual_gif(l2: L2, kind: str) -> None:
+    """STGI and CLGI of an L2 whose GIF is virtual (section 15.33.1): with it set, the virtual interrupt that is pending
+    is taken."""
+    vmcb = l2.state.vmcb
+    if not vmcb["v_intr"] & VIntr.GIF_ENABLE:
+        raise UsageError("L1 must intercept STGI and CLGI where L2's GIF is its own")
+    vmcb["v_intr"] = vmcb["v_intr"] & ~VIntr.GIF | (VIntr.GIF if kind == "stgi" else 0)
+    if kind == "stgi":
+        l2.regs.rip += length(l2, kind)
+        physical(l2)
+        l2.interrupt()
 
 
 def _trap(l2: L2, kind: str) -> None:

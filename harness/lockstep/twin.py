@@ -25,7 +25,7 @@ from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
 from harness.model.registers import CR0, EFER, RFLAGS
 from harness.model.tlb_events import CONTROL, Left
-from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group, Vmcb
+from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group, VIntr, Vmcb
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
@@ -85,6 +85,8 @@ class Twin(State):
             return self._raise(out)
         if vmcb["np_control"] & NP_ENABLE and not self.cpu.npt:
             raise UsageError("what NP_ENABLE does is not defined on a CPU that has no nested paging")
+        if vmcb["v_intr"] & VIntr.GIF_ENABLE and not self.cpu.vgif:
+            raise UsageError("this CPU has no virtual GIF")
         out.refused = self._refusal()
         if out.refused:
             self._refuse(out)

@@ -80,7 +80,7 @@ class L1Machine:
             svm_features=hello["svm_features"], features=features,
         )
         self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features),
-                       npt=bool(hello["svm_features"] & 1))
+                       npt=bool(hello["svm_features"] & 1), vgif=bool(hello["svm_features"] >> 16 & 1))
         for region in (self.image.data, self.image.low_data):
             data = tags(region)
             for start in (region.start, region.start + self.image.mirror_offset):

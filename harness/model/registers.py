@@ -105,8 +105,8 @@ class Cpu(NamedTuple):
     """What CPUID says of the processor that runs L1, as far as translation depends on it.
 
     `maxphyaddr` is in bits (CPUID 8000_0008h EAX[7:0]); `asids` is NASID (CPUID 8000_000Ah EBX); `features`
-    are those of harness.wire.layout.FEATURES; `npt` is nested paging (CPUID 8000_000Ah EDX[0]). L1 itself needs
-    `long_mode`.
+    are those of harness.wire.layout.FEATURES; `npt` is nested paging, `vgif` virtual GIF (CPUID 8000_000Ah EDX[0],
+    EDX[16]). L1 itself needs `long_mode`.
     """
 
     maxphyaddr: int = 52
@@ -115,3 +115,4 @@ class Cpu(NamedTuple):
     features: frozenset[str] = frozenset()
     long_mode: bool = True
     npt: bool = True
+    vgif: bool = True

@@ -174,12 +174,14 @@ MISC2_SVM: Final = 0x3F
 
 
 class VIntr:
-    """v_intr bits (sections 15.21 and 15.29.4)."""
+    """v_intr bits (sections 15.21, 15.29.4 and 15.33.1)."""
 
     TPR: Final = 0xFF
     IRQ: Final = 1 << 8
+    GIF: Final = 1 << 9
     IGN_TPR: Final = 1 << 20
     MASKING: Final = 1 << 24
+    GIF_ENABLE: Final = 1 << 25
     NMI_ENABLE: Final = 1 << 26
     X2AVIC: Final = 1 << 30
     AVIC: Final = 1 << 31

@@ -76,6 +76,8 @@ def virtual_interrupt(vmcb: Vmcb, rflags: int, at_priority: bool = False) -> int
     """The vector of the virtual interrupt that L2 takes with these flags, outside of an interrupt shadow
     (section 15.21.4): its priority must be above V_TPR; `at_priority`: or the same. None if there is none."""
     control = vmcb["v_intr"]
+    if control & VIntr.GIF_ENABLE and not control & VIntr.GIF:
+        return None  # 15.33.1
     above = (control >> 16 & 0xF) - (control & VIntr.TPR) + at_priority > 0
     taken = control & VIntr.IRQ and rflags & RFLAGS.IF and (above or control & VIntr.IGN_TPR)
     return control >> 32 & 0xFF if taken else None

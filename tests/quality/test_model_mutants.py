@@ -437,6 +437,11 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "L1's task priority is none of L2's business": Mutant(
         "lockstep.registers", 'l2.host.get("cr8", l2.state.host.cr8)', 'l2.host.get("cr8", 0)', ("state/l1-cr8",), "C3",
         "rdcr8"),
+    "V_GIF lets all in": Mutant(
+        "model.vmrun", "if control & VIntr.GIF_ENABLE and not control & VIntr.GIF:", "if False:",
+        ("state/virtual-gif",), "C1", "outcome"),
+    "STGI leaves V_GIF": Mutant(
+        "lockstep.instructions", 'VIntr.GIF if kind == "stgi" else 0', "0", ("state/virtual-gif",), "C3", "v_intr"),
     "an NMI wants IF": Mutant(
         "lockstep.delivery", 'if "nmi" in outside:', 'if "nmi" in outside and l2.regs.rflags & RFLAGS.IF:',
         ("events/physical-nmi-delivered",), "C1", "outcome"),
