@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _BUSY_TSS = 0xB
 _NMI_VECTOR = 2
+_REINJECTED = (events.INTERRUPT, events.NMI, events.EXCEPTION)
 _READ = Access(implicit=True)
 _WRITE = Access(write=True, implicit=True)
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
@@ -80,7 +81,7 @@ class Bus:
         """By a quirk: whether a hypervisor below L1 takes this for a write of the instruction at RIP, since an entry of
         L2's lies in a page that it keeps a shadow of, as one of L1's nested tables."""
         state = self._l2.state
-        if DELIVERY_EMULATED not in state.quirks.names or self._event.kind not in (events.INTERRUPT, events.NMI):
+        if DELIVERY_EMULATED not in state.quirks.names or self._event.kind not in _REINJECTED:
             return False
         trail = self._l2.walk(gva, access).trail
         return any(step[0] == "guest" and step[3] & ~0xFFF in state.nested_pages for step in trail) and (
@@ -160,13 +161,15 @@ def physical(l2: L2) -> None:
 
 
 def _emulated(l2: L2, event: Event) -> NoReturn:
-    """The instruction at RIP is fetched before `event` is delivered, and tells it if that faults."""
+    """The instruction at RIP is fetched before `event` is delivered, and tells it if that faults; unless it is an
+    exception, which is dropped for the instruction's own."""
+    told = None if event.kind == events.EXCEPTION else event
     walk = l2.access(l2.regs.rip + l2.base & l2.mask, _FETCH[l2.regs.cpl])
     match walk.outcome:
         case PageFault(code, gva) if l2.intercepted(events.PF):
-            raise Leave(ExitCode.EXCEPTION + events.PF, code, gva, walk, walk.rule, event)
+            raise Leave(ExitCode.EXCEPTION + events.PF, code, gva, walk, walk.rule, told)
         case NestedPageFault(code, gpa):
-            raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, event)
+            raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule, told)
     raise UsageError("an instruction that comes before the event that VMRUN injects is not modelled")
 
 
