@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from harness.errors import MachineLost, UsageError
@@ -35,7 +36,6 @@ _HELD = 64
 
 _View = tuple[tuple[int, ...], tuple[str, ...]]
 """The entries of a walk as a machine left them, and the memory types of its references."""
-
 
 Witness = Callable[[Context, Record], None]
 
@@ -211,7 +211,10 @@ class Lockstep:
             channel.release()
             vmcb = bytes(twin.memory.bytes[step.a : step.a + PAGE])
             prediction = twin.predict(step, first)
-            record = self._next("EXIT")
+            try:
+                record = self._next("EXIT")
+            except MachineLost as lost:
+                raise replace(lost, last_record=f"{lost.last_record}; due was {prediction.due}") from None
             self._note(context, result, record)
             result.vmruns += 1
             result.probes += min(record.next_probe + 1, count) - first
@@ -393,8 +396,4 @@ class Lockstep:
         memory[start + 0x400 : start + 0x400 + len(save)] = save
 
     def _add(self, result: Result, found: Iterable[Divergence]) -> None:
-        room = MAX_DIVERGENCES - len(result.divergences)
-        for one in found:
-            if room > 0:
-                result.divergences.append(one)
-                room -= 1
+        result.divergences += islice(found, max(0, MAX_DIVERGENCES - len(result.divergences)))

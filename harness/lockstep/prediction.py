@@ -8,6 +8,7 @@ from typing import Final
 from harness.model.access import Access
 from harness.model.events import Event
 from harness.model.memory_type import Caching
+from harness.model.vmcb import ExitCode
 from harness.model.walk import Paging, Walk
 
 WHOLE: Final = (1 << 128) - 1
@@ -54,3 +55,8 @@ class Prediction:
     taken: set[int] = field(default_factory=set)
     perils: set[str] = field(default_factory=set)
     """What happened that a machine may not survive, by the names in harness.lockstep.hazards."""
+
+    @property
+    def due(self) -> str:
+        """The #VMEXIT, in words, for when it does not come."""
+        return f"{ExitCode.describe(self.exitcode)} at probe {self.next_probe}, by rule {self.rule}"

@@ -131,6 +131,7 @@ def test_a_machine_that_is_lost_ends_the_run(image: Image, cpu: Cpu, compiler: C
     assert results[0].vmruns == 1 and results[0].divergences == []
     text = str(lost)
     assert "it died" in text and "fake-machine" in text and "end of log" in text and "ENTER" in text
+    assert "; due was VMEXIT_" in lost.last_record and ", by rule " in lost.last_record
 
 
 def test_a_record_of_the_wrong_kind_is_a_loss(image: Image, cpu: Cpu, compiler: Compiler, twin: Twin) -> None:
