@@ -170,7 +170,7 @@ class FakeMachine:
         # (of the world's mode, L1 knows what it is told in the VMCB)
         vmcb = self.twin.vmcb
         self.twin.mode = MODES[
-            "real" if not vmcb["cr0"] & CR0.PE else "4-level" if vmcb["cs.attrib"] & 0x200 else "PAE"]
+            "4-level" if vmcb["cs.attrib"] & 0x200 else "PAE" if vmcb["cr0"] & CR0.PE else "real"]
         self.twin.stub = self.image.stubs[self.twin.mode.stub]
         begun = self.twin.begin(step)
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,21 +199,37 @@ def test_ctrl_c() -> None:
     assert gone(name, 60)
 
 
+TALKATIVE = """
+import sys
+from harness import cli
+from harness.report import terminal
+terminal._PAUSE = 0.1
+sys.exit(cli.main())
+"""
+CASES = 30_000
+
+
+def _told(child: subprocess.Popen[str], cases: int) -> None:
+    """Wait until so many cases are done."""
+    assert child.stdout is not None
+    told = (re.match(rf"([\d,]+) of {CASES:,} scenarios", line) for line in child.stdout)
+    assert any(match and int(match[1].replace(",", "")) >= cases for match in told)
+
+
 def test_ctrl_c_in_a_sweep(tmp_path: Path) -> None:
     """What was done is told, and recorded: the next run goes on in front of the first case that is missing."""
     name, record = unique(), tmp_path / "record"
-    argv = [sys.executable, "-m", "harness.cli", "run", "-k", "sweeps/table", "--budget", "3000", "--pipelined",
+    argv = [sys.executable, "-c", TALKATIVE, "run", "-k", "sweeps/table", "--budget", str(CASES), "--pipelined",
             "--record", str(record), "--qemu-arg=-name", f"--qemu-arg={name}"]
     child = subprocess.Popen(argv, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)
-    assert child.stdout is not None
-    assert any("300 of 3000 scenarios" in line for line in child.stdout)
+    _told(child, 300)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=120)
     assert child.returncode == 130 and "Traceback" not in err
     assert gone(name, 60)
     (done,) = (int(line.split()[-1].replace(",", "")) for line in out.splitlines() if "cases of sweeps" in line)
-    assert 300 <= done < 3000
+    assert 300 <= done < CASES
     before = json.loads(record.read_text())["done"] if record.read_text() else 0
     assert 0 <= before <= done
     again = subprocess.run([*argv, "--budget", "5"], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -237,12 +254,11 @@ def _lives(pid: int) -> bool:
 def test_no_orphan_of_many_jobs(whom: str, tmp_path: Path) -> None:
     """However a run with several machines ends: no process is left of it, and what was checked is told."""
     name, report = unique(), tmp_path / "out.json"
-    argv = [sys.executable, "-m", "harness.cli", "run", "-k", "sweeps/table", "--budget", "4000", "--pipelined",
+    argv = [sys.executable, "-c", TALKATIVE, "run", "-k", "sweeps/table", "--budget", str(CASES), "--pipelined",
             "--jobs", "2", "--json", str(report), "--qemu-arg=-name", f"--qemu-arg={name}"]
     child = subprocess.Popen(argv, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)
-    assert child.stdout is not None
-    assert any("400 of 4000 scenarios" in line for line in child.stdout)
+    _told(child, 400)
     workers = _workers(child.pid)
     assert len(workers) == 2 == len(named(name))
     match whom:
@@ -259,7 +275,7 @@ def test_no_orphan_of_many_jobs(whom: str, tmp_path: Path) -> None:
     assert child.returncode == {"killed parent": -signal.SIGKILL, "worker": 3}.get(whom, 130)
     assert "Traceback" not in err and ("was killed by SIGKILL" in err) == (whom == "worker")
     if whom != "killed parent":
-        assert "cases of sweeps" in out and 400 <= json.loads(report.read_text())["totals"]["sweep_cases"] < 4000
+        assert "cases of sweeps" in out and 400 <= json.loads(report.read_text())["totals"]["sweep_cases"] < CASES
 
 
 def test_a_reboot_costs_one_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
