@@ -159,6 +159,8 @@ def test_findings() -> None:
     twice = [divergence(field="value", expected=1, observed=2, probe=n) for n in (0, 1)]
     found = document(results=[result(*twice), result(lost=MachineLost("it hangs"))])["findings"]
     assert found == [
-        {"check": "C1", "field": "value", "rule": "exit.host", "count": 2, "scenario": NAME, "bundle": None},
-        {"check": "lost", "field": "it hangs", "rule": "", "count": 1, "scenario": NAME, "bundle": None},
+        {"check": "C1", "field": "value", "rule": "exit.host", "count": 2, "scenario": NAME,
+         "what": "L2 returned a wrong value (rule exit.host)", "bundle": None},
+        {"check": "lost", "field": "it hangs", "rule": "", "count": 1, "scenario": NAME,
+         "what": "The machine was lost: it hangs", "bundle": None},
     ]
