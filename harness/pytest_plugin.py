@@ -129,7 +129,8 @@ class _Machine:
         self.strict = bool(get("--twinwalk-strict"))
         self._options = argparse.Namespace(
             machine=get("--twinwalk-machine"), qemu=get("--twinwalk-qemu"), cpu=get("--twinwalk-cpu"), qemu_arg=[],
-            kernel=get("--twinwalk-kernel"), modules=get("--twinwalk-modules"), kvm_param=[], l1_pages="2m")
+            kernel=get("--twinwalk-kernel"), modules=get("--twinwalk-modules"), kvm_param=[], l1_pages="2m",
+            audit=0)
         self._stack = ExitStack()
         self._failed: LaunchFailed | None = None
         self._session: AnySession | None = None
