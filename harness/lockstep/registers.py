@@ -112,11 +112,14 @@ def write(l2: L2, name: str, value: int) -> None:
 
 
 def old_breakpoint(l2: L2, address: int, index: int) -> None:
-    """By a quirk: L2's fetch meets a breakpoint that L1 had enabled, perhaps in an earlier program."""
-    seen, debug = l2.state.seen, ExitCode.EXCEPTION + events.DB
-    met = sum(1 << n for n, name in enumerate(_BREAKPOINTS) if l2.state.outside.get(name, 0) == address)
+    """By a quirk: L2's fetch meets a breakpoint that L1 had enabled, perhaps in an earlier program. DR6 tells which of
+    DR0 to DR3 have that address; what an earlier program left in them is known by DR6 alone."""
+    seen, debug, outside = l2.state.seen, ExitCode.EXCEPTION + events.DB, l2.state.outside
+    met = sum(1 << n for n, name in enumerate(_BREAKPOINTS) if outside.get(name, address) == address)
     if (met and seen is not None and (seen.next_probe, seen.exitcode) == (index, debug)
             and l2.state.quirks.has(BREAKPOINTS_KEPT)):
+        if dr6 := seen.after["dr6"]:  # else it was not read
+            met &= dr6 | ~sum(1 << n for n, name in enumerate(_BREAKPOINTS) if name not in outside)
         l2.regs.rip, l2.regs.dr6 = address, l2.regs.dr6 & ~_MET | met
         l2.exception(Event.exception(events.DB))
 

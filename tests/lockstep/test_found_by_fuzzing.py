@@ -95,14 +95,15 @@ def test_a_shutdown_before_l2_is_entered_keeps_the_event(
     assert left(twin, "exitcode", "eventinj", "exitintinfo") == (code, event, 0x8000_0010)
 
 
+@pytest.mark.parametrize("dr6", [0, 0xFFFF_0FF0, 0xFFFF_0FF4])  # 0: L1 did not read it
 @pytest.mark.parametrize(("code", "probe", "stops"), [(DEBUG, 0, True), (DEBUG, 1, False), (PAGE_FAULT, 0, False)])
 def test_a_breakpoint_of_l1_stops_l2_where_that_was_seen(
-    twin: Twin, compiler: Compiler, code: int, probe: int, stops: bool
+    twin: Twin, compiler: Compiler, code: int, probe: int, stops: bool, dr6: int
 ) -> None:
-    seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0)
+    seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0, after={"dr6": dr6})
     last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen=seen)
     assert left(twin, "exitcode", "rip") == (DEBUG if stops else PAGE_FAULT, 0)
-    assert twin.vmcb["dr6"] & 0xF == (0xF if stops else 0)
+    assert twin.vmcb["dr6"] & 0xF == ((dr6 & 0xF if dr6 else 0xF) if stops else 0)
 
 
 @pytest.mark.parametrize("its", ["0x7f", "0x3f"])
