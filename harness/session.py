@@ -240,14 +240,15 @@ class _Queue:
                 if not whole and not hazards.suspect(scenario):
                     fits.append(scenario)
                     continue
-                try:
-                    rehearse(twin, compiler.compile(scenario), hazards.see, expectations=False, enter=hazards.enter)
+                for quirks in hazards.courses:
+                    try:
+                        rehearse(twin, compiler.compile(scenario), hazards.see, False, hazards.enter, quirks)
+                    except UsageError as reason:
+                        if isinstance(reason, Peril) or (whole and not quirks):
+                            yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)
+                            break
+                else:
                     fits.append(scenario)
-                except UsageError as reason:
-                    if not whole and not isinstance(reason, Peril):
-                        fits.append(scenario)
-                        continue
-                    yield Done(scenario, Result(scenario.name, skipped=str(reason)), self._cases)
             if fits:
                 fitting.append(tuple(fits))
         self._todo, self._sifted = deque(fitting), whole

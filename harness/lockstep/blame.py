@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from harness.errors import UsageError
+from harness.lockstep.active import Active
 from harness.lockstep.compare import Context, Divergence, came_to
 from harness.lockstep.errata import Known, explain
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import Active
 from harness.lockstep.twin import Twin
 from harness.wire.program import Step
 from harness.wire.records import Record

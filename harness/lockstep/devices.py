@@ -84,14 +84,24 @@ def _ins(l2: L2, size: int, address: int, index: int) -> None:
 
 def _store(l2: L2, value: int, size: int, address: int, index: int) -> None:
     l2.writes = value & (1 << 8 * size) - 1
-    for spa, at, width in l2.reach(_WRITE[l2.regs.cpl], address, size, index):
+    for spa, at, width in _reach(l2, _WRITE[l2.regs.cpl], size, address, index):
         mask = (1 << 8 * width) - 1
         l2.store(spa, value >> 8 * at & mask, mask)
 
 
 def _outs(l2: L2, size: int, address: int, index: int) -> None:
     l2.writes = None
-    l2.state.outside["cf8"] = l2.read(l2.reach(_READ[l2.regs.cpl], address, size, index))
+    l2.state.outside["cf8"] = l2.read(_reach(l2, _READ[l2.regs.cpl], size, address, index))
+
+
+def _reach(l2: L2, access: Access, size: int, address: int, index: int) -> list[tuple[int, int, int]]:
+    """As L2's own accesses do; by a quirk, under the translation that a hypervisor's own walks are under."""
+    hardware = l2.paging
+    with l2.state.quirks.by_software(hardware) as l2.paging:
+        try:
+            return l2.reach(access, address, size, index)
+        finally:
+            l2.paging = hardware
 
 
 def _by_software(l2: L2, leave: Leave) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from harness.lockstep.active import Active
 from harness.lockstep.compare import Divergence, differing_fields
 from harness.lockstep.evidence import Touched
 from harness.lockstep.prediction import WHOLE
-from harness.lockstep.quirks import Active
 from harness.model.access import Access, ErrorCode, NestedPageFault, Outcome, PageFault, Reached
 from harness.model.dirty import NESTED_TABLE
 from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from harness.errors import UsageError
+from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import NESTED_PDPTE_UNCHECKED
 from harness.lockstep.state import State
 from harness.model.access import NestedPageFault
 from harness.model.entries import NX, P
@@ -91,13 +93,15 @@ def _nested_nx_at_table(paging: Paging, walk: Walk) -> bool:
 
 class Hazard(NamedTuple):
     """What loses a machine: a VMRUN in such a state, a walk under such a paging, a VMRUN that must be `refused`, or one
-    of `Prediction.perils`. `suspects` are the scenarios that may come to it: only those are rehearsed for it."""
+    of `Prediction.perils`. `suspects` are the scenarios that may come to it: only those are rehearsed for it; also with
+    `quirks`, by which the same machine gets further than it should."""
 
     suspects: Callable[[Scenario], bool]
     vmrun: Callable[[State], bool] = lambda state: False
     walk: Callable[[Paging, Walk], bool] = lambda paging, walk: False
     peril: str = ""
     refused: bool = False
+    quirks: tuple[str, ...] = ()
 
 
 CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
@@ -112,7 +116,8 @@ BUSY_TSS: Final = "busy-tss"
 """An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
 
 HAZARDS: Final = {
-    "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits),
+    "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits,
+                                     quirks=(NESTED_PDPTE_UNCHECKED,)),
     "nested-root-outside": Hazard(
         lambda scenario: scenario.nested == "PAE" or _changes("ncr3")(scenario), vmrun=_nested_root_outside),
     "lma-without-pae": Hazard(_changes("efer"), vmrun=_lma_without_pae),
@@ -135,6 +140,9 @@ class Hazards:
 
     def __init__(self, named: Iterable[tuple[str, str]]) -> None:
         self._known = [(HAZARDS[hazard], name) for hazard, name in named]
+        further = {quirk for hazard, _ in self._known for quirk in hazard.quirks}
+        self.courses: tuple[Active, ...] = (Active(), Active(sorted(further))) if further else (Active(),)
+        """The quirks with which to rehearse a suspect, one after the other: none first."""
 
     def __bool__(self) -> bool:
         return bool(self._known)

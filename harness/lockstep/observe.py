@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from harness.lockstep import exits
+from harness.lockstep.active import Active
 from harness.lockstep.compare import Divergence
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.evidence import PAGE, Evidence, Moment, Touched, with_entries
 from harness.lockstep.exits import Entered, Exit
 from harness.lockstep.flushes import Flushes
 from harness.lockstep.nested_tables import Change
-from harness.lockstep.quirks import Active
 from harness.lockstep.signature import signature
 from harness.model.access import Access
 from harness.model.consistency import violations

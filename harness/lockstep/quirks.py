@@ -7,7 +7,7 @@ are reported all the same; what is gained is that the run can go on from what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -29,6 +29,7 @@ SOFTWARE_EVENT_LOST: Final = "software-event-lost"
 V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
 INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
+NESTED_PDPTE_UNCHECKED: Final = "nested-pdpte-unchecked"
 NESTED_PDPTE_SHUTDOWN: Final = "nested-pdpte-shutdown"
 VMRUN_WANTS_PAGING: Final = "vmrun-wants-paging"
 BREAKPOINT_AS_SOFTWARE: Final = "breakpoint-as-software"
@@ -48,6 +49,7 @@ INVD_WITHOUT_CPL: Final = "invd-without-cpl"
 SKINIT_UNDEFINED: Final = "skinit-undefined"
 LAR_LOSES_FLAGS: Final = "lar-loses-flags"
 PAE_EMULATED: Final = "pae-emulated"
+PSE36_OF_FOUR: Final = "pse36-of-four"
 SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
@@ -75,6 +77,8 @@ class Quirk:
     paging: Callable[[Paging], Paging] = lambda paging: paging
     access: Callable[[Access, int], Access] = lambda access, cpl: access
     walk: Callable[[Paging, Walk], Walk] = lambda paging, walk: walk
+    by_software: Callable[[Paging], Paging] = lambda paging: paging
+    """As `paging`, where a hypervisor below L1 walks L2's own tables in place of the CPU."""
     seen: Callable[[Walk], bool] = lambda walk: True
     """Whether a walk under such a `paging` may have come out otherwise for it."""
     accepts: Callable[[str, Vmcb, Host], bool] = lambda rule, vmcb, host: False
@@ -93,6 +97,7 @@ def _in_both(change: Callable[[Format, Level], Level], names: Collection[str], b
     )
 
 
+_PSE36_UPPER: Final = 0xF << 17
 _TOP: Final = ("pml4e", "pml5e")
 
 
@@ -126,6 +131,13 @@ def _nested_pdpte_nowhere(paging: Paging, walk: Walk) -> Walk:
                     entry & paging.nested.levels[-1].reserved_leaf & FRAME):
                 return walk._replace(outcome=NestedPageFault(code & ~(ErrorCode.P | ErrorCode.RSVD), address))
     return walk
+
+
+def _pse36_of_four(fmt: Format, level: Level) -> Level:
+    """Of the eight address bits in the PDE of a 4M page the upper four, 39:36, are reserved."""
+    if fmt.name != "32-bit" or not level.leaf & PS:
+        return level
+    return level._replace(reserved_leaf=level.reserved_leaf | _PSE36_UPPER)
 
 
 def _no_legacy_nested(paging: Paging) -> Paging:
@@ -220,8 +232,13 @@ def _vector(vmcb: Vmcb) -> int:
 QUIRKS: Final[dict[str, Quirk]] = {
     "pml4e-bit-8": _in_both(_pml4e_bit_8, _TOP, G),
     "pae-pdpte": _in_both(_pae_pdpte, ("pdpte",), P),
-    "nested-pdpte-unchecked": Quirk(paging=lambda p: p._replace(nested=_levels(p.nested, _nested_pdpte))),
+    NESTED_PDPTE_UNCHECKED: Quirk(paging=lambda p: p._replace(nested=_levels(p.nested, _nested_pdpte))),
     "nested-pdpte-nowhere": Quirk(walk=_nested_pdpte_nowhere),
+    PSE36_OF_FOUR: Quirk(
+        paging=lambda p: p._replace(nested=_levels(p.nested, _pse36_of_four)),
+        by_software=lambda p: p._replace(guest=_levels(p.guest, _pse36_of_four)),
+        seen=lambda walk: any(name == "pde" and entry & PS and entry & _PSE36_UPPER
+                              for _, name, _, _, entry in walk.trail)),
     "no-legacy-nested": Quirk(paging=_no_legacy_nested),
     "reserved-without-p": Quirk(walk=_reserved_without_p),
     "1g-accessed-first": Quirk(walk=_1g_accessed_first),
@@ -304,7 +321,7 @@ def _of_guest(quirk: Quirk) -> Quirk:
             return result
         return changed._replace(outcome=result.outcome) if isinstance(result.outcome, NestedPageFault) else changed
 
-    return Quirk(paging, quirk.access, walk, quirk.seen)
+    return Quirk(paging, quirk.access, walk, seen=quirk.seen)
 
 
 _BELOW: Final = " below a hypervisor"
@@ -317,79 +334,3 @@ EMULATED_BELOW: Final = PAE_EMULATED + _BELOW
 def below(name: str) -> str:
     """The quirk `name` of the CPU that a hypervisor which runs L1 is on itself."""
     return name if QUIRKS[name] == Quirk() else name + _BELOW
-
-
-class Active:
-    """Quirks that are in force: `names`. `played` are those of them that made a difference, and perhaps
-    more, but none that made a difference is missing."""
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self.names = tuple(names)
-        self.played: set[str] = set()
-        self._quirks = [(name, QUIRKS[name]) for name in self.names]
-        self._on_access = [(name, one.access) for name, one in self._quirks if one.access is not Quirk.access]
-        self._on_walk = [(name, one.walk) for name, one in self._quirks if one.walk is not Quirk.walk]
-        self._refusing = [(name, one.refuses) for name, one in self._quirks if one.refuses is not Quirk.refuses]
-        self._of_paging: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
-    def has(self, name: str) -> bool:
-        """Whether L2 does as that quirk says; asked where it makes a difference."""
-        if name in self.names:
-            self.played.add(name)
-            return True
-        return False
-
-    def on_paging(self, paging: Paging, kept: Format | None = None) -> tuple[Paging, tuple[str, ...]]:
-        """`paging` as this machine has it, and the quirks that changed it, for `use`. `kept` is the format that a
-        hypervisor has L1's nested table in (harness.lockstep.kept_format), if it is one that has."""
-        changed = []
-        if kept is not None and paging.nested is not None and paging.nested != kept:
-            changed.append(NESTED_FORMAT_BY_L2)
-            paging = paging._replace(nested=kept)
-        for name, quirk in self._quirks:
-            new = quirk.paging(paging)
-            if new != paging:
-                changed.append(name)
-                paging = new
-        return paging, tuple(changed)
-
-    def use(self, changed: tuple[str, ...]) -> None:
-        """From now on walks are under a paging that these quirks changed."""
-        self._of_paging = changed
-
-    def on_access(self, access: Access, cpl: int) -> Access:
-        """`access` as this machine makes it, at that CPL."""
-        for name, change in self._on_access:
-            new = change(access, cpl)
-            if new != access:
-                self.played.add(name)
-                access = new
-        return access
-
-    def on_refusal(self, broken: Iterable[str], vmcb: Vmcb, host: Host) -> str:
-        """The rule by which this machine refuses a VMRUN that breaks the rules `broken`; or an empty string."""
-        for name, refuses in self._refusing:
-            if rule := refuses(vmcb):
-                self.played.add(name)
-                return rule
-        for rule in broken:
-            accepting = [name for name, quirk in self._quirks if quirk.accepts(rule, vmcb, host)]
-            if not accepting:
-                return rule
-            self.played.update(accepting)
-        return ""
-
-    def on_walk(self, paging: Paging, walk: Walk) -> Walk:
-        """`walk` as this machine ends it."""
-        for name in self._of_paging:
-            if name not in self.played and QUIRKS[name].seen(walk):
-                self.played.add(name)
-        for name, change in self._on_walk:
-            new = change(paging, walk)
-            if new is not walk:
-                self.played.add(name)
-                walk = new
-        return walk

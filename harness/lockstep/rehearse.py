@@ -7,8 +7,10 @@ code), and holds a scenario's own expectations, which are for the reader, agains
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from harness.errors import UsageError
+from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.twin import Twin
 from harness.model.access import Reached
@@ -16,13 +18,15 @@ from harness.model.vmcb import ExitCode
 from harness.scenario.ops import RunOp
 from harness.scenario.program import Program, where
 
+_NONE: Final = Active()
+
 
 def rehearse(
     twin: Twin, program: Program, see: Callable[[Prediction], None] = lambda prediction: None,
-    expectations: bool = True, enter: Callable[[Twin], None] = lambda twin: None,
+    expectations: bool = True, enter: Callable[[Twin], None] = lambda twin: None, quirks: Active = _NONE,
 ) -> int:
     """Run `program` on `twin` alone; returns the number of VMRUNs. `enter` is shown the state before each of them, and
-    `see` each prediction.
+    `see` each prediction, which is of a machine with `quirks`.
 
     Raises UsageError, with file and line, for an op that makes no sense or, with `expectations`, for one that
     the model does not share."""
@@ -42,9 +46,12 @@ def rehearse(
         while True:
             enter(twin)
             try:
+                twin.quirks = quirks
                 prediction = twin.predict(step, first)
             except UsageError as reason:
                 raise UsageError(f"{at}: {reason}") from None
+            finally:
+                twin.quirks = _NONE
             vmruns += 1
             see(prediction)
             for index in range(first, min(prediction.next_probe + 1, len(step.probes))):

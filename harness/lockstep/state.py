@@ -8,9 +8,10 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from harness.errors import UsageError
+from harness.lockstep.active import Active
 from harness.lockstep.kept_format import KeptFormat
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import NESTED_FORMAT_BY_L2, Active
+from harness.lockstep.quirks import NESTED_FORMAT_BY_L2
 from harness.model import vmrun
 from harness.model.access import Access
 from harness.model.entries import P

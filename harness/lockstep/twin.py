@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from harness.errors import UsageError
 from harness.lockstep import stub
+from harness.lockstep.active import Active
 from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
@@ -16,7 +17,6 @@ from harness.lockstep.quirks import (
     NESTED_PDPTE_SHUTDOWN,
     SOFTWARE_EVENT_LOST,
     VMRUN_WANTS_PAGING,
-    Active,
 )
 from harness.lockstep.state import PENDING, State
 from harness.model import consistency, events, speculation, vmrun

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from harness.lockstep import coverage as coverage_module
+from harness.lockstep.active import Active
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.quirks import Active
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import Access

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import pytest
 
 from harness.errors import UsageError
+from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EMULATED_BELOW, SOFTWARE_WALK_FAULT, STRING_WRITE_HALVES, Active
+from harness.lockstep.quirks import EMULATED_BELOW, PSE36_OF_FOUR, SOFTWARE_WALK_FAULT, STRING_WRITE_HALVES
 from harness.lockstep.twin import Twin
 from harness.model import local_apic
 from harness.model.vmcb import ExitCode
@@ -116,3 +117,18 @@ def test_pae_and_a_hypervisor_below(probe: str, twin: Twin, compiler: Compiler) 
     program = compiler.compile(one(_TO_DEVICE, run(probe), head='guest = "PAE"\n'))
     assert _predict(twin, program).exitcode == ExitCode.VMMCALL
     assert _predict(twin, program, [EMULATED_BELOW]).exitcode == 0x4E
+
+
+@pytest.mark.parametrize(("bit", "differs"), [(16, False), (17, True), (20, True)])
+@pytest.mark.parametrize("probe", ["write a+8", "ins a+8"])
+def test_four_bits_of_pse36(probe: str, bit: int, differs: bool, twin: Twin, compiler: Compiler) -> None:
+    """By the quirk bits 20:17 of a 4M page's PDE are reserved, in the hypervisor's walks of L2's tables alone."""
+    others = ", ".join(f'"bit{n}"' for n in range(13, 21) if n != bit)
+    program = compiler.compile(one(f'entry = "guest.a.pde"\nset = ["bit{bit}"]\nclear = [{others}]',
+                                   'entry = "nested.a.pte"\nclear = ["p"]', run(f"out4 0xcf8; {probe}"),
+                                   head='guest = "32-bit"\nguest_page = "4M"\n'))
+    out = _predict(twin, program)
+    assert (out.exitcode, twin.vmcb["exitinfo2"] >> 32) == (ExitCode.NPF, 1 << bit - 13)
+    out = _predict(twin, program, [PSE36_OF_FOUR])
+    by_software = probe == "ins a+8" and differs
+    assert out.exitcode == (0x4E if by_software else ExitCode.NPF)

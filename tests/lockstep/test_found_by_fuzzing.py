@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from harness.lockstep.active import Active
 from harness.lockstep.compare import _host_differences
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import (
@@ -19,7 +20,6 @@ from harness.lockstep.quirks import (
     RMW_READS_FIRST,
     SKINIT_ANY_CPL,
     XSETBV_INTERCEPT_FIRST,
-    Active,
 )
 from harness.lockstep.twin import Twin
 from harness.model import events

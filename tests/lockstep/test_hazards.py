@@ -103,3 +103,13 @@ def test_whatever_comes_to_it_is_suspected(twin: Twin, compiler: Compiler, hazar
     assert lost > 1
     (plain,) = files.parse('title = "t"\nmanual = "1"\nshows = "s"\n[[op]]\nrun = ["read a"]\n', "x", "x")
     assert hazards.suspect(plain) == (hazard in ("nested-nx-at-table", "vmrun-unchecked"))  # by any scenario, perhaps
+
+
+def test_a_machine_gets_further_by_a_quirk(twin: Twin, compiler: Compiler) -> None:
+    """It does not look at the bit that ends the walk by rights, and comes to what it does not survive."""
+    [scenario] = files.load([LIBRARY], lambda one: one == "regressions/nested-pdpte-behind[a]")
+    program, (plain, further) = compiler.compile(scenario), HAZARDS.courses
+    rehearse(twin, program, HAZARDS.see, enter=HAZARDS.enter, quirks=plain)
+    with pytest.raises(Peril, match="erratum e1"):
+        rehearse(twin, program, HAZARDS.see, enter=HAZARDS.enter, quirks=further)
+    rehearse(twin, program, HAZARDS.see, enter=HAZARDS.enter)  # nothing of them is left

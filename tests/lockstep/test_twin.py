@@ -9,8 +9,9 @@ import pytest
 
 from harness.errors import UsageError
 from harness.lockstep import stub
+from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT, Active
+from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached

@@ -13,8 +13,9 @@ from typing import Final
 import pytest
 
 from harness.lockstep import quirks
+from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import Active, Quirk
+from harness.lockstep.quirks import Quirk
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
