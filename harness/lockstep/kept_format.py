@@ -50,6 +50,18 @@ class KeptFormat:
     def tells_fetches(self) -> bool:
         return self._now is None or self._now.tells_fetches
 
+    @property
+    def keeps_tables(self) -> bool:
+        """Whether changes of PML4Es of L1's 5-level table are not seen, whatever L1 flushes: the CPU's has four
+        levels, and the root of the shadow is found again by the frame of the PML5 table."""
+        return self._now is not None and self._now.format.name == "5-level"
+
+    @property
+    def takes_entries_for_long(self) -> bool:
+        """Whether KVM takes what L1 writes to the page directory of its 32-bit table for an entry of 8 bytes:
+        gpte_is_8_bytes is by L2's mode."""
+        return self._now is not None and self._now.format.name == "32-bit" and bool(self._now.role[1] & CR4.PAE)
+
     def entered(self, control: bytes, save: bytes, host: Host) -> None:
         """L1 executes VMRUN with these registers; `control` and `save` are the VMCB's areas."""
         self._before = self._now

@@ -59,6 +59,7 @@ XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
 SKINIT_ANY_CPL: Final = "skinit-any-cpl"
 NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
 FIVE_LEVELS_KEPT: Final = "five-levels-kept"
+PDE_WRITES_MISSED: Final = "pde-writes-missed"
 STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
 BREAKPOINTS_KEPT: Final = "breakpoints-kept"
 EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
@@ -274,6 +275,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SKINIT_ANY_CPL: Quirk(),
     NESTED_FORMAT_BY_L2: Quirk(),
     FIVE_LEVELS_KEPT: Quirk(),
+    PDE_WRITES_MISSED: Quirk(),
     STI_ALWAYS_SHADOWS: Quirk(),
     BREAKPOINTS_KEPT: Quirk(),
     EXCLUSIVE_PROBES_FIRST: Quirk(),

@@ -15,6 +15,7 @@ from harness.lockstep.quirks import (
     INTERRUPT_AS_EXCEPTION,
     NESTED_FORMAT_BY_L2,
     NESTED_PDPTE_SHUTDOWN,
+    PDE_WRITES_MISSED,
     SOFTWARE_EVENT_LOST,
     VMRUN_WANTS_PAGING,
 )
@@ -253,8 +254,8 @@ class Twin(State):
         `quirks`, and break those rules of the TLB that it `ignores`."""
         self._undo(out)
         self.memory.bytes[self.vmcb.address : self.vmcb.address + PAGE] = before
-        if (FIVE_LEVELS_KEPT in quirks.names and self.kept is not None and self.kept.format is not None
-                and self.kept.format.name == "5-level" and quirks.has(FIVE_LEVELS_KEPT)):
+        if self.kept is not None and ((self.kept.keeps_tables and quirks.has(FIVE_LEVELS_KEPT))
+                                      or (self.kept.takes_entries_for_long and quirks.has(PDE_WRITES_MISSED))):
             ignores |= {CONTROL}
         self.seen, self.quirks, self.search = seen, quirks, search
         self.caches = self.caches._replace(ignores=ignores)

@@ -107,3 +107,13 @@ def test_keys(kept: KeptFormat, one: Walk, access: Access, pkru: int, code: int,
 def test_keys_that_permit_it(kept: KeptFormat, one: Walk, access: Access, pkru: int, cr4: int) -> None:
     kept.entered(*vmcb(CR4.PAE | cr4), L1)
     assert kept.keyed(PAGING, one, access, pkru) is one
+
+
+def test_what_is_not_seen_of_what_l1_writes(kept: KeptFormat) -> None:
+    assert not kept.keeps_tables and not kept.takes_entries_for_long
+    kept.entered(*vmcb(CR4.PAE | CR4.LA57), L1)
+    assert kept.keeps_tables and not kept.takes_entries_for_long
+    kept.entered(*vmcb(), L1_LEGACY)
+    assert kept.takes_entries_for_long and not kept.keeps_tables
+    kept.entered(*vmcb(CR4.PSE, EFER.SVME), L1_LEGACY)
+    assert not kept.takes_entries_for_long
