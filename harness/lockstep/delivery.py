@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from harness.errors import UsageError
-from harness.lockstep.hazards import BUSY_TSS
+from harness.lockstep.hazards import BUSY_TSS, DELIVERY_IN_SHADOW
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
     DELIVERY_EMULATED,
@@ -83,14 +83,19 @@ class Bus:
         state = self._l2.state
         if DELIVERY_EMULATED not in state.quirks.names or self._event.kind not in _REINJECTED:
             return False
-        trail = self._l2.walk(gva, access).trail
-        return any(step[0] == "guest" and step[3] & ~0xFFF in state.nested_pages for step in trail) and (
-            state.quirks.has(DELIVERY_EMULATED))
+        return self._in_shadow(self._l2.walk(gva, access)) and state.quirks.has(DELIVERY_EMULATED)
+
+    def _in_shadow(self, walk: Walk) -> bool:
+        """Whether it comes by an entry of L2's in a page that is also one of L1's nested tables."""
+        pages = self._l2.state.nested_pages
+        return any(step[0] == "guest" and step[3] & ~0xFFF in pages for step in walk.trail)
 
     def _reach(self, gva: int, access: Access, width: int) -> int:
         if self._is_emulated(gva, access):
             _emulated(self._l2, self._event)
         walk = self._l2.access(gva, access)
+        if self._event.kind != events.INTERRUPT and self._in_shadow(walk):
+            self._l2.out.perils.add(DELIVERY_IN_SHADOW)
         match walk.outcome:
             case Reached(spa, _):
                 if gva & width - 1 or not self._l2.state.image.in_arena(spa):

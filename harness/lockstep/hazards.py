@@ -20,7 +20,7 @@ from harness.model.events import EVENT_VALID
 from harness.model.registers import CR4, EFER, RFLAGS
 from harness.model.vmcb import MISC1_INTR, MISC1_NMI, NP_ENABLE, VIntr
 from harness.model.walk import FINAL, Paging, Walk
-from harness.scenario.ops import HostOp, RunOp, Scenario, VmcbOp
+from harness.scenario.ops import EntryOp, HostOp, RunOp, Scenario, VmcbOp
 
 _HIGH: Final = 0xFFF << 52
 
@@ -46,6 +46,10 @@ def _changes(field: str) -> Callable[[Scenario], bool]:
 def _writes_cr8(scenario: Scenario) -> bool:
     return _changes("v_intr")(scenario) and any(
         probe.kind == "wrcr8" for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
+
+
+def _shares_nested_tables(scenario: Scenario) -> bool:
+    return any(isinstance(op, EntryOp) and (op.frame or "").startswith("nested") for op in scenario.ops)
 
 
 def _steps_in_pae(scenario: Scenario) -> bool:
@@ -112,6 +116,8 @@ and then has to fetch, to step over it."""
 STEPPED_OVER: Final = frozenset({"cpuid", "invd", "wbinvd", "rdmsr", "wrmsr"})
 """Such instructions; of MSRs those that are not L2's own to use, EFER and PAT."""
 
+DELIVERY_IN_SHADOW: Final = "delivery-in-shadow"
+"""An event that is no interrupt is delivered, by a table of L2's in a page that is also one of L1's nested tables."""
 BUSY_TSS: Final = "busy-tss"
 """An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
 
@@ -125,6 +131,7 @@ HAZARDS: Final = {
     "nmi-with-event": Hazard(_pending("nmi"), vmrun=_nmi_with_event),
     "nested-nx-at-table": Hazard(_any, walk=_nested_nx_at_table),
     "vmrun-unchecked": Hazard(_any, refused=True),
+    DELIVERY_IN_SHADOW: Hazard(_shares_nested_tables, peril=DELIVERY_IN_SHADOW),
     BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
     PAE_STEPPED_OVER: Hazard(_steps_in_pae, peril=PAE_STEPPED_OVER),

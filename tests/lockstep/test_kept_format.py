@@ -110,10 +110,13 @@ def test_keys_that_permit_it(kept: KeptFormat, one: Walk, access: Access, pkru: 
 
 
 def test_what_is_not_seen_of_what_l1_writes(kept: KeptFormat) -> None:
-    assert not kept.keeps_tables and not kept.takes_entries_for_long
+    def missed() -> tuple[bool, bool]:
+        return kept.keeps_tables, kept.takes_entries_for_long
+
+    assert missed() == (False, False)
     kept.entered(*vmcb(CR4.PAE | CR4.LA57), L1)
-    assert kept.keeps_tables and not kept.takes_entries_for_long
+    assert missed() == (True, False)
     kept.entered(*vmcb(), L1_LEGACY)
-    assert kept.takes_entries_for_long and not kept.keeps_tables
+    assert missed() == (False, True)
     kept.entered(*vmcb(CR4.PSE, EFER.SVME), L1_LEGACY)
-    assert not kept.takes_entries_for_long
+    assert missed() == (False, False)
