@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 PAGE: Final = 4096
@@ -104,6 +105,7 @@ def tag(spa: int) -> int:
     return DATA_PAGES_TAG | (spa >> 3) << 8
 
 
+@lru_cache(maxsize=4)  # the machine and the model each begin with it, of two regions
 def tags(region: Region) -> bytes:
     """The initial content of a whole region of data pages."""
     first, last = tag(region.start), tag(region.end)
