@@ -16,6 +16,7 @@ from harness.lockstep.quirks import (
     INJECTED_TRAP_NO_DPL,
     INTERRUPT_BEHIND_NMI,
     IST_NULL_SS,
+    PUSH_OF_SUPERVISOR,
     WINDOW_AS_INTERRUPT,
 )
 from harness.model import events, legacy_events
@@ -34,7 +35,8 @@ _BUSY_TSS = 0xB
 _NMI_VECTOR = 2
 _REINJECTED = (events.INTERRUPT, events.NMI, events.EXCEPTION)
 _READ = Access(implicit=True)
-_WRITE = Access(write=True, implicit=True)
+_PUSH = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
+_PUSH_OF_SUPERVISOR = Access(write=True, implicit=True)
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
 
 
@@ -53,7 +55,8 @@ class Leave(Exception):
 
 
 class Bus:
-    """Memory as a delivery sees it: implicit supervisor accesses, whatever the CPL."""
+    """Memory as a delivery sees it. Tables are read by implicit supervisor accesses, whatever the CPL (5.6.6); the
+    stack is written as any data is, at the handler's CPL."""
 
     def __init__(self, l2: L2, event: Event) -> None:
         self._l2, self._event = l2, event
@@ -62,9 +65,10 @@ class Bus:
         """The `width` bytes at `gva`. Raises Leave where they cannot be reached."""
         return self._l2.state.memory.read(self._reach(gva, _READ, width), width)
 
-    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
-        """Write `width` bytes at `gva`; bits of `free` are left to the machine. Raises Leave as `load` does."""
-        spa = self._reach(gva, _WRITE, width)
+    def store(self, gva: int, value: int, free: int, cpl: int, width: int = 8) -> None:
+        """Write `width` bytes at `gva`, at that CPL; bits of `free` are left to the machine. Raises Leave as `load`
+        does."""
+        spa = self._reach(gva, self._push(gva, cpl), width)
         state, out = self._l2.state, self._l2.out
         word, shift = spa & ~7, 8 * (spa & 7)
         before = state.memory.words[word >> 3]
@@ -76,6 +80,15 @@ class Bus:
     def raises(self, event: Event) -> NoReturn:
         """The delivery raises `event`, which is delivered in its place: raises Leave, or L2 goes on there."""
         _second(self._l2, self._event, event, 0, None, "exit.delivery")
+
+    def _push(self, gva: int, cpl: int) -> Access:
+        """How the stack is written; or, by a quirk, as a table is read."""
+        l2, access = self._l2, _PUSH[cpl]
+        if PUSH_OF_SUPERVISOR not in l2.state.quirks.names:
+            return access
+        if l2.walk(gva, access).outcome != l2.walk(gva, _PUSH_OF_SUPERVISOR).outcome:
+            l2.state.quirks.has(PUSH_OF_SUPERVISOR)
+        return _PUSH_OF_SUPERVISOR
 
     def _is_emulated(self, gva: int, access: Access) -> bool:
         """By a quirk: whether a hypervisor below L1 takes this for a write of the instruction at RIP, since an entry of

@@ -204,7 +204,7 @@ class L2(Translation):
         # with two processors QEMU's atomic operations are whole, but for those that are not aligned
         second, quirks = "second" in self.state.cpu.features, self.state.quirks
         if kind == "rmw" and second and address % size and quirks.has(EXCLUSIVE_PROBES_FIRST):
-            self.reach(access, address, 1, index)  # of the first page alone
+            self.reach(access, address, 1, index, more=address & 0xFFF > 0x1000 - size)  # of the first page alone
         if kind == "rmw" and second and address % size and quirks.has(EXCLUSIVE_LOSES_FLAGS):
             self.regs.rflags &= ~RFLAGS.STATUS
         if kind == "rmw" and not (second and address % size == 0) and quirks.has(RMW_READS_FIRST):
@@ -231,10 +231,12 @@ class L2(Translation):
             devices.check(spa, width, rmw=self.is_rmw)
         return sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
 
-    def reach(self, access: Access, address: int, size: int, index: int) -> list[tuple[int, int, int]]:
+    def reach(
+        self, access: Access, address: int, size: int, index: int, more: bool = False,
+    ) -> list[tuple[int, int, int]]:
         """Translate an access of `size` bytes: for each page that it touches the sPA, where in the operand
         that begins, and how many bytes. Of two pages the lower is translated first; a fault of the higher
-        has that page's first address."""
+        has that page's first address. With `more` other accesses of the instruction follow."""
         first = min(size, 0x1000 - (address & 0xFFF))
         parts = [(address, 0, first)]
         if first < size:
@@ -243,7 +245,7 @@ class L2(Translation):
         walks: list[Walk] = []
         for gva, at, width in parts:
             walk = self._cached(gva, access, index, partial(self._fits, index, at, width, access.write),
-                                more=at + width < size)
+                                more=more or at + width < size)
             walks.append(walk)
             self.out.walks[index] = joined(walks)
             if not isinstance(walk.outcome, Reached):

@@ -66,6 +66,7 @@ EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
 XSETBV_INTERCEPT_FIRST: Final = "xsetbv-intercept-first"
 INTERRUPT_BEHIND_NMI: Final = "interrupt-behind-nmi"
 DELIVERY_EMULATED: Final = "delivery-emulated"
+PUSH_OF_SUPERVISOR: Final = "push-of-supervisor"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -282,6 +283,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     XSETBV_INTERCEPT_FIRST: Quirk(),
     INTERRUPT_BEHIND_NMI: Quirk(),
     DELIVERY_EMULATED: Quirk(),
+    PUSH_OF_SUPERVISOR: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

@@ -117,8 +117,8 @@ class Bus(Protocol):
     def load(self, gva: int, width: int = 8) -> int:
         """The `width` bytes at `gva`, which is a multiple of that."""
 
-    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
-        """Write so many bytes there; the bits of `free` are not defined."""
+    def store(self, gva: int, value: int, free: int, cpl: int, width: int = 8) -> None:
+        """Write so many bytes there, for a handler at that CPL; the bits of `free` are not defined."""
 
     def raises(self, event: Event) -> NoReturn:
         """The delivery itself raises `event`, of what it found in the IDT."""
@@ -207,7 +207,7 @@ def deliver(
     if event.error is not None:
         frame.append(event.error)
     for slot, value in enumerate(frame):
-        bus.store(stack - 8 * (slot + 1) & _WHOLE, value, free.get(slot, 0))
+        bus.store(stack - 8 * (slot + 1) & _WHOLE, value, free.get(slot, 0), new_cpl)
     if new_cpl < regs.cpl or (ist and habits.null_ss):
         vmcb["ss.selector"] = new_cpl
         undefined = ("ss.attrib", "ss.limit", "ss.base")

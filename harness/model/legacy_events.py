@@ -58,14 +58,15 @@ class _Stack(NamedTuple):
         """The stack pointer, `by` bytes further down; of a 16-bit stack the upper half stays."""
         return self.pointer & ~self.mask & _WHOLE | self.pointer - by & self.mask
 
-    def push(self, bus: Bus, width: int, frame: list[tuple[int, int]]) -> int:
-        """Push values of `width` bytes, each with the bits of it that are not defined; returns the stack pointer."""
+    def push(self, bus: Bus, width: int, frame: list[tuple[int, int]], cpl: int) -> int:
+        """Push values of `width` bytes for a handler at that CPL, each with the bits of it that are not defined;
+        returns the stack pointer."""
         if self.segment.limit != _WHOLE and self.mask == _WHOLE:
             raise UsageError("a stack segment that ends is not modelled where an event is delivered")
         part = (1 << 8 * width) - 1
         for number, (value, free) in enumerate(frame, 1):
             at = self.segment.base + (self.moved(width * number) & self.mask) & _WHOLE
-            bus.store(at, value & part, free & part, width)
+            bus.store(at, value & part, free & part, cpl, width)
         return self.moved(width * len(frame))
 
 
@@ -100,7 +101,7 @@ def protected(
     frame += [(regs.rflags, RFLAGS.RF), (vmcb["cs.selector"], 0), (rip, _WHOLE if event.vector == events.DF else 0)]
     if event.error is not None:
         frame.append((event.error, event.free))
-    regs.rsp = stack.push(bus, 4 if kind & 8 else 2, frame)
+    regs.rsp = stack.push(bus, 4 if kind & 8 else 2, frame, new_cpl)
     if inner:
         stack.segment.put("ss", vmcb)
     _Segment.of(selector & ~3 | new_cpl, descriptor).put("cs", vmcb)
@@ -119,7 +120,7 @@ def real(event: Event, regs: Registers, vmcb: Vmcb, bus: Bus, next_rip: int | No
     if stack.mask == _WHOLE:
         raise UsageError("an event that is delivered in real mode on a stack of 32 bits is not modelled")
     rip = regs.rip if next_rip is None else next_rip
-    regs.rsp = stack.push(bus, 2, [(regs.rflags, 0), (vmcb["cs.selector"], 0), (rip, 0)])
+    regs.rsp = stack.push(bus, 2, [(regs.rflags, 0), (vmcb["cs.selector"], 0), (rip, 0)], cpl=0)
     vmcb["cs.selector"], vmcb["cs.base"] = pointer >> 16, pointer >> 16 << 4
     regs.rip = pointer & 0xFFFF
     regs.rflags &= ~_CLEARED_REAL

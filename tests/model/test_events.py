@@ -29,13 +29,16 @@ class Bus:
         self.words: dict[int, int] = {}
         self.loads: list[int] = []
         self.stores: list[tuple[int, int, int]] = []
+        self.pushed_at: set[int] = set()
+        """The CPLs of the stores."""
 
     def load(self, gva: int, width: int = 8) -> int:
         self.loads.append(gva)
         return self.words.get(gva, 0)
 
-    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
+    def store(self, gva: int, value: int, free: int, cpl: int, width: int = 8) -> None:
         self.stores.append((gva, value, free))
+        self.pushed_at.add(cpl)
 
     def raises(self, event: Event) -> NoReturn:
         raise Faulted(event)
@@ -128,6 +131,7 @@ def test_to_more_privilege() -> None:
     undefined = deliver(Event.exception(14, 6), regs, vmcb, bus)
     assert bus.loads[-1] == TSS + 4
     assert bus.stores[0][:2] == ((0x20_0FF8 & ~0xF) - 8, 0x1B) and bus.stores[1][1] == STACK
+    assert bus.pushed_at == {0}, "5.6.1: the stack is written at the handler's CPL"
     assert regs.cpl == 0 and vmcb["ss.selector"] == 0 and vmcb["cs.selector"] == 0x28
     assert set(undefined) <= {"ss.attrib", "ss.limit", "ss.base"} and undefined
 
@@ -204,6 +208,7 @@ def test_a_conforming_segment_leaves_the_cpl() -> None:
     bus.words[GDT + 0x28] = 0x00AF_9F00_0000_FFFF
     deliver(Event(2, NMI), regs, vmcb, bus)
     assert (regs.cpl, vmcb["cs.selector"], bus.stores[0][0]) == (3, 0x2B, (STACK & ~0xF) - 8)
+    assert bus.pushed_at == {3}
 
 
 @pytest.mark.parametrize(("parts", "limit", "faults"), [

@@ -30,12 +30,15 @@ class Bus:
         self.words: dict[int, int] = {}
         self.stores: list[tuple[int, int, int]] = []
         self.free: list[int] = []
+        self.pushed_at: set[int] = set()
+        """The CPLs of the stores."""
 
     def load(self, gva: int, width: int = 8) -> int:
         return self.words[gva]
 
-    def store(self, gva: int, value: int, free: int, width: int = 8) -> None:
+    def store(self, gva: int, value: int, free: int, cpl: int, width: int = 8) -> None:
         self.stores.append((gva, value, width))
+        self.pushed_at.add(cpl)
         self.free.append(free)
 
     def raises(self, event: Event) -> NoReturn:
@@ -84,6 +87,7 @@ def test_to_more_privilege() -> None:
     top = 0x1234_0000 + 0x20_0FF8
     assert [one[:2] for one in bus.stores] == [(top - 4, 0x1B), (top - 8, STACK), (top - 12, FLAGS), (top - 16, 0x13),
                                                (top - 20, 0x4000_1000)]
+    assert bus.pushed_at == {0}
     assert (regs.cpl, regs.rsp, vmcb["ss.selector"], vmcb["ss.base"]) == (0, 0x20_0FF8 - 20, 0x38, 0x1234_0000)
     assert (vmcb["ss.attrib"], vmcb["ss.limit"]) == (0xC93, 0xFFFF_FFFF)
 
