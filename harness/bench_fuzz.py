@@ -16,8 +16,8 @@ from typing import Final, NamedTuple
 from harness.campaign import Campaign
 from harness.errors import TwinwalkError
 from harness.fuzzing import Budget, Programs
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.machine import guests
 from harness.run import run
 from harness.scenario.ops import Scenario

@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 from harness.bundling import Setup, watch
 from harness.errors import LaunchFailed, UsageError
 from harness.lockstep import errata as errata_files
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.signature import of_loss, signature
 from harness.machine import kvm_on_tcg, versions
 from harness.machine.versions import dotted

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 from harness import far, places
 from harness.errors import TwinwalkError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.signature import Signature, of_loss
 from harness.model.rules import RULES
 from harness.report.bundle import About, Bundle, write

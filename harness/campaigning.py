@@ -20,8 +20,17 @@ from harness import places, shards
 from harness.errors import LaunchFailed, TwinwalkError, UsageError
 from harness.fleet import Came, Fleet
 from harness.lockstep.signature import LOST
-from harness.options import add_mode, add_target, count, is_pipelined, local, positive
-from harness.report import jsonfile, output
+from harness.options import (
+    add_mode,
+    add_results,
+    add_target,
+    check_results,
+    count,
+    is_pipelined,
+    local,
+    positive,
+)
+from harness.report import output
 from harness.report.styled import BAD, GOOD, HEAD, Line, harmless, line, wrap
 from harness.report.terminal import Screen
 from harness.selection import selected
@@ -59,7 +68,7 @@ def add(commands: Any) -> None:
                         help=f"generated programs of each seed (default: {PROGRAMS})")
     parser.add_argument("--journal", type=Path, metavar="FILE",
                         help="take down each shard that is done; the same command goes on behind them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_results(parser, "json")
     parser.set_defaults(command=command)
 
 
@@ -153,8 +162,7 @@ class Journal:
 
 def command(options: argparse.Namespace) -> int:
     """Returns the exit code: 0 agreed, 1 something new, 3 where shards are left undone."""
-    if options.json:
-        jsonfile.check(options.json)
+    check_results(options)
     work, merged, screen = plan(options), Merged(), Screen()
     begun = time.monotonic()
     interrupted: BaseException | None = None

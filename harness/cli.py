@@ -25,13 +25,27 @@ from harness import (
 from harness.bundling import Setup
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
-from harness.lockstep.driver import Result
-from harness.options import LIBRARY, add_mode, add_target, add_volume, count, is_pipelined, local, screen, targeted
+from harness.lockstep.result import Result
+from harness.options import (
+    LIBRARY,
+    add_bundles,
+    add_mode,
+    add_results,
+    add_target,
+    add_volume,
+    check_results,
+    count,
+    is_pipelined,
+    local,
+    screen,
+    targeted,
+)
 from harness.pool import jobs_for
-from harness.report import bundle, html, jsonfile, junit, output, table, terminal
+from harness.report import html, jsonfile, junit, output, table, terminal
 from harness.report.journal import Journal
 from harness.report.styled import line
 from harness.report.summary import summarize
+from harness.report.timeline import Timeline
 from harness.run import Outcome, run
 from harness.scenario import files, sweepfiles, writer
 from harness.scenario.sweep import Sweep
@@ -87,11 +101,8 @@ def parser() -> argparse.ArgumentParser:
                         help="go on behind the cases of earlier runs that FILE has, and add those of this one")
     runner.add_argument("--shard", type=shard, default=WHOLE, metavar="K/N",
                         help="the K-th of N parts: together they do what one run does, each of it once")
-    runner.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    runner.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
-    runner.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
-    runner.add_argument("--bundles", type=Path, metavar="FOLDER",
-                        help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
+    add_results(runner, "json", "html", "junit")
+    add_bundles(runner)
     add_volume(runner)
     runner.set_defaults(command=_run)
 
@@ -142,14 +153,7 @@ def _plan(options: argparse.Namespace, machine: str, sweeps: Sequence[Sweep]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.json:
-        jsonfile.check(options.json)
-    if options.html:
-        html.check(options.html)
-    if options.junit:
-        junit.check(options.junit)
-    if options.bundles:
-        bundle.check_folder(options.bundles, "--bundles")
+    check_results(options)
     if options.record and options.shard != WHOLE:
         raise UsageError("--record is of whole runs: give each --shard another --seed instead, and it has other cases")
     picked, target = selected(options.paths, options.expression), targeted(options).chosen()
@@ -158,13 +162,14 @@ def _run(options: argparse.Namespace) -> int:
     jobs = options.jobs or jobs_for(target, len(scenarios) + (plan.cases if plan else 0))
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome, shown = Outcome(), screen(options)
-    journal = Journal(options.json)
+    journal, timeline = Journal(options.json), Timeline(options.strict)
     interrupted: BaseException | None = None
     try:
         with terminal.Watch(scenarios, options.strict, shown, plan.cases if plan else 0) as watch, journal:
             def take(result: Result) -> None:
                 if outcome.results and result is outcome.results[-1]:  # cases that agree are counted, not listed
                     journal.result(result)
+                timeline.add(result)
                 watch.result(result, outcome.cases.get(result.scenario))
 
             run(target, scenarios, errata, pipelined, options.fail_fast, options.strict, take, outcome, plan,
@@ -190,7 +195,7 @@ def _run(options: argparse.Namespace) -> int:
         jsonfile.write(options.json, summary)
         journal.done()
     if options.html:
-        html.write(options.html, summary, errata)
+        html.write(options.html, summary, errata, timeline=timeline)
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code(options.strict)
@@ -212,8 +217,7 @@ def _list(options: argparse.Namespace) -> int:
 def _coverage(options: argparse.Namespace) -> int:
     from harness.report import coverage
 
-    if options.json:
-        output.check_writable(options.json, "--json")
+    check_results(options)
     code = 0
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     if options.results:

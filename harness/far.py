@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from harness.errors import LaunchFailed, MachineLost, TwinwalkError, UsageError
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.machine.l1 import Identity
 from harness.model.coverage import Cell
 from harness.plain import decode, encode

@@ -16,7 +16,7 @@ from harness.campaign import Campaign
 from harness.errors import TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.signature import of_loss
 from harness.lockstep.tally import Tally
 from harness.machine import guests
@@ -24,12 +24,24 @@ from harness.maker import Batch, End, Maker
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.universe import universe
-from harness.options import LIBRARY, add_mode, add_target, add_volume, is_pipelined, screen, targeted
-from harness.report import bundle, catches, html, jsonfile, output, table, terminal
+from harness.options import (
+    LIBRARY,
+    add_bundles,
+    add_mode,
+    add_results,
+    add_target,
+    add_volume,
+    check_results,
+    is_pipelined,
+    screen,
+    targeted,
+)
+from harness.report import catches, html, output, table, terminal
 from harness.report.catches import Hunt
 from harness.report.findings import findings
 from harness.report.headline import kind
 from harness.report.summary import summarize
+from harness.report.timeline import Timeline
 from harness.run import Outcome, run
 from harness.scenario import files, writer
 from harness.scenario.ops import Scenario
@@ -70,10 +82,8 @@ def add(commands: Any) -> None:
                         help="run the programs in DIR first, and keep there what reaches what none did before")
     parser.add_argument("--journal", type=Path, metavar="FILE",
                         help="take down each program that was checked; the same command goes on behind them")
-    parser.add_argument("--bundles", type=Path, metavar="FOLDER",
-                        help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
+    add_bundles(parser)
+    add_results(parser, "json", "html")
     add_volume(parser)
     parser.set_defaults(command=command)
 
@@ -170,26 +180,22 @@ def _read(corpus: Path) -> list[Scenario]:
 
 def command(options: argparse.Namespace) -> int:
     """Returns the exit code: as that of `run`."""
-    if options.json:
-        jsonfile.check(options.json)
-    if options.html:
-        html.check(options.html)
+    check_results(options)
     if options.corpus:
         try:
             options.corpus.mkdir(parents=True, exist_ok=True)
         except OSError as reason:
             raise UsageError(f"--corpus {options.corpus}: {reason.strerror}") from None
-    if options.bundles:
-        bundle.check_folder(options.bundles, "--bundles")
     target = targeted(options).chosen()
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
-    outcome, shown = Outcome(), screen(options)
+    outcome, shown, timeline = Outcome(), screen(options), Timeline()
     interrupted: BaseException | None = None
     with Campaign(options.journal, options.seed, " ".join(target.arguments())) as campaign:
         programs = Programs(campaign, options.seed, options.budget, options.corpus)
         try:
             with terminal.Watch([], screen=shown) as watch:
                 def take(result: Result) -> None:
+                    timeline.add(result)
                     watch.result(result, outcome.cases.get(result.scenario))
 
                 run(target, [], errata, is_pipelined(options, target), on_result=take, outcome=outcome, sweeps=programs,
@@ -210,7 +216,7 @@ def command(options: argparse.Namespace) -> int:
     if options.json:
         output.write(options.json, catches.text(hunt, summary))
     if options.html:
-        html.write(options.html, summary, errata, [catches.page_table(hunt)])
+        html.write(options.html, summary, errata, [catches.page_table(hunt)], timeline)
     if interrupted is not None:
         raise interrupted
     return outcome.exit_code()

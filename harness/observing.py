@@ -14,16 +14,24 @@ from typing import Any, Final
 from harness.bundling import our_version
 from harness.errors import MachineLost, UsageError
 from harness.lockstep import errata as errata_files
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.evidence import Evidence
 from harness.lockstep.observe import Observer, Seen
+from harness.lockstep.result import Result
 from harness.lockstep.signature import signature
 from harness.machine import kvm_on_tcg, observed, observed_kvm
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
-from harness.options import LIBRARY, add_volume, positive, screen
+from harness.options import (
+    LIBRARY,
+    add_kvm_param,
+    add_qemu,
+    add_results,
+    add_volume,
+    check_results,
+    positive,
+    screen,
+)
 from harness.report import html, jsonfile, stops, table
-from harness.report.bundle import check_folder
 from harness.report.findings import Finding, findings
 from harness.report.headline import headline
 from harness.report.styled import BAD, MAX_WIDTH, Line, harmless, line, plain, wrap
@@ -63,10 +71,8 @@ def add(commands: Any) -> None:
                         help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
                         "distribution's)")
     parser.add_argument("--l0-modules", type=Path, metavar="DIR", help="its modules")
-    parser.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
-                        help="a parameter of L0's kvm or kvm_amd, such as tdp_mmu=0")
-    parser.add_argument("--qemu", metavar="PATH", help="the QEMU to use: a path, or a version such as 10.0")
-    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+    add_kvm_param(parser)
+    add_qemu(parser)
     parser.add_argument("--memory", type=positive, default=1024, metavar="MIB", help="L1's RAM (default: 1024)")
     parser.add_argument("--wait", type=positive, default=120, metavar="SECONDS",
                         help="give up where there is no VMRUN for that long at first (default: 120)")
@@ -75,8 +81,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--strict", action="store_true", help="count known errata as divergences")
     parser.add_argument("--bundles", type=Path, metavar="DIR",
                         help="write a bundle of each finding to DIR, which `explain` shows and judges again")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, as `run` does")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page, with each walk drawn")
+    add_results(parser, "json", "html")
     add_volume(parser)
     parser.set_defaults(command=_observe)
 
@@ -110,12 +115,7 @@ def _options(options: argparse.Namespace) -> tuple[str, Options]:
 
 
 def _observe(options: argparse.Namespace) -> int:
-    if options.json:
-        jsonfile.check(options.json)
-    if options.bundles:
-        check_folder(options.bundles, "--bundles")
-    if options.html:
-        html.check(options.html)
+    check_results(options)
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     name, wanted = _options(options)
     shown = screen(options)
@@ -177,6 +177,7 @@ def _watch(name: str, machine: Foreign, errata: list[Erratum], options: argparse
     except KeyboardInterrupt as reason:
         interrupted = reason
     result.vmruns, result.table_bytes, result.divergences = seen.vmruns, seen.table_bytes, seen.divergences
+    result.visits = seen.visits
     return result, seen, time.monotonic() - begun, interrupted
 
 

@@ -1,4 +1,4 @@
-"""Options that more than one command has: what is to be tested, and how L1 and the checker keep step."""
+"""Options that more than one command has: what is to be tested, how L1 and the checker keep step, where results go."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from harness import places
 from harness.errors import UsageError
 from harness.machine import kvm_on_tcg
 from harness.machine.address import FORM, SCHEME, Address, parse
+from harness.report import bundle, output
 from harness.report.terminal import Screen, Volume
 from harness.target import AUTO, MACHINES, Target, say
 
 LIBRARY: Final = places.folder("scenarios")
+RESULTS: Final = {
+    "json": "write the results as JSON",
+    "html": "write the results as a page, with each walk drawn",
+    "junit": "write the results as JUnit XML",
+    "markdown": "write the results as Markdown",
+}
+"""Files that results go to, by their options."""
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +31,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
                              "(kvm-on-tcg), or on QEMU's own SVM (tcg). The default, auto, is the first of them that "
                              "works here; but tcg where only something of QEMU is given. On another host: "
                              f"{FORM}")
-    parser.add_argument("--qemu", metavar="PATH",
-                        help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
-    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+    add_qemu(parser)
     parser.add_argument("--qemu-arg", action="append", default=[], metavar="ARG",
                         help="a further argument for QEMU, as --qemu-arg=-d --qemu-arg=int")
     host = parser.add_argument_group("for --machine kvm-on-tcg")
@@ -33,13 +39,25 @@ def add_target(parser: argparse.ArgumentParser) -> None:
                       help="L0's kernel: a bzImage, a build tree, or a version such as 6.12 (default: the "
                            "distribution's, fetched with apt)")
     host.add_argument("--modules", type=Path, metavar="DIR", help="the folder that its modules lie in")
-    host.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
-                      help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
+    add_kvm_param(host)
     host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
                       help="the pages that back L1's memory in L0 (default: 2m)")
     host.add_argument("--audit", nargs="?", type=_one_in, const=1, default=0, metavar="N",
                       help="justify every entry of the tables that KVM runs L1 and L2 with, at every switch, or at one "
                            "in N; L1 then waits for the checker at every record")
+
+
+def add_qemu(parser: argparse.ArgumentParser) -> None:
+    """Which QEMU, and the CPU that it plays."""
+    parser.add_argument("--qemu", metavar="PATH",
+                        help="the QEMU to test: a path, or a version such as 10.0 (see `twinwalk fetch`)")
+    parser.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+
+
+def add_kvm_param(parser: argparse._ActionsContainer) -> None:
+    """How the KVM under L1 is loaded."""
+    parser.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
+                        help="a parameter of kvm_amd or kvm, such as npt=0 or kvm.tdp_mmu=0")
 
 
 def targeted(options: argparse.Namespace) -> Target:
@@ -90,6 +108,27 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
                       help="the checker follows behind L1: faster (the default on KVM)")
     parser.add_argument("--jobs", type=positive, metavar="N",
                         help="machines at once (default: one for two cores on tcg, 1 on KVM)")
+
+
+def add_results(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Files that results go to, by the names in RESULTS: see `check_results`."""
+    for name in names:
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=RESULTS[name])
+
+
+def add_bundles(parser: argparse.ArgumentParser) -> None:
+    """A folder for what is new: see `check_results`."""
+    parser.add_argument("--bundles", type=Path, metavar="FOLDER",
+                        help="shrink what is new, and write a bundle of each finding to FOLDER: see `replay`")
+
+
+def check_results(options: argparse.Namespace) -> None:
+    """Before a run: raises UsageError, saying what to do, where a result could not be written after it."""
+    for name in RESULTS:
+        if path := getattr(options, name, None):
+            output.check_writable(path, f"--{name}")
+    if folder := getattr(options, "bundles", None):
+        bundle.check_folder(folder, "--bundles")
 
 
 def add_volume(parser: argparse.ArgumentParser) -> None:

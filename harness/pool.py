@@ -23,8 +23,8 @@ from harness import far
 from harness.errors import TwinwalkError, WorkerLost
 from harness.far import AnySession
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.machine.l1 import Identity
 from harness.machine.qemu import die_with
 from harness.model.coverage import Cell

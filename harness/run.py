@@ -11,8 +11,8 @@ from typing import Final, Protocol
 from harness import far
 from harness.errors import UsageError
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.signature import Signature
 from harness.lockstep.tally import Tally
 from harness.machine.l1 import Identity

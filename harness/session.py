@@ -21,12 +21,13 @@ from harness.lockstep.audit import Audit
 from harness.lockstep.compare import AT_THE_END, Context, Divergence
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.hazards import Hazards, Peril
 from harness.lockstep.kept_format import KeptFormat
 from harness.lockstep.quirks import NESTED_FORMAT_BY_L2
 from harness.lockstep.rehearse import rehearse
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine.l1 import Identity, L1Machine
 from harness.model.registers import Cpu

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from harness.errors import UsageError
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.tally import Tally
 from harness.model.registers import Cpu
 from harness.scenario.cover import Coverage, sequence

@@ -18,7 +18,7 @@ from harness.campaign import Campaign
 from harness.errors import UsageError
 from harness.fuzzing import Budget, Programs
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.signature import LOST, Signature
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode

@@ -11,8 +11,8 @@ import pytest
 
 from harness import cli
 from harness.errors import UsageError
-from harness.lockstep.driver import Result
 from harness.lockstep.rehearse import rehearse
+from harness.lockstep.result import Result
 from harness.lockstep.tally import Tally
 from harness.lockstep.twin import Twin
 from harness.model.liberties import Liberties

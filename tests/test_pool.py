@@ -18,8 +18,8 @@ import pytest
 from harness import pool
 from harness import run as runner
 from harness.errors import LaunchFailed, MachineLost, TwinwalkError, UsageError, WorkerLost
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.machine.l1 import L1Machine
 from harness.model.registers import Cpu
 from harness.report import jsonfile

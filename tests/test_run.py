@@ -12,8 +12,8 @@ from typing import cast
 
 import pytest
 
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.machine.l1 import Identity, L1Machine, Layer
 from harness.machine.tcg import LIBERTIES
 from harness.model.registers import Cpu

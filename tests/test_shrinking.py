@@ -6,8 +6,8 @@ import pytest
 
 from harness.errors import MachineLost
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.signature import LOST, Signature
 from harness.model.registers import Cpu
 from harness.report.findings import signatures

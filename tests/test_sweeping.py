@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.scenario import sweepfiles
 from harness.scenario.cover import sequence
 from harness.scenario.ops import Scenario

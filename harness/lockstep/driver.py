@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from harness.lockstep.contexts import Contexts
 from harness.lockstep.coverage import Coverage
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result, Under, Visit
 from harness.lockstep.twin import Twin
 from harness.model import memory_type
 from harness.model.vmcb import SAVE, ExitCode
@@ -56,32 +57,6 @@ class Machine(Protocol):
 
     def lost(self, reason: str) -> MachineLost:
         """The error that says that this machine is lost, with all there is to know of it."""
-
-
-@dataclass
-class Result:
-    """What came of one scenario."""
-
-    scenario: str
-    vmruns: int = 0
-    probes: int = 0
-    table_bytes: int = 0
-    divergences: list[Divergence] = field(default_factory=list)
-    lost: MachineLost | None = None
-    senseless: str = ""
-    """Why the model cannot say what must come of it: the scenario makes no sense, and nothing is decided."""
-    skipped: str = ""
-    """Why it cannot be run on this CPU, though it makes sense on others."""
-    contexts: int = 0
-    """Entries of the processor into L1 or L2 whose MMU context was checked."""
-    trace_events: int = 0
-    stale_permitted: int = 0
-    """Probes for which the manual permits more than one outcome, since a TLB may hold an old translation."""
-    stale_seen: int = 0
-    """Those of them in which the machine took an old one."""
-    shadow_audits: int = 0
-    """Switches at which the tables of the KVM under L1 were audited, and leaves of these that were."""
-    shadow_leaves: int = 0
 
 
 class Lockstep:
@@ -210,6 +185,7 @@ class Lockstep:
             self._compare_live(program, context, result, "before VMRUN")
             channel.release()
             vmcb = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+            under = Under.of(twin.vmcb, twin.host_at_vmrun())
             prediction = twin.predict(step, first)
             try:
                 record = self._next("EXIT")
@@ -217,6 +193,7 @@ class Lockstep:
                 raise replace(lost, last_record=f"{lost.last_record}; due was {prediction.due}") from None
             self._note(context, result, record)
             result.vmruns += 1
+            result.visits.append(Visit(context.op, record.next_probe, *record.exit, under))
             result.probes += min(record.next_probe + 1, count) - first
             result.table_bytes += program.world.arena_used
             found = self._exit(context, prediction, record)

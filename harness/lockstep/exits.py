@@ -13,6 +13,7 @@ from harness.lockstep.active import Active
 from harness.lockstep.compare import Divergence, differing_fields
 from harness.lockstep.evidence import Touched
 from harness.lockstep.prediction import WHOLE
+from harness.lockstep.result import Under
 from harness.model.access import Access, ErrorCode, NestedPageFault, Outcome, PageFault, Reached
 from harness.model.dirty import NESTED_TABLE
 from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE
@@ -46,7 +47,7 @@ _HAS_ERROR: Final = 1 << 11
 
 
 class Entered(NamedTuple):
-    """A VMRUN: its number, the VMCB as it was, the rules it broke, the stop with L1's registers."""
+    """A VMRUN: its number, the VMCB as it was, the rules it broke, the stop with L1's registers, its paging."""
 
     number: int
     vmcb: int
@@ -55,6 +56,7 @@ class Entered(NamedTuple):
     broken: tuple[str, ...]
     stop: Stop
     host: Host
+    under: Under
 
 
 class Exit(NamedTuple):

@@ -21,6 +21,7 @@ from harness.lockstep.evidence import PAGE, Evidence, Moment, Touched, with_entr
 from harness.lockstep.exits import Entered, Exit
 from harness.lockstep.flushes import Flushes
 from harness.lockstep.nested_tables import Change
+from harness.lockstep.result import Under, Visit
 from harness.lockstep.signature import signature
 from harness.model.access import Access
 from harness.model.consistency import violations
@@ -34,7 +35,8 @@ from harness.wire.stop import ACCESS, ENTER, INVLPGA, Stop
 
 KEPT: Final = 50
 """Divergences of one signature that are kept; the others are counted."""
-
+KEPT_VISITS: Final = 100_000
+"""Visits of L2 that are kept, from the first."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Seen:
     invlpga: int = 0
     table_bytes: int = 0
     divergences: list[Divergence] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
 
 
 class _Latest(NamedTuple):
@@ -124,7 +127,8 @@ class Observer:
         except IndexError:
             broken = ()
             seen.elsewhere += 1
-        entered = Entered(seen.vmruns, vmcb.address, *exits.halves(vmcb), broken, stop, host)
+        entered = Entered(seen.vmruns, vmcb.address, *exits.halves(vmcb), broken, stop, host,
+                          Under.of(vmcb, host))
         self._entered[stop.vcpu] = entered
         seen.vmruns += 1
         if broken:
@@ -176,6 +180,8 @@ class Observer:
         if entered is None or entered.vmcb != vmcb.address:
             self.seen.unpaired += 1
             return []
+        if len(self.seen.visits) < KEPT_VISITS:
+            self.seen.visits.append(Visit(entered.number, 0, code, vmcb["exitinfo1"], vmcb["exitinfo2"], entered.under))
         self._latest = _Latest(stop, entered)
         it = Exit(self._name, entered, vmcb, self._memory, self._cpu, self._holds)
         found = list(exits.host(it, stop.host)) + list(exits.unchanged(it)) + list(exits.saved(it))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 
 
 @dataclass

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.signature import Signature, of_loss, signature
 from harness.model.access import NestedPageFault, Outcome, PageFault
 from harness.model.walk import Walk

@@ -2,7 +2,7 @@
 grid that it is.
 
 A finding's walk has a row for each entry of L2's tables: the nested walk of that entry's own address, then the entry;
-and a last row for the page itself. The page is made of three files (harness/report/page) and of the values here.
+and a last row for the page itself. The page is made of the files in harness/report/page, and of the values here.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from harness.report.findings import Finding, findings, place
 from harness.report.headline import headline, rule_of
 from harness.report.summary import Summary, describe_machine
 from harness.report.table import totals, verdict
+from harness.report.timeline import Timeline, of_results
 from harness.scenario import writer
 from harness.scenario.ops import RunOp, Scenario
 
-OPTION: Final = "--html"
 _DRAWN: Final = 500
 _EACH: Final = 3
 """Walks that are drawn: so many in all, and of each signature so many at least. Others are like them."""
@@ -47,19 +47,16 @@ class Table(NamedTuple):
     rows: tuple[tuple[str, ...], ...]
 
 
-def check(path: Path) -> None:
-    """Before a run: raises UsageError, saying what to do, if `path` cannot be written."""
-    output.check_writable(path, OPTION)
-
-
-def write(path: Path, summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> None:
+def write(path: Path, summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = (),
+          timeline: Timeline | None = None) -> None:
     """After a run: all of the file or nothing. Raises TwinwalkError if that fails after all."""
-    output.write(path, text(summary, errata, tables))
+    output.write(path, text(summary, errata, tables, timeline))
 
 
-def text(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> str:
+def text(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = (),
+         timeline: Timeline | None = None) -> str:
     """The page of a run."""
-    return page(document(summary, errata, tables), "results")
+    return page(document(summary, errata, tables, timeline), "results")
 
 
 def page(told: Mapping[str, Any], title: str) -> str:
@@ -68,15 +65,18 @@ def page(told: Mapping[str, Any], title: str) -> str:
     data = json.dumps(told, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     whole = (parts_of / "page.html").read_text(encoding="utf-8")
     parts = {"title": title, "style": (parts_of / "page.css").read_text(encoding="utf-8"),
-             "script": (parts_of / "page.js").read_text(encoding="utf-8"), "data": data}
+             "script": (parts_of / "page.js").read_text(encoding="utf-8"),
+             "timeline": (parts_of / "timeline.js").read_text(encoding="utf-8"), "data": data}
     for name, part in parts.items():
         whole = whole.replace(f"{{{{{name}}}}}", part, 1)
     return whole
 
 
-def document(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = ()) -> dict[str, Any]:
-    """What the page of a run shows, in plain values."""
+def document(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[Table] = (),
+             timeline: Timeline | None = None) -> dict[str, Any]:
+    """What the page of a run shows, in plain values. Without a `timeline` it is that of the results that were kept."""
     said, bad = verdict(summary)
+    timeline = timeline or of_results(summary.results, summary.strict)
     return {
         "verdict": said,
         "bad": bad,
@@ -91,6 +91,7 @@ def document(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[
                   for one in summary.known],
         "tables": [one._asdict() for one in tables],
         "coverage": _coverage(summary, errata),
+        "timeline": timeline.document(bool(summary.machine and summary.machine.get("kernel"))),
     }
 
 
@@ -108,7 +109,7 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
             said = headline(one, scenario)
             out.append({
                 "name": one.scenario, "family": one.scenario.partition("[")[0], "headline": said,
-                "place": place(one, scenario), "check": one.first.check, "field": one.first.field,
+                "op": one.op, "place": place(one, scenario), "check": one.first.check, "field": one.first.field,
                 "sort": str(one.signature),
                 "rule": _rule(one), "values": [
                     [f"{d.check} {d.field}", words.value(d, d.expected), words.value(d, d.observed), d.erratum or ""]

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from harness.errors import UsageError
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.report.jsonfile import entry
 
 

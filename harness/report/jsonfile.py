@@ -32,21 +32,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.tally import Tally
 from harness.model.shadow import BREAK_ISOLATION, ISOLATION
 from harness.report import output
 from harness.report.summary import Found, Summary
-
-OPTION: Final = "--json"
-
-
-def check(path: Path) -> None:
-    """Before a run: raises UsageError, saying what to do, if `path` cannot be written."""
-    output.check_writable(path, OPTION)
 
 
 def write(path: Path, summary: Summary) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.report import output
 from harness.report.findings import findings
 from harness.report.headline import headline
@@ -20,16 +20,10 @@ from harness.report.summary import Summary, errata_of, is_new
 from harness.report.walks import draw
 from harness.scenario.ops import Scenario
 
-OPTION: Final = "--junit"
 _DRAWN: Final = 2
 """Findings of one scenario that are drawn in full; of others there is the headline."""
 
 _ROOT: Final = "scenarios"
-
-
-def check(path: Path) -> None:
-    """Before a run: raises UsageError, saying what to do, if `path` cannot be written."""
-    output.check_writable(path, OPTION)
 
 
 def write(path: Path, summary: Summary) -> None:

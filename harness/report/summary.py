@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum, outdated
+from harness.lockstep.result import Result
 from harness.lockstep.signature import Signature, of_loss
 from harness.lockstep.tally import Tally
 from harness.model.coverage import Cell

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.lockstep.signature import Signature
 from harness.report.findings import findings
 from harness.report.headline import headline

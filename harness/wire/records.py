@@ -14,6 +14,7 @@ _CONTROL, _SAVE, _RESULTS, _DIFFS = _AT["control"], _AT["save"], _AT["results"],
 _TSC: Final = HOST.offsets["tsc"]
 _NO_TSC: Final = bytes(8)
 _RESULT: Final = struct.Struct("<Q")
+_EXIT: Final = struct.Struct("<QQQ")
 _PAIR: Final = struct.Struct("<QQ")
 _EXITCODE: Final = 0x70
 _EXITINFO1: Final = 0x78
@@ -61,6 +62,12 @@ class Record:
     def fault_address(self) -> int:
         """EXITINFO2."""
         return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITINFO2)[0])
+
+    @property
+    def exit(self) -> tuple[int, int, int]:
+        """EXITCODE, EXITINFO1 and EXITINFO2."""
+        code, info1, info2 = _EXIT.unpack_from(self.data, _CONTROL + _EXITCODE)
+        return code, info1, info2
 
     @property
     def before(self) -> dict[str, int]:

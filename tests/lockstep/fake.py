@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import Final
 
 from harness.errors import MachineLost
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
 from harness.model.liberties import Liberties

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 
 from harness.errors import MachineLost
 from harness.lockstep.contexts import Contexts
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.model.mmu_context import Capability
 from harness.model.registers import CR0, CR4, EFER, Cpu

@@ -11,8 +11,8 @@ import pytest
 from harness.errors import MachineLost
 from harness.lockstep import contexts
 from harness.lockstep.contexts import SHOWN, around
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.model.mmu_context import Capability
 from harness.model.registers import Cpu

@@ -10,8 +10,10 @@ import pytest
 from harness.errors import MachineLost
 from harness.lockstep.driver import MAX_DIVERGENCES, Lockstep
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Under
 from harness.lockstep.twin import Twin
 from harness.model.registers import Cpu
+from harness.model.vmcb import ExitCode
 from harness.scenario import files
 from harness.scenario.program import Compiler, Program
 from harness.wire.image import Image
@@ -40,6 +42,11 @@ def test_agreement(strict: bool, image: Image, cpu: Cpu, compiler: Compiler, twi
     assert {(r.vmruns, r.probes, r.scenario) for r in results} == {(results[0].vmruns, results[0].probes, "test")}
     assert results[0].vmruns >= 6 and results[0].probes == 14
     assert results[0].table_bytes == results[0].vmruns * program.world.arena_used
+    visits = results[0].visits
+    assert len(visits) == results[0].vmruns and {one.under for one in visits} == {Under(4, twin.vmcb["ncr3"], 4)}
+    assert [(one.op, one.through) for one in visits[:2]] == [(0, 4), (2, 1)]
+    assert (visits[0].exitcode, visits[1].exitcode, visits[-1].exitcode) == (
+        ExitCode.VMMCALL, ExitCode.NPF, ExitCode.INVALID)
     assert all(r.lost is None for r in results)
 
 

@@ -12,6 +12,7 @@ from harness.lockstep.compare import Divergence
 from harness.lockstep.errata import Erratum
 from harness.lockstep.nested_tables import NestedTables
 from harness.lockstep.observe import KEPT, Observer, judge_again
+from harness.lockstep.result import Under, Visit
 from harness.lockstep.signature import signature
 from harness.model.access import ErrorCode, Reached
 from harness.model.dirty import write_back
@@ -118,6 +119,17 @@ class TestRight:
     def test_an_instruction(self, world: World) -> None:
         assert world.enter() == [] and world.vmmcall() == []
         assert world.observer.seen.vmruns == 1 and world.observer.seen.exits == {"VMEXIT_VMMCALL": 1}
+
+    def test_its_visits(self, world: World) -> None:
+        """Each #VMEXIT whose VMRUN was seen, with the paging that L2 ran under."""
+        world.enter()
+        world.npf()
+        world.enter()
+        world.vmmcall()
+        world.vmmcall()
+        under = Under(4, world.space.ncr3, 4)
+        assert world.observer.seen.visits == [
+            Visit(0, 0, ExitCode.NPF, E.FINAL | E.U, HOLE, under), Visit(1, 0, ExitCode.VMMCALL, 0, 0, under)]
 
     def test_a_nested_fault(self, world: World) -> None:
         assert world.enter() == [] and world.npf() == []

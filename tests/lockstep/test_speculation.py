@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine.kvm import LIBERTIES
 from harness.model import speculation

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from harness.errors import LaunchFailed
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import kernel, kvm_on_tcg
 from harness.scenario import files

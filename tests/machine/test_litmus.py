@@ -7,8 +7,9 @@ from typing import Final
 
 import pytest
 
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
 from harness.model.tlb_events import INVLPG

@@ -22,7 +22,8 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from harness.errors import MachineLost
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
 from harness.scenario.program import Compiler

@@ -10,8 +10,9 @@ import pytest
 
 from harness.lockstep import errata as errata_files
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
 from harness.run import run as run_all

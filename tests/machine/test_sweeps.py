@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import tcg
 from harness.run import run as run_all

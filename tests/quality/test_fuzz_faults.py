@@ -15,8 +15,8 @@ from typing import Final
 
 import pytest
 
-from harness.lockstep.driver import Result
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.model.registers import Cpu
 from harness.scenario.ops import Scenario

@@ -14,7 +14,8 @@ import pytest
 
 from harness.lockstep import twin as twin_module
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
+from harness.lockstep.result import Result
 from harness.machine import tcg
 from harness.run import Outcome
 from harness.scenario import files

@@ -10,8 +10,9 @@ import pytest
 from harness.errors import LaunchFailed
 from harness.lockstep.audit import Audit, Sink
 from harness.lockstep.compare import Context, Divergence
-from harness.lockstep.driver import Lockstep, Result
+from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import kernel, kvm_on_tcg
 from harness.machine.l0_kvm import L0Kvm

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.model.access import Access, Reached
 from harness.model.dirty import resolve, write_back
 from harness.model.entries import A, D, legacy, pae

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.errors import MachineLost
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.model.access import Access
 from harness.model.entries import RW
 from harness.report import html, matrix
 from harness.report.summary import Summary, summarize
+from tests.report.browser import SLOW, complaints, needs_browser, texts, unreadable
 from tests.report.cases import NAME, SCENARIO, Case, divergence, erratum, extra_d, missing_a, result, went_through
 from tests.report.test_matrix import MATRIX
 
@@ -117,66 +116,40 @@ def test_ten_thousand_findings() -> None:
 
 # --- in a browser ---------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-SLOW = 5
-"""How much slower than a quiet machine this one may be."""
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no Chromium here: apt-get install chromium chromium-driver")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-                 "--disable-dev-shm-usage", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-                 "--window-size=1400,1000"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
 
 def _open(browser: webdriver.Chrome, path: Path, summary: Summary) -> None:
     html.write(path, summary)
     browser.get(path.as_uri())
 
 
-def _texts(browser: webdriver.Chrome, selector: str) -> list[str]:
-    return [one.text for one in browser.find_elements(By.CSS_SELECTOR, selector)]
-
-
 @needs_browser
 def test_in_a_browser(browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
     """It opens, shows the first walk, filters, goes on by keyboard, explains an entry; and the console stays silent."""
     _open(browser, tmp_path / "page.html", summary)
-    assert len(_texts(browser, "#list button")) == 5
-    assert len(_texts(browser, ".grid .cell")) == 24
-    assert _texts(browser, ".cell.last") != [] and "nested.write" in _texts(browser, ".rule")[0]
+    assert len(texts(browser, "#list button")) == 5
+    assert len(texts(browser, ".grid .cell")) == 24
+    assert texts(browser, ".cell.last") != [] and "nested.write" in texts(browser, ".rule")[0]
     field = browser.find_element(By.ID, "filter")
     browser.find_element(By.TAG_NAME, "body").send_keys("/")
     assert browser.switch_to.active_element == field
     field.send_keys("extra")
-    assert [text.splitlines()[-1] for text in _texts(browser, "#list button")] == [
+    assert [text.splitlines()[-1] for text in texts(browser, "#list button")] == [
         "ad/<b>extra</b> · C2 " + html.document(summary)["findings"][2]["field"]]
     field.send_keys(Keys.BACKSPACE * 5 + Keys.ESCAPE)
     sorts = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "#sort option")]
     assert sorts[0] == "all" and len(sorts) == 6 and any(text.startswith("C1 outcome done, rule") for text in sorts)
     Select(browser.find_element(By.ID, "sort")).select_by_index(sorts.index("C4 level, rule context.nested (1)"))
-    WebDriverWait(browser, SLOW).until(lambda page: len(_texts(page, "#list button")) == 1)
+    WebDriverWait(browser, SLOW).until(lambda page: len(texts(page, "#list button")) == 1)
     Select(browser.find_element(By.ID, "sort")).select_by_index(0)
-    WebDriverWait(browser, SLOW).until(lambda page: len(_texts(page, "#list button")) == 5)
-    assert len(_texts(browser, "#list button")) == 5
+    WebDriverWait(browser, SLOW).until(lambda page: len(texts(page, "#list button")) == 5)
+    assert len(texts(browser, "#list button")) == 5
     browser.find_element(By.CSS_SELECTOR, "#list button").send_keys("j")
-    assert _texts(browser, "#list button[aria-current=true]")[0].splitlines()[-1].startswith("ad/missing")
+    assert texts(browser, "#list button[aria-current=true]")[0].splitlines()[-1].startswith("ad/missing")
     browser.find_element(By.CSS_SELECTOR, ".cell.differs").click()
-    assert any("1, machine 0" in text for text in _texts(browser, "#bits tr"))
+    assert any("1, machine 0" in text for text in texts(browser, "#bits tr"))
     browser.find_elements(By.CSS_SELECTOR, "#list button")[4].click()
-    assert _texts(browser, ".timeline:not(.program) li.here") == ["run L2"]
-    log = browser.get_log("browser")  # type: ignore[no-untyped-call]
-    assert [one for one in log if one["level"] == "SEVERE"] == []
+    assert texts(browser, ".timeline:not(.program) li.here") == ["run L2"]
+    assert complaints(browser) == []
 
 
 @needs_browser
@@ -197,9 +170,9 @@ def test_in_a_browser_at_ten_thousand(browser: webdriver.Chrome, tmp_path: Path)
         }
         return performance.now() - begun;""")
     assert filtered < 3 * 200 * SLOW
-    assert _texts(browser, "#new-count") == ["10,000"] and len(_texts(browser, "#list button")) == 200
+    assert texts(browser, "#new-count") == ["10,000"] and len(texts(browser, "#list button")) == 200
     browser.find_element(By.ID, "filter").send_keys("many[9999]")
-    assert len(_texts(browser, "#list button")) == 1 and "drawn with the first" in _texts(browser, "#detail")[0]
+    assert len(texts(browser, "#list button")) == 1 and "drawn with the first" in texts(browser, "#detail")[0]
 
 
 @needs_browser
@@ -208,12 +181,12 @@ def test_a_matrix_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> Non
     page = tmp_path / "matrix.html"
     page.write_text(matrix.html(MATRIX))
     browser.get(page.as_uri())
-    assert _texts(browser, "#by-version tr:first-child th") == ["finding", "what", *(c.name for c in MATRIX.columns)]
-    assert _texts(browser, "#by-version th.r") == MATRIX.rows()
-    assert not browser.find_element(By.ID, "new").is_displayed() and "none" in _texts(browser, "#notes")[0]
+    assert texts(browser, "#by-version tr:first-child th") == ["finding", "what", *(c.name for c in MATRIX.columns)]
+    assert texts(browser, "#by-version th.r") == MATRIX.rows()
+    assert not browser.find_element(By.ID, "new").is_displayed() and "none" in texts(browser, "#notes")[0]
     browser.find_element(By.CSS_SELECTOR, "#by-version .stale").send_keys(Keys.ENTER)
-    assert _texts(browser, "#cell")[0].startswith("e1 on Q3: absent. ")
-    assert [one for one in browser.get_log("browser") if one["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
+    assert texts(browser, "#cell")[0].startswith("e1 on Q3: absent. ")
+    assert complaints(browser) == []
 
 
 @needs_browser
@@ -221,39 +194,12 @@ def test_tables_and_the_program_in_a_browser(browser: webdriver.Chrome, summary:
     exits = html.Table("Exits", ("exit code", "seen"), (("VMEXIT_NPF", "7"),))
     html.write(tmp_path / "page.html", summary, tables=[exits])
     browser.get((tmp_path / "page.html").as_uri())
-    assert _texts(browser, "#tables h2") == ["Exits"] and "VMEXIT_NPF 7" in _texts(browser, "#tables table")[0]
-    assert _texts(browser, ".program li.here")[0].split() == ["probe", "1", "write", "a+0x8"]
+    assert texts(browser, "#tables h2") == ["Exits"] and "VMEXIT_NPF 7" in texts(browser, "#tables table")[0]
+    assert texts(browser, ".program li.here")[0].split() == ["probe", "1", "write", "a+0x8"]
 
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_it_can_be_read(scheme: str, browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
-    """In either scheme all text has the contrast that WCAG's level AA asks for: 4.5."""
     html.write(tmp_path / "page.html", summary)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {
-        "features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.get((tmp_path / "page.html").as_uri())
-    low = browser.execute_script(CONTRAST)
-    assert low == []
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-CONTRAST = """
-const parts = text => text.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-    .reduce((sum, v, n) => sum + v * [.2126, .7152, .0722][n], 0);
-const behind = node => {
-    for (let one = node; one; one = one.parentElement) {
-        const colour = parts(getComputedStyle(one).backgroundColor);
-        if (colour.length === 3 || colour[3] === 1) return colour;
-    }
-    return [255, 255, 255];
-};
-const low = [];
-for (const node of document.querySelectorAll("body *")) {
-    if (![...node.childNodes].some(one => one.nodeType === 3 && one.data.trim()) || !node.offsetParent) continue;
-    const [a, b] = [light(parts(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
-    if ((a + .05) / (b + .05) < 4.5) low.push(`${node.tagName}.${node.className}: ${node.textContent.slice(0, 40)}`);
-}
-return low;
-"""
+    assert unreadable(browser, scheme, (tmp_path / "page.html").as_uri()) == []

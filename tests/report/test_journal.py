@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import MachineLost, UsageError
 from harness.lockstep.compare import Divergence
-from harness.lockstep.driver import Result
+from harness.lockstep.result import Result
 from harness.report.journal import Journal
 
 WRONG = Result("two", 3, 2, 4096, [Divergence("two", 0, 1, "C1", "value", 1, 2, "reached")])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.errors import MachineLost, UsageError
+from harness.errors import MachineLost
 from harness.lockstep.tally import Tally
 from harness.report import jsonfile
 from harness.report.output import MIN_FREE
@@ -143,15 +143,9 @@ def test_one_divergence_a_line() -> None:
 
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    jsonfile.check(path)
     jsonfile.write(path, summary())
     assert json.loads(path.read_text()) == document()
     assert len(path.read_bytes()) < MIN_FREE
-
-
-def test_check(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--json .*/missing/x.json: there is no folder"):
-        jsonfile.check(tmp_path / "missing" / "x.json")
 
 
 def test_findings() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from harness.errors import MachineLost
-from harness.lockstep.driver import Result
 from harness.lockstep.errata import Erratum
+from harness.lockstep.result import Result
 from harness.lockstep.tally import Tally
 from harness.report import matrix
 from harness.report.matrix import Cell, Column, Matrix

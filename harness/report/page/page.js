@@ -135,6 +135,12 @@ function show(one, button) {
 	const rule = make("div", undefined, "rule");
 	rule.append(make("strong", one.rule[0]), ` ${one.rule[1] ? `(${one.rule[1]})` : ""} ${one.rule[2]}`);
 	parts.push(rule);
+	if (data.timeline?.op.length) {
+		const button = make("button", "show it in the timeline", "go");
+		button.type = "button";
+		button.onclick = () => inTimeline(one);
+		parts.push(button);
+	}
 	if (one.grid) parts.push(...grid(one.grid));
 	else if (one.like) parts.push(make("p", `The walk is drawn with the first findings of this kind: ${one.like}.`, "dim"));
 	if (one.program.length) {
