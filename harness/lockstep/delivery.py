@@ -14,12 +14,12 @@ from harness.lockstep.quirks import (
     IDT_ERROR_OF_SLOT,
     IDT_ERROR_WITHOUT_EXT,
     INJECTED_TRAP_NO_DPL,
-    INTERRUPT_BEHIND_NMI,
+    INTERRUPT_BEHIND_ANOTHER,
     IST_NULL_SS,
     PUSH_OF_SUPERVISOR,
     WINDOW_AS_INTERRUPT,
 )
-from harness.model import events, legacy_events
+from harness.model import events, legacy_events, vmrun
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
 from harness.model.events import Event, Habits
 from harness.model.intercepts import INTERCEPTS, asks
@@ -137,9 +137,9 @@ def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> No
         if l2.regs.cpl and vmcb["tr.attrib"] & 0x1F == _BUSY_TSS:
             l2.out.perils.add(BUSY_TSS)
         legacy_events.protected(event, l2.regs, vmcb, bus, next_rip, _habits(l2, event))
-    late = event.kind == events.NMI and event is not l2.injected and "interrupt" in l2.state.outside
-    if not (late and l2.state.quirks.has(INTERRUPT_BEHIND_NMI)):
+    if not (_another_is_due(l2, event) and l2.state.quirks.has(INTERRUPT_BEHIND_ANOTHER)):
         physical(l2)
+        l2.interrupt()
     landed = l2.access(l2.regs.rip + (0 if mode.long else vmcb["cs.base"]), _FETCH[l2.regs.cpl])
     if not isinstance(landed.outcome, Reached):
         l2.fault(landed)
@@ -148,6 +148,13 @@ def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> No
     if not asks(l2.state.vmcb, "hlt"):
         raise UsageError("L1 must intercept HLT, by which L2's handlers end")
     raise Leave(ExitCode.HLT, walk=walk, rule="exit.delivered", length=1)
+
+
+def _another_is_due(l2: L2, event: Event) -> bool:
+    """Whether an interrupt is pending behind `event`, which was one or an NMI, and came by itself."""
+    came = event is not l2.injected and event.kind in (events.INTERRUPT, events.NMI)
+    return came and ("interrupt" in l2.state.outside
+                     or vmrun.virtual_interrupt(l2.state.vmcb, l2.regs.rflags) is not None)
 
 
 def physical(l2: L2) -> None:

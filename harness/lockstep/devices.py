@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Final
 from harness.errors import UsageError
 from harness.lockstep import instructions
 from harness.lockstep.delivery import Leave
-from harness.lockstep.quirks import SOFTWARE_WALK_FAULT, SOFTWARE_WALK_OFFSET, STRING_WRITE_HALVES
+from harness.lockstep.quirks import (
+    REPEATED_INS_LOST,
+    SOFTWARE_WALK_FAULT,
+    SOFTWARE_WALK_OFFSET,
+    STRING_WRITE_HALVES,
+)
 from harness.model import local_apic
 from harness.model.access import Access, ErrorCode, NestedPageFault
 from harness.model.entries import FRAME
 from harness.model.registers import RFLAGS
 from harness.model.vmcb import ExitCode
 from harness.model.walk import Walk
+from harness.scenario.ops import REPEATED
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 _READ: Final = {cpl: Access(user=cpl == 3) for cpl in range(4)}
 _WRITE: Final = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
 _IN_PAGE: Final = 0xFFF
+_FLAT: Final = 0xC93
+"""Attributes of a flat data segment."""
 
 
 def check(spa: int, width: int, written: int | None = None, rmw: bool = False) -> None:
@@ -54,18 +62,42 @@ def fault(l2: L2, walk: Walk) -> Walk:
     return walk
 
 
-def string(l2: L2, kind: str, size: int, address: int, index: int) -> int:
+def string(l2: L2, kind: str, size: int, address: int, count: int, index: int) -> int:
     """INS and OUTS (volume 3): the port is asked for before memory. Returns what rDI, or rSI, is behind it: with DF it
-    goes down."""
-    l2.rsi = l2.step.c if kind == "ins" else address
-    instructions.string_port(l2, kind, size)
-    try:
-        (_ins if kind == "ins" else _outs)(l2, size, address, index)
-    except Leave as leave:
-        _by_software(l2, leave)
-        raise
-    l2.rsi = l2.step.c
-    return address + (-size if l2.regs.rflags & RFLAGS.DF else size) & l2.mask
+    goes down. Those that repeat do it `count` times, and a fault leaves them where they are (volume 3, REP)."""
+    ins, repeated = kind in ("ins", "repins"), kind in REPEATED
+    left, base = count if repeated else 1, _fs(l2) if kind == "outsfs" else 0
+    at = address
+    _stands(l2, ins, address, at, left, repeated)
+    instructions.string_port(l2, kind, size, left)
+    while left:
+        try:
+            (_ins if ins else _outs)(l2, size, at + base & l2.mask, index)
+        except Leave as leave:
+            _by_software(l2, leave)
+            at_once = ins and at != address and not l2.regs.rflags & RFLAGS.DF
+            if at_once and l2.state.quirks.has(REPEATED_INS_LOST):
+                _stands(l2, ins, address, address, count, repeated)
+            raise
+        at, left = at + (-size if l2.regs.rflags & RFLAGS.DF else size) & l2.mask, left - 1
+        _stands(l2, ins, address, at, left, repeated)
+    l2.registers = {"rsi": l2.step.c}
+    return at
+
+
+def _stands(l2: L2, ins: bool, address: int, at: int, left: int, repeated: bool) -> None:
+    """Note the registers of a string instruction that has come to `at`, with `left` repetitions to do."""
+    l2.registers = {"rsi": l2.step.c if ins else at}
+    if repeated:
+        l2.registers |= {"rcx": left, "rdi": at if ins else address}
+
+
+def _fs(l2: L2) -> int:
+    """The base of FS; of legacy mode's segments only flat ones are modelled."""
+    vmcb = l2.state.vmcb
+    if not l2.state.mode.long and (vmcb["fs.attrib"], vmcb["fs.limit"]) != (_FLAT, 0xFFFF_FFFF):
+        raise UsageError("OUTS through an FS that is not a flat data segment is not modelled")
+    return vmcb["fs.base"]
 
 
 def _ins(l2: L2, size: int, address: int, index: int) -> None:

@@ -31,6 +31,7 @@ from harness.model.events import Event
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode, VIntr
+from harness.scenario.ops import STRINGS
 from harness.wire.layout import STRING_PORT
 
 if TYPE_CHECKING:
@@ -144,10 +145,14 @@ def end_of_emulation(l2: L2) -> None:
                  regs.rip + l2.base & l2.mask)
 
 
-def string_port(l2: L2, kind: str, size: int) -> None:
+def string_port(l2: L2, kind: str, size: int, count: int) -> None:
     """INS or OUTS up to its access of memory: its intercept, and a hypervisor below that has to emulate it."""
     if l2.regs.cpl > l2.regs.rflags >> 12 & 3:
         raise UsageError("ports at a CPL above IOPL are not modelled")
+    if not count:  # neither volume 2 nor 3 says whether one that does nothing asks for its port
+        if intercepts.asks(l2.state.vmcb, kind):
+            raise UsageError("a string instruction that L1 may intercept, with rCX = 0, is not modelled")
+        return
     _check(l2, kind, size, STRING_PORT, 0)
     if cannot_be_emulated(l2):
         end_of_emulation(l2)
@@ -193,9 +198,9 @@ def _check(l2: L2, kind: str, size: int, address: int, value: int, probe: str = 
             asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
             info1 = intercepts.ioio_info(address, size, kind == "in", 64 if l2.state.mode.long else 32)
             info2 = _next_rip(l2, kind, size)
-        elif kind in ("ins", "outs"):
+        elif kind in STRINGS:
             asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
-            info1 = intercepts.string_info(address, size, kind == "ins", 64 if l2.state.mode.long else 32)
+            info1 = intercepts.string_info(address, size, kind, 64 if l2.state.mode.long else 32)
             info2 = _next_rip(l2, kind, size)
         else:
             asked = intercepts.asks(vmcb, kind)

@@ -27,6 +27,7 @@ from harness.model.registers import CR4, DR6_BS, EFER, RFLAGS
 from harness.model.tlb_events import Flushed, Ran, Wrote
 from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
 from harness.model.walk import Walk
+from harness.scenario.ops import STRINGS
 from harness.wire.image import tag
 from harness.wire.program import Step, WireProbe
 
@@ -62,7 +63,8 @@ class L2(Translation):
         self.in_shadow = False
         """Whether that was one behind which no interrupt is taken."""
         self.undefined: dict[str, int] = {}
-        self.rsi = step.c
+        self.registers = {"rsi": step.c}
+        """General registers that are known, beside those that it leaves alone: rSI is its mailbox."""
         self.is_rmw = False
         """Whether the probe at hand is a read-modify-write."""
         self.asid = state.vmcb["asid"]
@@ -169,9 +171,9 @@ class L2(Translation):
         self.at(stub.label(kind, size), value)
         if kind in ("read", "write", "rmw", "push", "pop"):
             result = self._data(kind, size, address, value, index)
-        elif kind in ("ins", "outs"):
+        elif kind in STRINGS:
             self.is_rmw = False
-            result = devices.string(self, kind, size, address, index)
+            result = devices.string(self, kind, size, address, value, index)
         elif kind == "lar":
             result = self._lar(value, index)
         elif kind == "fetch":

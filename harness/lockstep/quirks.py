@@ -53,6 +53,7 @@ PSE36_OF_FOUR: Final = "pse36-of-four"
 SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
+REPEATED_INS_LOST: Final = "repeated-ins-lost"
 WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
@@ -64,7 +65,7 @@ STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
 BREAKPOINTS_KEPT: Final = "breakpoints-kept"
 EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
 XSETBV_INTERCEPT_FIRST: Final = "xsetbv-intercept-first"
-INTERRUPT_BEHIND_NMI: Final = "interrupt-behind-nmi"
+INTERRUPT_BEHIND_ANOTHER: Final = "interrupt-behind-another"
 DELIVERY_EMULATED: Final = "delivery-emulated"
 PUSH_OF_SUPERVISOR: Final = "push-of-supervisor"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
@@ -270,6 +271,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SOFTWARE_WALK_FAULT: Quirk(),
     SOFTWARE_WALK_OFFSET: Quirk(),
     STRING_WRITE_HALVES: Quirk(),
+    REPEATED_INS_LOST: Quirk(),
     WINDOW_AS_INTERRUPT: Quirk(),
     FIRST_EVENT_KEPT: Quirk(),
     XSETBV_CPL_FIRST: Quirk(),
@@ -281,7 +283,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     BREAKPOINTS_KEPT: Quirk(),
     EXCLUSIVE_PROBES_FIRST: Quirk(),
     XSETBV_INTERCEPT_FIRST: Quirk(),
-    INTERRUPT_BEHIND_NMI: Quirk(),
+    INTERRUPT_BEHIND_ANOTHER: Quirk(),
     DELIVERY_EMULATED: Quirk(),
     PUSH_OF_SUPERVISOR: Quirk(),
     LMSW_BY_BITS: Quirk(),

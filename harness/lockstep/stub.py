@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from harness.model.registers import RFLAGS
-from harness.scenario.ops import SIZED
+from harness.scenario.ops import SIZED, STRINGS
 
 FLAGS: Final = RFLAGS.ZF | RFLAGS.PF
 """Status flags at each labelled access: those of a comparison of equals."""
@@ -43,8 +43,8 @@ SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
 UNPRIVILEGED: Final = frozenset(
     {"rdrsp", "wrrsp", "rdseg", "rdflags", "wrflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn",
      "icebp", "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "remote",
-     "remotenmi", "ins", "outs", "rsm"}
-    | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
+     "remotenmi", "rsm"}
+    | STRINGS | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
 """Register probes that work at CPL 3 too (SGDT and the like while CR4.UMIP is 0)."""
 

@@ -236,8 +236,9 @@ class Twin(State):
         if "nrips" in self.cpu.features:
             vmcb["nrip"] = l2.regs.rip + leave.length if leave.length else 0
         out.control, out.save = self.vmcb_bytes()
-        rsi = l2.rsi & 0xFFFF_FFFF if self.host_mode.narrow else l2.rsi  # an L1 in a 32-bit mode sees no more
-        out.regs = stub.CONSTANT | {"rsi": rsi, "rbp": out.next_probe}
+        seen = 0xFFFF_FFFF if self.host_mode.narrow else WHOLE  # an L1 in a 32-bit mode sees no more
+        out.regs = stub.CONSTANT | {name: value & seen for name, value in l2.registers.items()}
+        out.regs["rbp"] = out.next_probe
         out.host = self._host() | {"dr6": l2.regs.dr6} | l2.host
 
     def _host(self) -> dict[str, int]:

@@ -39,14 +39,17 @@ INTERCEPTS: Final[dict[str, Intercept]] = (
 INTERCEPTS.update({
     "rdgdtl": INTERCEPTS["rdgdtr"], "rdidtl": INTERCEPTS["rdidtr"], "smsw": INTERCEPTS["rdcr0"],
     "lmsw": INTERCEPTS["wrcr0"], "clts": INTERCEPTS["wrcr0"], "rdmsr": INTERCEPTS["msr"], "wrmsr": INTERCEPTS["msr"],
-    "in": INTERCEPTS["ioio"], "out": INTERCEPTS["ioio"], "ins": INTERCEPTS["ioio"], "outs": INTERCEPTS["ioio"],
+    "in": INTERCEPTS["ioio"], "out": INTERCEPTS["ioio"],
+    **dict.fromkeys(("ins", "outs", "repins", "repouts", "outsfs"), INTERCEPTS["ioio"]),
 })
 
 FIRST: Final = frozenset({"rdflags", "wrflags", "iret", "rsm", "intn", "vmmcall", "xsetbv"})
 """Those whose intercept comes before all exceptions, the one for the CPL included (table 15-7)."""
 
 _STRING: Final = 1 << 2
+_REPEATED: Final = 1 << 3
 _DS: Final = 3
+_FS: Final = 4
 
 _MSR_RANGES: Final = ((0, 0), (0xC000_0000, 0x800), (0xC001_0000, 0x1000))
 _MSRS: Final = 0x2000
@@ -91,9 +94,11 @@ def ioio_info(number: int, size: int, read: bool, address_bits: int) -> int:
     return number << 16 | address_bits // 16 << 7 | size << 4 | read
 
 
-def string_info(number: int, size: int, read: bool, address_bits: int) -> int:
-    """The same of INS and OUTS, without prefixes, with the effective segment: ES, or DS (section 15.10.3)."""
-    return ioio_info(number, size, read, address_bits) | _STRING | (0 if read else _DS) << 10
+def string_info(number: int, size: int, kind: str, address_bits: int) -> int:
+    """The same of INS and OUTS, with the effective segment: ES for INS; DS, or FS (section 15.10.3)."""
+    read, repeated = kind.endswith("ins"), kind.startswith("rep")
+    segment = 0 if read else _FS if kind == "outsfs" else _DS
+    return ioio_info(number, size, read, address_bits) | _STRING | (_REPEATED if repeated else 0) | segment << 10
 
 
 def cr0_selective(vmcb: Vmcb, old: int, new: int, always: bool) -> bool:

@@ -141,7 +141,9 @@ class Scenario:
 
 PORTS: Final = frozenset({"in", "out"})
 SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
-STRINGS: Final = frozenset({"ins", "outs"})
+STRINGS: Final = frozenset({"ins", "outs", "repins", "repouts", "outsfs"})
+REPEATED: Final = frozenset({"repins", "repouts"})
+"""Of those the ones whose value says how often."""
 MEMORY: Final = SIZED - PORTS | STRINGS | {"fetch", "invlpg", "push", "pop"}
 REQUESTS: Final = frozenset({"remote", "remotenmi"})
 """Probes by which L2 asks L1's second processor to do its writes."""
@@ -170,7 +172,7 @@ def parse_probe(text: str) -> Probe:
     needs_target = kind in MEMORY | PORTS or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in STORES or kind.startswith("wr") or kind in ("lar", "lmsw")
+    takes_value = kind in STORES | REPEATED or kind.startswith("wr") or kind in ("lar", "lmsw")
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
     if takes_value and not match["value"] and kind not in STORES:

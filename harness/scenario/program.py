@@ -30,7 +30,7 @@ T = TypeVar("T")
 LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
 """Probes that L2 cannot make with 32-bit code."""
 
-NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >= PROBES["cpuid"]) | {
+NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >= PROBES["cpuid"]) | ops.STRINGS | {
     "fetch", "lar", "wres", "wrds", "rdgdtr", "rdgdtl", "rdidtr", "rdidtl", "wrgdtr", "wridtr", "rdldtr", "rdtr",
     "vmrun", "vmload", "vmsave", "stgi", "clgi",
 }

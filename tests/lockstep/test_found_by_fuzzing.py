@@ -15,7 +15,7 @@ from harness.lockstep.quirks import (
     BREAKPOINTS_KEPT,
     DELIVERY_EMULATED,
     EXCLUSIVE_PROBES_FIRST,
-    INTERRUPT_BEHIND_NMI,
+    INTERRUPT_BEHIND_ANOTHER,
     NESTED_PDPTE_SHUTDOWN,
     RMW_READS_FIRST,
     SKINIT_ANY_CPL,
@@ -167,7 +167,7 @@ def test_breakpoints_of_l1_are_disabled_by_an_exit_alone(exited: bool, fields: l
     assert [one[0] for one in found] == fields
 
 
-@pytest.mark.parametrize(("quirk", "code"), [("", 0x60), (INTERRUPT_BEHIND_NMI, ExitCode.HLT)])
+@pytest.mark.parametrize(("quirk", "code"), [("", 0x60), (INTERRUPT_BEHIND_ANOTHER, ExitCode.HLT)])
 def test_an_interrupt_is_due_before_the_handler_of_an_nmi(
     twin: Twin, compiler: Compiler, quirk: str, code: int
 ) -> None:
@@ -175,3 +175,16 @@ def test_an_interrupt_is_due_before_the_handler_of_an_nmi(
     last(twin, compiler, replace(scenario, ops=scenario.ops[:-2]), quirk)
     assert twin.vmcb["exitcode"] == code and "nmi" not in twin.outside
     assert ("interrupt" in twin.outside) == bool(quirk)
+
+
+@pytest.mark.parametrize(("gate", "quirk", "cs_pushes"), [("0x8e", "", 1), ("0x8f", "", 2),
+                                                          ("0x8f", INTERRUPT_BEHIND_ANOTHER, 1)])
+def test_a_trap_gate_lets_a_virtual_interrupt_in(
+    twin: Twin, compiler: Compiler, gate: str, quirk: str, cs_pushes: int
+) -> None:
+    """8.9.1: such a gate leaves IF, so that what is pending is due before the handler's first instruction."""
+    name = f"events/virtual-behind-physical[{gate},0x1e00060100]"
+    (scenario,) = files.load([LIBRARY], lambda it: it == name)
+    last(twin, compiler, replace(scenario, ops=scenario.ops[:-1]), quirk)
+    assert twin.vmcb["exitcode"] == ExitCode.HLT
+    assert bool(twin.vmcb["v_intr"] & 1 << 8) == (cs_pushes == 1)
