@@ -31,6 +31,7 @@ INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
 NESTED_PDPTE_UNCHECKED: Final = "nested-pdpte-unchecked"
 NESTED_PDPTE_SHUTDOWN: Final = "nested-pdpte-shutdown"
+V_TPR_OVERWRITTEN: Final = "v-tpr-overwritten"
 VMRUN_WANTS_PAGING: Final = "vmrun-wants-paging"
 BREAKPOINT_AS_SOFTWARE: Final = "breakpoint-as-software"
 INVD_AS_WBINVD: Final = "invd-as-wbinvd"
@@ -261,6 +262,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),
     NESTED_PDPTE_SHUTDOWN: Quirk(),
     VMRUN_WANTS_PAGING: Quirk(),
+    V_TPR_OVERWRITTEN: Quirk(),
     BREAKPOINT_AS_SOFTWARE: Quirk(),
     INVD_AS_WBINVD: Quirk(),
     RDTSCP_AS_RDTSC: Quirk(),

@@ -17,6 +17,7 @@ from harness.lockstep.quirks import (
     NESTED_PDPTE_SHUTDOWN,
     PDE_WRITES_MISSED,
     SOFTWARE_EVENT_LOST,
+    V_TPR_OVERWRITTEN,
     VMRUN_WANTS_PAGING,
 )
 from harness.lockstep.state import PENDING, State
@@ -119,11 +120,18 @@ class Twin(State):
             out.next_probe = len(step.probes)
             l2.end()
         except Leave as leave:
+            self._share_tpr(l2)
             self._leave(out, l2, leave)
         except UsageError:
             self._undo(out)
             raise
         return out
+
+    def _share_tpr(self, l2: L2) -> None:
+        """By a quirk, CR8 lies in V_TPR also where it is L1's own."""
+        control, cr8 = self.vmcb["v_intr"], l2.host.get("cr8", self.host.cr8)
+        if not control & VIntr.MASKING and control & VIntr.TPR != cr8 and self.quirks.has(V_TPR_OVERWRITTEN):
+            self.vmcb["v_intr"] = control & ~VIntr.TPR | cr8
 
     def _tlb_control(self) -> int:
         """TLB_CONTROL as this CPU obeys it: without flush by ASID, 3 and 7 are reserved (table 15-9)."""

@@ -15,6 +15,7 @@ from harness.lockstep.quirks import (
     REPEATED_INS_LOST,
     SOFTWARE_WALK_FAULT,
     STRING_WRITE_HALVES,
+    V_TPR_OVERWRITTEN,
 )
 from harness.lockstep.twin import Twin
 from harness.model import local_apic
@@ -188,3 +189,14 @@ def test_an_fs_of_legacy_mode_with_a_limit_is_not_modelled(twin: Twin, compiler:
     program = compiler.compile(one('vmcb = "fs.limit"\nvalue = 0xfff', run("outsfs a"), head='guest = "32-bit"\n'))
     with pytest.raises(UsageError, match="FS"):
         _predict(twin, program)
+
+
+@pytest.mark.parametrize(("control", "probes", "kept", "shared"), [
+    (0x5, "rdcr8", 5, 6), (0x5, "wrcr8 = 0x9", 9, 9), (0x100_0005, "rdcr8", 5, 5)])
+def test_v_tpr_is_l1s_cr8(control: int, probes: str, kept: int, shared: int, twin: Twin, compiler: Compiler) -> None:
+    """By the quirk, and only without V_INTR_MASKING: what L2 wrote it has written to both."""
+    program = compiler.compile(one('host = "cr8"\nvalue = 0x6', f'vmcb = "v_intr"\nvalue = {control}', run(probes)))
+    _predict(twin, program)
+    assert twin.vmcb["v_intr"] == control & ~0xF | kept
+    _predict(twin, program, [V_TPR_OVERWRITTEN])
+    assert twin.vmcb["v_intr"] == control & ~0xF | shared
