@@ -24,6 +24,7 @@ FLAVOURS: Final = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-imag
 _PART: Final = re.compile(r"linux-(image|binary|modules)-(unsigned-)?\d\S*")
 _SUFFIXES: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 _OWN: Final = "give a kernel of your own with --kernel PATH --modules DIR"
+REMEDY: Final = f"build it with CONFIG_KVM_AMD, CONFIG_VIRTIO_PCI and CONFIG_VIRTIO_CONSOLE (y or m), or {_OWN}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Kernel:
                 if self._builtin is not None and name not in self._builtin:
                     raise LaunchFailed(
                         f"kernel {self.release} has no {name}{wanted_by}: neither in {self._where()} nor built in; "
-                        f"build it with CONFIG_KVM_AMD, CONFIG_VIRTIO_PCI and CONFIG_VIRTIO_CONSOLE (y or m), or {_OWN}"
+                        f"{REMEDY}"
                     )
                 return
             for other in _modinfo(data, "depends"):

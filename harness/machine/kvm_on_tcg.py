@@ -127,6 +127,7 @@ def start(
     with l0.start(path, cpu_model, linux, root, extra) as host:
         try:
             release, number = kernel_version(host)
+            _check_kvm(host, release)
             layers = (Layer("kvm", number), Layer("qemu-tcg", version))
             identity = Identity("kvm-on-tcg", path, version, cpu_model, layers, release, number,
                                 tuple(options.parameters), options.pages,
@@ -153,6 +154,13 @@ def kernel_version(host: l0.L0) -> tuple[str, tuple[int, ...]]:
     text = host.run("uname -r; cat /proc/version_signature 2>/dev/null; uname -v").decode()
     release, _, rest = text.partition("\n")
     return release, here.upstream(release, rest)
+
+
+def _check_kvm(host: l0.L0, release: str) -> None:
+    """Raises LaunchFailed where there is no KVM: known only now if nothing says what is built into the kernel."""
+    if host.try_run("test -c /dev/kvm")[0]:
+        raise LaunchFailed(f"kernel {release} has no kvm_amd: neither among its modules nor built in; {kernel.REMEDY}\n"
+                           f"{host.lost('L0 has no /dev/kvm')}")
 
 
 class _Files:

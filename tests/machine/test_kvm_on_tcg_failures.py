@@ -94,6 +94,15 @@ def test_a_parameter_that_is_not_there(linux: kernel.Kernel) -> None:
 
 
 @pytest.mark.guest
+def test_no_kvm_amd_where_nobody_says_what_is_built_in(tmp_path: Path, linux: kernel.Kernel) -> None:
+    modules = modules_without(linux, tmp_path, "kvm_amd", None)
+    (modules / "modules.builtin").unlink()
+    text = failure(kernel=linux.image, modules=modules)
+    assert f"kernel {linux.release} has no kvm_amd" in text and "CONFIG_KVM_AMD" in text
+    assert "it was started as" in text and "L0 has no /dev/kvm" in text
+
+
+@pytest.mark.guest
 def test_a_module_that_does_not_load(tmp_path: Path, linux: kernel.Kernel) -> None:
     whole = linux.module("kvm_amd")
     assert whole is not None
