@@ -108,6 +108,7 @@ static void run(const struct tw_op *op, const struct tw_probe *probes, uint64_t 
 		copy64(loaded, save, sizeof(loaded));
 		host_vmrun(op->a, plain);
 
+		l1_host_after.early = pending_early();
 		pending_settle(*exit_code, !(*(uint32_t *)(op->a + VMCB_MISC1) & MISC1_NMI));
 		record = next_record(TW_RECORD_EXIT, number);
 		next = l1_regs.rbp < first ? first : l1_regs.rbp < count ? l1_regs.rbp : count;

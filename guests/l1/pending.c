@@ -82,6 +82,11 @@ static void let_nmi_in(void)
 	nmi_is_sent = 0;
 }
 
+uint32_t pending_early(void)
+{
+	return (nmi_is_sent && l1_nmi_taken ? 1 : 0) | (interrupt_is_sent && l1_interrupt_taken ? 2 : 0);
+}
+
 /*
  * Behind a #VMEXIT: L1 takes what ended L2; of an interrupt that L2 took it tells the APIC the end. `takes_nmi`: L1 does
  * not intercept NMIs.

@@ -55,6 +55,7 @@ SOFTWARE_WALK_FAULT: Final = "software-walk-fault"
 SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
 REPEATED_INS_LOST: Final = "repeated-ins-lost"
+VM_STATE_WANTS_NPT: Final = "vm-state-wants-npt"
 WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
@@ -274,6 +275,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     SOFTWARE_WALK_OFFSET: Quirk(),
     STRING_WRITE_HALVES: Quirk(),
     REPEATED_INS_LOST: Quirk(),
+    VM_STATE_WANTS_NPT: Quirk(),
     WINDOW_AS_INTERRUPT: Quirk(),
     FIRST_EVENT_KEPT: Quirk(),
     XSETBV_CPL_FIRST: Quirk(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
-from harness.lockstep import stub
+from harness.lockstep import stub, vm_state
 from harness.lockstep.hazards import CR8_WITH_V_IRQ
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import BREAKPOINTS_KEPT, PKE_NOT_FLUSHED
@@ -15,6 +15,7 @@ from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.events import Event
 from harness.model.registers import CR0, CR4, RFLAGS
 from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode, VIntr
+from harness.scenario.ops import VM_STATE
 
 if TYPE_CHECKING:
     from harness.lockstep.l2 import L2
@@ -36,6 +37,8 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
         return l2.second_processor(kind, value)
     if kind in ("rdpkru", "wrpkru"):
         return _pkru(l2, kind, value)
+    if kind in VM_STATE:
+        return vm_state.do(l2, kind, value)
     if kind in stub.DESCRIPTOR_READS:
         return vmcb[stub.DESCRIPTOR_READS[kind]] & l2.mask
     if kind in stub.LOADED_LIMITS:

@@ -192,6 +192,8 @@ def _state(one: Divergence, who: str, probe: Probe | None) -> str:
     name, why = one.field, _why(one)
     if name.endswith(" before VMRUN"):
         return f"Before VMRUN the VMCB's {name.removeprefix('vmcb.').removesuffix(' before VMRUN')} was wrong{why}."
+    if name == "l1.early":
+        return "L1 took an NMI or an interrupt while GIF was 0."
     if name.startswith("l1."):
         return f"#VMEXIT did not give L1 its {name[3:].upper()} back{why}."
     if name.startswith("l2."):

@@ -142,6 +142,8 @@ class Scenario:
 PORTS: Final = frozenset({"in", "out"})
 SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
 STRINGS: Final = frozenset({"ins", "outs", "repins", "repouts", "outsfs"})
+VM_STATE: Final = frozenset({"vmload", "vmsave"})
+"""Probes whose value is the sPA that rAX has for them, 0 if there is none."""
 REPEATED: Final = frozenset({"repins", "repouts"})
 """Of those the ones whose value says how often."""
 MEMORY: Final = SIZED - PORTS | STRINGS | {"fetch", "invlpg", "push", "pop"}
@@ -172,10 +174,10 @@ def parse_probe(text: str) -> Probe:
     needs_target = kind in MEMORY | PORTS or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in STORES | REPEATED or kind.startswith("wr") or kind in ("lar", "lmsw")
+    takes_value = kind in STORES | REPEATED | VM_STATE or kind.startswith("wr") or kind in ("lar", "lmsw")
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
-    if takes_value and not match["value"] and kind not in STORES:
+    if takes_value and not match["value"] and kind not in STORES | VM_STATE:
         raise ValueError(f"{text!r}: {kind} needs a value, as in `{kind} = 0x1`")
     return Probe(
         kind,

@@ -343,11 +343,13 @@ class _Body:
         return _lookup(self.world.gva | self.world.entry_gva, probe.target, "page or entry of L2")
 
     def _entry_value(self, text: str) -> int:
-        """`&ENTRY[@PAGE][+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`: see `ops.Probe.value`."""
+        """`&ENTRY[@PAGE][+BIT][-BIT]` or `&vmcb.FIELD[+BIT][-BIT]`, or `&spa.PAGE`: see `ops.Probe.value`."""
         name, *changes = re.split(r"(?=[+-])", text[1:])
         name, _, page = name.partition("@")
         bits = BITS
-        if name.startswith("vmcb."):
+        if name.startswith("spa."):
+            value = _lookup(self.world.spa, name.removeprefix("spa."), "page")
+        elif name.startswith("vmcb."):
             name = name.removeprefix("vmcb.")
             value = _lookup(self.vmcb, name, "VMCB field")
             bits = VMCB_BITS.get(name, BITS)

@@ -129,7 +129,8 @@ HOST = _declare(
         "rax", "rsp", "rflags", "cr0", "cr3", "cr4", "cr8", "efer", "dr6", "dr7", "pat", "tsc",
     )),
     *(Field(n, "u16") for n in ("es", "cs", "ss", "ds", "gdt_limit", "idt_limit")),
-    Field("all_read", "u32"),  # behind VMRUN: whether CR4, DR6, DR7, EFER and PAT were read, or are left out
+    Field("all_read", "u16"),  # behind VMRUN: whether CR4, DR6, DR7, EFER and PAT were read, or are left out
+    Field("early", "u16"),  # behind VMRUN: what L1 has taken though GIF is 0: an NMI (1), an interrupt (2)
     Field("gdt_base"),
     Field("idt_base"),
 )

@@ -186,7 +186,7 @@ class FakeMachine:
             host = self.twin.host_at_vmrun()
             before = {name: 0x1000 + n for n, name in enumerate(HOST.names)} | {"tsc": 0} | {
                 "rax": step.a, "cr0": host.cr0, "cr4": host.cr4, "efer": host.efer, "pat": host.pat, "dr7": host.dr7,
-                "rflags": 0x8D7, "all_read": 1,
+                "rflags": 0x8D7, "all_read": 1, "early": 0,
             }
             after = before | out.host | {"dr7": host.dr7 & ~0xFF}
             regs = entry | out.regs

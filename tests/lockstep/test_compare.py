@@ -131,7 +131,16 @@ def test_each_register_of_l1_after_a_refusal(name: str, check: Check) -> None:
 
 
 def test_every_register_of_l1_is_covered() -> None:
-    assert set(RESTORED) | {"dr7", "all_read", "tsc"} == set(HOST.names)
+    assert set(RESTORED) | {"dr7", "all_read", "early", "tsc"} == set(HOST.names)
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+def test_what_l1_takes_while_gif_is_0(taken: int, check: Check) -> None:
+    """15.17: it holds NMIs and interrupts back until VMRUN, or STGI."""
+    at = _AT["after"] + HOST.offsets["early"]
+    found = only(check(Doctor("EXIT", at, bytes([taken])), "read a"))
+    assert (found.check, found.field, found.observed) == ("C3", "l1.early", taken)
+
 
 
 class Sparing(Doctor):
