@@ -6,13 +6,15 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
 from harness.lockstep import instructions
 from harness.lockstep.delivery import Leave
+from harness.lockstep.nested_tables import NestedTables
 from harness.lockstep.quirks import (
+    EMULATED_FAULT_PLACE,
     REPEATED_INS_LOST,
     SOFTWARE_WALK_FAULT,
     SOFTWARE_WALK_OFFSET,
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 _READ: Final = {cpl: Access(user=cpl == 3) for cpl in range(4)}
 _WRITE: Final = {cpl: Access(write=True, user=cpl == 3) for cpl in range(4)}
+_FETCH: Final = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
 _IN_PAGE: Final = 0xFFF
+_LOW: Final = 0xFFFF_FFFF
 _FLAT: Final = 0xC93
 """Attributes of a flat data segment."""
 
@@ -60,6 +64,35 @@ def fault(l2: L2, walk: Walk) -> Walk:
             if gpa & _IN_PAGE and l2.state.quirks.has(SOFTWARE_WALK_OFFSET):
                 return walk._replace(outcome=NestedPageFault(code, gpa & ~_IN_PAGE))
     return walk
+
+
+def place(l2: L2, walk: Walk, code: int, gpa: int) -> tuple[int, int]:
+    """EXITINFO1 and 2 of a nested fault. By a quirk, where L2's walks write to a page of which a hypervisor keeps a
+    shadow, it carries out the instruction by walks of its own, and they are those of the entry that had it do so, or
+    have its own walk's address. Which pages it has from earlier programs cannot be known, only seen."""
+    seen, quirks = l2.state.seen, l2.state.quirks
+    if not quirks or l2.paging.guest is None or seen is None or seen.exitcode != ExitCode.NPF:
+        return code, gpa
+    fetched = l2.walk(l2.regs.rip + l2.base & l2.mask, _FETCH[l2.regs.cpl])
+    stale = seen.fault_code == code & _LOW | ErrorCode.GUEST_TABLE and seen.fault_address != gpa
+    if stale and seen.fault_address in (*_tables(l2, walk), *_tables(l2, fetched)) and quirks.has(EMULATED_FAULT_PLACE):
+        return seen.fault_code, seen.fault_address
+    if gpa & _IN_PAGE and SOFTWARE_WALK_OFFSET in quirks.names and l2.paging.nested is not None:
+        kept = NestedTables(l2.paging.ncr3, l2.paging.nested, l2.state.memory.bytes).pages()
+        own = {step[3] & ~_IN_PAGE for step in (*fetched.trail, *walk.trail) if step[0] == "guest"}
+        if own.intersection(kept) and quirks.has(SOFTWARE_WALK_OFFSET):
+            return code, gpa & ~_IN_PAGE
+    return code, gpa
+
+
+def _tables(l2: L2, walk: Walk) -> Iterator[int]:
+    """The gPA of each entry of L2's own that `walk` reads."""
+    assert l2.paging.guest is not None
+    table = l2.paging.gcr3 & l2.paging.guest.root_mask
+    for dimension, _, _, address, entry in walk.trail:
+        if dimension == "guest":
+            yield table & ~_IN_PAGE | address & _IN_PAGE
+            table = entry & FRAME
 
 
 def string(l2: L2, kind: str, size: int, address: int, count: int, index: int) -> int:

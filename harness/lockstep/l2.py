@@ -326,7 +326,7 @@ class L2(Translation):
         L2's own IDT if not."""
         match walk.outcome:
             case NestedPageFault(code, gpa):
-                raise Leave(ExitCode.NPF, code, gpa, walk, walk.rule)
+                raise Leave(ExitCode.NPF, *devices.place(self, walk, code, gpa), walk, walk.rule)
             case PageFault(code, gva):
                 if not self.intercepted(events.PF):
                     self.regs.cr2 = gva

@@ -69,6 +69,7 @@ EXCLUSIVE_PROBES_FIRST: Final = "exclusive-probes-first"
 XSETBV_INTERCEPT_FIRST: Final = "xsetbv-intercept-first"
 INTERRUPT_BEHIND_ANOTHER: Final = "interrupt-behind-another"
 DELIVERY_EMULATED: Final = "delivery-emulated"
+EMULATED_FAULT_PLACE: Final = "emulated-fault-place"
 PUSH_OF_SUPERVISOR: Final = "push-of-supervisor"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
@@ -289,6 +290,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     XSETBV_INTERCEPT_FIRST: Quirk(),
     INTERRUPT_BEHIND_ANOTHER: Quirk(),
     DELIVERY_EMULATED: Quirk(),
+    EMULATED_FAULT_PLACE: Quirk(),
     PUSH_OF_SUPERVISOR: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
