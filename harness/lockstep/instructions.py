@@ -10,9 +10,13 @@ from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.hazards import PAE_STEPPED_OVER, STEPPED_OVER
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
+    CR4_HIGH_DROPPED,
     CR_READS_AS_CR0,
+    EFER_RESERVED_DROPPED,
     EMULATED_BELOW,
     ICEBP_UNDEFINED,
+    ILLEGAL_CR4_ENDS,
+    INTERCEPT_BEFORE_ILLEGAL,
     INVD_AS_WBINVD,
     INVD_WITHOUT_CPL,
     LMSW_BY_BITS,
@@ -28,6 +32,7 @@ from harness.lockstep.quirks import (
 from harness.model import events, intercepts
 from harness.model.access import ErrorCode
 from harness.model.events import Event
+from harness.model.illegal import is_illegal
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode, VIntr
@@ -80,6 +85,10 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         kind in _STI and l2.regs.cpl <= l2.regs.rflags >> 12 & 3)
     if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
         l2.exception(Event.exception(events.GP))
+    name = stub.MSR_FIELDS.get(address, "") if kind == "wrmsr" else kind[2:] if kind.startswith("wr") else ""
+    illegal = is_illegal(name, value, l2.regs, l2.state.cpu)
+    if illegal and kind != "wrmsr" and not quirks.has(INTERCEPT_BEFORE_ILLEGAL):  # table 15-7
+        l2.exception(Event.exception(events.GP))
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
         l2.exception(Event.exception(events.UD))
     if kind == "invd":  # perhaps taken for WBINVD, which L1 does not intercept
@@ -92,9 +101,26 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         end_of_emulation(l2)
     if kind != "invd":
         _step_over(l2, kind, address)
+    if illegal:  # of MSRs behind the intercept (15.11)
+        _refuse(l2, name, value)
+        return value
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
     return registers.probe(l2, kind, address, value)
+
+
+def _refuse(l2: L2, name: str, value: int) -> None:
+    """#GP(0) for a write that is illegal. By quirks CR4's ends L2 as a VMRUN that is refused does, or its upper half
+    is dropped, and so are EFER's reserved bits: returns then."""
+    low = value & 0xFFFF_FFFF
+    if name == "cr4" and low != value and not is_illegal(name, low, l2.regs, l2.state.cpu) and (
+            l2.state.quirks.has(CR4_HIGH_DROPPED)):
+        registers.write(l2, name, low)
+        return
+    if name == "cr4" and l2.state.quirks.has(ILLEGAL_CR4_ENDS):
+        raise Leave(ExitCode.INVALID & 0xFFFF_FFFF, rule="exit.privileged")
+    if name != "efer" or not l2.state.quirks.has(EFER_RESERVED_DROPPED):
+        l2.exception(Event.exception(events.GP))
 
 
 def _step_over(l2: L2, kind: str, address: int) -> None:

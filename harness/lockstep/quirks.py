@@ -56,6 +56,10 @@ SOFTWARE_WALK_OFFSET: Final = "software-walk-offset"
 STRING_WRITE_HALVES: Final = "string-write-halves"
 REPEATED_INS_LOST: Final = "repeated-ins-lost"
 VM_STATE_WANTS_NPT: Final = "vm-state-wants-npt"
+INTERCEPT_BEFORE_ILLEGAL: Final = "intercept-before-illegal"
+CR4_HIGH_DROPPED: Final = "cr4-high-dropped"
+ILLEGAL_CR4_ENDS: Final = "illegal-cr4-ends"
+EFER_RESERVED_DROPPED: Final = "efer-reserved-dropped"
 WINDOW_AS_INTERRUPT: Final = "window-as-interrupt"
 FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
@@ -277,6 +281,10 @@ QUIRKS: Final[dict[str, Quirk]] = {
     STRING_WRITE_HALVES: Quirk(),
     REPEATED_INS_LOST: Quirk(),
     VM_STATE_WANTS_NPT: Quirk(),
+    INTERCEPT_BEFORE_ILLEGAL: Quirk(),
+    CR4_HIGH_DROPPED: Quirk(),
+    ILLEGAL_CR4_ENDS: Quirk(),
+    EFER_RESERVED_DROPPED: Quirk(),
     WINDOW_AS_INTERRUPT: Quirk(),
     FIRST_EVENT_KEPT: Quirk(),
     XSETBV_CPL_FIRST: Quirk(),
