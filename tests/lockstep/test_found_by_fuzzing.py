@@ -14,15 +14,18 @@ from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import (
     BREAKPOINTS_KEPT,
     DELIVERY_EMULATED,
+    EMULATED_FAULT_PLACE,
     EXCLUSIVE_PROBES_FIRST,
     INTERRUPT_BEHIND_ANOTHER,
     NESTED_PDPTE_SHUTDOWN,
     RMW_READS_FIRST,
     SKINIT_ANY_CPL,
+    SOFTWARE_WALK_OFFSET,
     XSETBV_INTERCEPT_FIRST,
 )
 from harness.lockstep.twin import Twin
 from harness.model import events
+from harness.model.access import ErrorCode
 from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import ExitCode
@@ -188,3 +191,33 @@ def test_a_trap_gate_lets_a_virtual_interrupt_in(
     last(twin, compiler, replace(scenario, ops=scenario.ops[:-1]), quirk)
     assert twin.vmcb["exitcode"] == ExitCode.HLT
     assert bool(twin.vmcb["v_intr"] & 1 << 8) == (cs_pushes == 1)
+
+
+def _seen_npf(code: int, gpa: int) -> Any:
+    return SimpleNamespace(exitcode=ExitCode.NPF, next_probe=1, fault_code=code, fault_address=gpa)
+
+
+def test_a_fault_behind_a_shadowed_table_is_told_as_the_tables(twin: Twin, compiler: Compiler) -> None:
+    name = "regressions/fault-behind-nested-table[pd,p,read a+0x5b8]"
+    last(twin, compiler, name)
+    code, gpa = left(twin, "exitinfo1", "exitinfo2")
+    assert code == ErrorCode.FINAL | ErrorCode.U
+    by_table, pde = ErrorCode.GUEST_TABLE | ErrorCode.U, 0x44E3_39C0
+    for seen, told in (
+        (_seen_npf(by_table, pde), (by_table, pde)),
+        (_seen_npf(by_table, pde + 8), (code, gpa)),  # no entry of that walk
+        (_seen_npf(by_table | ErrorCode.P, pde), (code, gpa)),  # not that fault
+        (_seen_npf(code, pde), (code, gpa)),  # told as one of the page itself
+    ):
+        last(twin, compiler, name, EMULATED_FAULT_PLACE, seen=seen)
+        assert left(twin, "exitinfo1", "exitinfo2") == told
+    last(twin, compiler, name, SOFTWARE_WALK_OFFSET, seen=_seen_npf(code, gpa & ~0xFFF))
+    assert left(twin, "exitinfo1", "exitinfo2") == (code, gpa & ~0xFFF)
+
+
+def test_nothing_else_is_told_without_an_offset(twin: Twin, compiler: Compiler) -> None:
+    scenario = one('entry = "nested.a.pte"\nclear = ["p"]', run("read a+0x5b8"))
+    last(twin, compiler, scenario)
+    code, gpa = left(twin, "exitinfo1", "exitinfo2")
+    last(twin, compiler, scenario, SOFTWARE_WALK_OFFSET, seen=_seen_npf(code, gpa & ~0xFFF))
+    assert gpa & 0xFFF == 0x5B8 and left(twin, "exitinfo1", "exitinfo2") == (code, gpa)
