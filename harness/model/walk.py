@@ -72,12 +72,14 @@ class Step(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A whole walk: its outcome, the rule that decided it, the entries read, the bits that follow."""
+    """A whole walk: its outcome, the rule that decided it, the entries read, the bits that follow; after a reserved-bit
+    fault the reserved bits that are set in the last entry, else 0."""
 
     outcome: Outcome
     rule: str
     trail: Trail
     updates: list[Update]
+    reserved: int = 0
 
     @property
     def steps(self) -> list[Step]:
@@ -87,10 +89,11 @@ class Walk(NamedTuple):
 class Fault(Exception):
     """Ends a walk: `translate` makes its outcome of it."""
 
-    def __init__(self, rule: str, outcome: Outcome) -> None:
+    def __init__(self, rule: str, outcome: Outcome, reserved: int = 0) -> None:
         super().__init__(rule)
         self.rule = rule
         self.outcome = outcome
+        self.reserved = reserved
 
 
 class _Halves:
@@ -103,6 +106,7 @@ class _Halves:
         return self._ram[index >> 1] >> (index & 1) * 32 & 0xFFFF_FFFF
 
 
+_RESERVED: Final = ErrorCode.P | ErrorCode.RSVD
 _new: Any = tuple.__new__
 """Makes a named tuple as its class does, without the detour: walks are many."""
 
@@ -115,6 +119,7 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
     trail: Trail = []
     updates: list[Update] = []
     rule = "reached"
+    reserved = 0
     outcome: Outcome
     try:
         gpa = gva if paging.guest is None else _walk_guest(paging, paging.guest, ram, gva, access, trail, updates)
@@ -123,10 +128,10 @@ def translate(paging: Paging, ram: Words, gva: int, access: Access) -> Walk:
             spa = walk_nested(paging, paging.nested, ram, gpa, access, FINAL, trail, updates)
         outcome = _new(Reached, (spa, gpa))
     except Fault as fault:
-        rule, outcome = fault.rule, fault.outcome
+        rule, outcome, reserved = fault.rule, fault.outcome, fault.reserved
         if isinstance(outcome, NestedPageFault):
             updates = _cut_short(trail, updates)
-    walk: Walk = _new(Walk, (outcome, rule, trail, updates))
+    walk: Walk = _new(Walk, (outcome, rule, trail, updates, reserved))
     return walk
 
 
@@ -159,11 +164,11 @@ def walk_nested(
             if not entry & P:
                 raise _nested_fault("present", paging, gpa, access, purpose, 0)
             if entry & leaf:
-                if entry & reserved_leaf:
-                    raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
+                if reserved := entry & reserved_leaf:
+                    raise _nested_fault("reserved", paging, gpa, access, purpose, _RESERVED, reserved)
                 break
-            if entry & reserved_table:
-                raise _nested_fault("reserved", paging, gpa, access, purpose, ErrorCode.P | ErrorCode.RSVD)
+            if reserved := entry & reserved_table:
+                raise _nested_fault("reserved", paging, gpa, access, purpose, _RESERVED, reserved)
         if accessed:
             updates.append((address, accessed, NESTED_TABLE))
         table = entry & FRAME
@@ -252,11 +257,11 @@ def _walk_guest(
             if not entry & P:
                 raise _guest_fault("present", paging, gva, access, 0)
             if entry & leaf:
-                if entry & reserved_leaf:
-                    raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
+                if reserved := entry & reserved_leaf:
+                    raise _guest_fault("reserved", paging, gva, access, _RESERVED, reserved)
                 break
-            if entry & reserved_table:
-                raise _guest_fault("reserved", paging, gva, access, ErrorCode.P | ErrorCode.RSVD)
+            if reserved := entry & reserved_table:
+                raise _guest_fault("reserved", paging, gva, access, _RESERVED, reserved)
         if accessed:
             updates.append((address, accessed, TABLE))
         table = entry & FRAME
@@ -311,7 +316,7 @@ def _is_supervisor_shadow_stack(levels: tuple[Level, ...], trail: Trail, purpose
     return bool(leaf & NX) and not leaf & US and all(entry & RW for entry in tables)
 
 
-def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int) -> Fault:
+def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int, reserved: int = 0) -> Fault:
     """#PF (section 8.4.2): code bits that say what was tried, beside those that say what failed."""
     if access.write:
         code |= ErrorCode.W
@@ -321,7 +326,7 @@ def _guest_fault(rule: str, paging: Paging, gva: int, access: Access, code: int)
         code |= ErrorCode.ID
     if access.shadow_stack:
         code |= ErrorCode.SS
-    return Fault(f"guest.{rule}", PageFault(code, gva))
+    return Fault(f"guest.{rule}", PageFault(code, gva), reserved)
 
 
 def _denied(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, leaf: int) -> Fault:
@@ -330,7 +335,9 @@ def _denied(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, l
     return _nested_fault(rule, paging, gpa, access, purpose, ErrorCode.P | (ErrorCode.SSS if sss else 0))
 
 
-def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int) -> Fault:
+def _nested_fault(
+    rule: str, paging: Paging, gpa: int, access: Access, purpose: str, code: int, reserved: int = 0,
+) -> Fault:
     """#NPF (section 15.25.6): the guest's table accesses report W and U, as the user writes they are. Only
     under GMET does U tell the CPL of a fetch."""
     code |= ErrorCode.FINAL if purpose == FINAL else ErrorCode.GUEST_TABLE
@@ -342,4 +349,4 @@ def _nested_fault(rule: str, paging: Paging, gpa: int, access: Access, purpose: 
         code |= ErrorCode.ID
     if access.shadow_stack:
         code |= ErrorCode.SS
-    return Fault(f"nested.{rule}", NestedPageFault(code, gpa))
+    return Fault(f"nested.{rule}", NestedPageFault(code, gpa), reserved)

@@ -158,6 +158,8 @@ class Beside:
         """The index of the entry that the model's walk failed at, and what that has: `R/W=0`."""
         last = len(self.steps) - 1
         kind = self.walk.rule.rpartition(".")[2]
+        if kind == "reserved" and self.walk.reserved:
+            return last, f"reserved {words.bits(self.walk.reserved)} set"
         if kind not in _DENIED_BY:
             return last, _ENDED_BY.get(kind, "rights that forbid it")
         bit, why = _DENIED_BY[kind]

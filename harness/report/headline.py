@@ -15,6 +15,7 @@ from harness.report.findings import Finding
 from harness.scenario.ops import Probe, Scenario
 
 _REFUSED: Final = "VMEXIT_INVALID"
+_VALUES: Final = re.compile(r": it is [^\s,;]+( \([^)]*\))?(, and must be [^\s,;]+( \([^)]*\))?)?")
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+")
 _HALF_REFUSED: Final = "VMEXIT 0xffffffff,"
 _DONE: Final = re.compile(r"done, result (0x[0-9a-f]+)$")
@@ -28,6 +29,9 @@ _CONTEXTS: Final = {
 _VERBS: Final = {"read": "read", "pop": "read", "write": "write", "push": "write", "rmw": "write",
                  "fetch": "fetch from"}
 """What L2 does to memory, by the kind of probe."""
+_SAVED: Final = {"exitintinfo": "15.7.2", "v_intr": "15.21.4", "interrupt_shadow": "15.21.5"}
+"""Sections about what #VMEXIT saves in these fields; of all others it is 15.6."""
+_EXIT: Final = ("exitcode", "exitinfo1", "exitinfo2", "rip")
 
 
 def headline(finding: Finding, scenario: Scenario | None) -> str:
@@ -37,15 +41,18 @@ def headline(finding: Finding, scenario: Scenario | None) -> str:
 
 
 def kind(finding: Finding) -> str:
-    """What is wrong, without the probe and the addresses."""
-    return f"{_NUMBER.sub('...', _sentence(finding, None)).removesuffix('.')} (rule {finding.first.rule})"
+    """What is wrong, without the probe, the addresses and the values."""
+    said = _VALUES.sub("", _sentence(finding, None).removesuffix("."))
+    return f"{_NUMBER.sub('...', said)} (rule {finding.first.rule})"
 
 
 def cited(one: Divergence) -> str:
     """The manual's sections (volume 2) for what a divergence is about; empty where it is no rule of the manual's."""
     name = rule_of(one)
-    if one.check == "C3" and name.startswith(("guest.", "nested.")):
-        return ""  # the rule of the fault that L2 left by, not of what it left behind
+    if one.field == "outcome" and str(one.observed).startswith((_REFUSED, _HALF_REFUSED)) and one.expected != _REFUSED:
+        return RULES["vmrun.legal"].section
+    if one.check == "C3" and name.startswith(("guest.", "nested.", "exit.vmmcall")):
+        return _SAVED.get(one.field, "15.6")  # not the rule of the fault that L2 left by, but of what it left behind
     if one.field == "exitinfo1" and one.check == "C1":
         return "15.25.6" if name.startswith("nested.") else "8.4.2"
     return RULES[name].section if name in RULES else ""
@@ -71,11 +78,11 @@ def _sentence(finding: Finding, scenario: Scenario | None) -> str:
     if address is not None:
         return _entry(one, who)
     if one.field.startswith("memory at "):
-        return _memory(one, who)
+        return _memory(finding, who)
     if one.field == "value":
         return _value(one, who, probe)
     if one.check == "C1" and any(d.field == "rip" for d in finding.divergences):
-        return f"L2 faults at another instruction than {who}{_why(one)}."
+        return f"L2 faults at another instruction than {who}, and {one.field.upper()} is wrong{_why(one)}."
     if one.check == "C1":
         return f"{who} faults as it must, but {one.field.upper()} is wrong{_why(one)}."
     return _state(one, who, probe)
@@ -94,18 +101,28 @@ def _outcome(finding: Finding, who: str, probe: Probe | None) -> str:
     if want == _REFUSED and got.startswith(_HALF_REFUSED):
         return "VMRUN was refused as it must be, but EXITCODE is 0xffffffff, half of VMEXIT_INVALID."
     if want == _REFUSED:
-        return f"VMRUN must be refused, and was not: the machine ran L2 ({got})."
-    if got.startswith(_REFUSED):
+        return f"The machine ran L2 ({got}){_must_be_refused(one)}."
+    if got.startswith((_REFUSED, _HALF_REFUSED)):
         return "VMRUN was refused, and must not be."
     faults, reported = one.walk is not None and not isinstance(one.walk.outcome, Reached), words.parse_outcome(got)
     if faults and got.startswith("done"):
         return _let_through(finding, who, probe)
-    if not faults and reported is not None:
+    if not faults and want.startswith(("sPA", "done")):
+        if reported is None:
+            return f"{who} ended in {_kind(got)}; it must go through."
         permitted = ", which every entry of its walk permits" if one.walk is not None else "; it must go through"
         return f"The machine raised {got} for {who}{permitted}."
+    if not faults and got.startswith("done"):
+        return f"The machine let {who} through, which must end in {_kind(want)}."
     if reported is not None and _kind(got) == _kind(want):
-        return f"{who} ended in another {_kind(got)} than it must."
+        return f"{who} ended in {got}, not in {want}."
     return f"{who} ended in {_kind(got)}, not in {_kind(want)}{_because(finding) if faults else ''}."
+
+
+def _must_be_refused(one: Divergence) -> str:
+    """By which rule, if it is one of those that refuse."""
+    text = RULES[one.rule].text if one.rule in RULES else ""
+    return f", though {text.removesuffix('.')}" if text.startswith("VMRUN is refused") else "; VMRUN must be refused"
 
 
 def _let_through(finding: Finding, who: str, probe: Probe | None) -> str:
@@ -149,8 +166,8 @@ def _verb(finding: Finding, probe: Probe | None) -> str:
 
 
 def _kind(outcome: str) -> str:
-    """`#NPF` of an outcome's text, without its numbers."""
-    return outcome.split()[0].rstrip(",") if outcome else "nothing"
+    """`#NPF` of an outcome's text, without its numbers; an exit by an exception is that exception."""
+    return outcome.split()[0].rstrip(",").replace("VMEXIT_#", "#") if outcome else "nothing"
 
 
 def _entry(one: Divergence, who: str) -> str:
@@ -172,20 +189,22 @@ def step_name(dimension: str, level: str, purpose: str) -> str:
     return f"{dimension} {level} for the {'page itself' if purpose == 'final' else f'guest{chr(39)}s {purpose}'}"
 
 
-def _memory(one: Divergence, who: str) -> str:
+def _memory(finding: Finding, who: str) -> str:
+    one, wrong = finding.first, [one.field.upper() for one in finding.divergences if one.field in _EXIT]
     what = one.field.removeprefix("memory at ")
+    also = f"; the exit differs too: {', '.join(wrong)}" if wrong else ""
     if one.expected == "unchanged":
-        return f"{who} or another access changed memory at {what}, which must stay as it was."
+        return f"{who} or another access changed memory at {what}, which must stay as it was{also}."
     if one.observed == "unchanged":
-        return f"{who} did not reach memory at {what}, which it must change."
-    return f"Memory at {what} does not hold what it must."
+        return f"{who} did not reach memory at {what}, which it must change{also}."
+    return f"Memory at {what} is wrong: {words.instead(one)}{also}."
 
 
 def _value(one: Divergence, who: str, probe: Probe | None) -> str:
     came = words.reached_instead(one, probe)
     if came is not None and one.walk is not None and isinstance(one.walk.outcome, Reached):
         return f"{who} came to sPA {came:#x}; it must come to sPA {one.walk.outcome.spa:#x}."
-    return f"{who} returned a wrong value."
+    return f"{who} returned a wrong value: {words.instead(one)}."
 
 
 def _state(one: Divergence, who: str, probe: Probe | None) -> str:
@@ -207,5 +226,4 @@ def _state(one: Divergence, who: str, probe: Probe | None) -> str:
 
 
 def _why(one: Divergence) -> str:
-    difference = words.difference(one)
-    return f": {difference}" if difference else ""
+    return f": {words.difference(one) or words.instead(one)}"

@@ -33,10 +33,14 @@ _MAX_EVENTS: Final = 4
 
 def draw(finding: Finding, scenario: Scenario | None = None, width: int = 100, height: int | None = None) -> list[Line]:
     """The finding in `width` columns (80 to 120): the whole of it, or what fits `height` lines, which leaves out
-    nested walks in which nothing differs, and what the headline says already."""
+    nested walks in which nothing differs, and what the headline says already; and in the end all of the walk but where
+    it differs first."""
     width = clamp(width)
     lines = _whole(finding, scenario, width)
-    return lines if height is None or len(lines) <= height else _brief(finding, scenario, width)
+    for tight in (False, True):
+        if height is not None and len(lines) > height:
+            lines = _brief(finding, scenario, width, tight)
+    return lines
 
 
 def _whole(finding: Finding, scenario: Scenario | None, width: int) -> list[Line]:
@@ -54,17 +58,18 @@ def _whole(finding: Finding, scenario: Scenario | None, width: int) -> list[Line
     return lines
 
 
-def _brief(finding: Finding, scenario: Scenario | None, width: int) -> list[Line]:
+def _brief(finding: Finding, scenario: Scenario | None, width: int, tight: bool) -> list[Line]:
     lines = wrap(f"{finding.scenario}: {headline(finding, scenario)}", width, rest=_MARGIN, style=BAD)
     lines += wrap(place(finding, scenario), width, _MARGIN, style=DIM)
     has_walk = finding.walk is not None and bool(finding.walk.trail) and _about_walk(finding)
     told = [one for one in finding.divergences if not (has_walk and one.field == "outcome")]  # the drawing has that
-    for one in told[:_MAX_BRIEF]:
+    most = 1 if tight else _MAX_BRIEF
+    for one in told[:most]:
         lines += _listed(one, width)
-    if len(told) > _MAX_BRIEF:
-        lines.append(line(f"{_MARGIN}and {len(told) - _MAX_BRIEF} more like it"))
+    if len(told) > most:
+        lines.append(line(f"{_MARGIN}and {len(told) - most} more like it"))
     if has_walk:
-        lines += [line(""), *_Drawing(finding, width).lines(folded=True)]
+        lines += [line(""), *_Drawing(finding, width).lines(folded=True, tight=tight)]
     if finding.first.events:
         at = next((n for n, text in enumerate(finding.first.events) if text.startswith(_FIRST)), 0)
         around = finding.first.events[max(0, at - _MAX_EVENTS + 1) : at + _MAX_EVENTS]
@@ -117,6 +122,8 @@ def _listed(one: Divergence, width: int) -> list[Line]:
     if len(name + known + short) <= width:
         return [(Span(name, HEAD), Span(known, KNOWN), Span(short))]
     lines: list[Line] = [(Span(name, HEAD), Span(known, KNOWN))]
+    if len(name + known) > width:
+        lines = [(Span(name, HEAD),), *wrap(known.strip(), width, f"{_MARGIN}   ", style=KNOWN)]
     for text in values:
         lines += wrap(text, width, f"{_MARGIN}   ", f"{_MARGIN}            ")
     return lines
@@ -155,14 +162,14 @@ class _Drawing:
         self.aligned = self.cell >= self.digits + 1 + _ALIGNED
         self.width = width
 
-    def lines(self, folded: bool = False) -> list[Line]:
+    def lines(self, folded: bool = False, tight: bool = False) -> list[Line]:
         """Headings, the steps, both outcomes, and what the marks mean. Folded, nested walks in which nothing differs
-        are counted, and nothing is explained."""
+        are counted, and nothing is explained; tight, all but the walk with the first difference, or that which ends."""
         heads = side_by_side((Span("model", HEAD),), (Span("what it does" if self.alone else "machine", HEAD),),
                              self.cell)[0]
         entry = f"{_MARGIN}{_NONE}{'entry':11} {'sPA':>{self.spa}}  "
         out: list[Line] = [(Span(entry, HEAD), *heads)]
-        group, left_out = "", self._alike() if folded else []
+        group, left_out = "", self._others() if tight else self._alike() if folded else []
         for index, step in enumerate(self.steps):
             if index in left_out:
                 continue
@@ -171,7 +178,9 @@ class _Drawing:
                 out.append(line(f"{_MARGIN}{_NONE}{self.both.group(index)}", DIM))
             out += self._step(index, step)
         if left_out:
-            said = f"and {len(left_out)} nested entries, of walks in which nothing differs"
+            differ = sum(self._mark(index) != _NONE for index in left_out)
+            said = (f"and {len(left_out)} further entries, {differ} of which differ too" if tight else
+                    f"and {len(left_out)} nested entries, of walks in which nothing differs")
             out.append(line(f"{_MARGIN}{_NONE}{said}", DIM))
         return [*out, *self._outcomes(), *([] if folded else self._legend())]
 
@@ -182,6 +191,18 @@ class _Drawing:
         kept = {step.purpose for index, step in enumerate(self.steps)
                 if marks[index] != _NONE or (faulted and index == len(self.steps) - 1)}
         return [index for index, step in enumerate(self.steps) if step.dimension == NESTED and step.purpose not in kept]
+
+    def _others(self) -> list[int]:
+        """The steps of all but one walk, and the guest's entry that it is for: that of the first difference, or that
+        which ends."""
+        at = self.mark.index if self.mark.index is not None else len(self.steps) - 1
+        first = last = at
+        while first and self.steps[first - 1].dimension == NESTED and (
+                self.steps[first - 1].purpose == self.steps[at].purpose or self.steps[at].dimension == GUEST):
+            first -= 1
+        while last + 1 < len(self.steps) and self.steps[last].dimension == NESTED:
+            last += 1
+        return [index for index in range(len(self.steps)) if not first <= index <= last]
 
     # --- lines ------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ def _entry_difference(divergence: Divergence) -> str:
     if got is None:
         return "it must change"
     if (want ^ got) & FRAME:
-        return "its frame is another" if step is not None else "it has another value"
+        return "its frame is another" if step is not None else f"it is {got:#x}, and must be {want:#x}"
     level = step.level if step is not None else ""
     return _missing(flags(want, level), flags(got, level))
 
@@ -148,6 +148,27 @@ def _missing(want: tuple[str, ...], got: tuple[str, ...]) -> str:
     parts = [f"{_list(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
     parts += [f"{_list(extra)} must not be set"] if extra else []
     return ", ".join(parts)
+
+
+def bits(mask: int) -> str:
+    """The set bits of `mask` as the manual writes them: `bit 52`, `bits 51:48 and 8`."""
+    parts, high = [], mask.bit_length() - 1
+    while high >= 0:
+        low = high
+        while low and mask >> low - 1 & 1:
+            low -= 1
+        parts.append(str(high) if high == low else f"{high}:{low}")
+        mask &= (1 << low) - 1
+        high = mask.bit_length() - 1
+    return f"bit{'s' if len(parts) > 1 or ':' in parts[0] else ''} {_list(parts)}"
+
+
+def instead(divergence: Divergence) -> str:
+    """What was observed and expected, where no bit that has a name says it shorter."""
+    want, got = divergence.expected, divergence.observed
+    if isinstance(want, str) and isinstance(got, int):
+        return f"it is {got:#x}"
+    return f"it is {value(divergence, got)}, and must be {value(divergence, want)}"
 
 
 def _list(names: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from harness.model.access import Access
-from harness.model.entries import NX, RW, US, A, P
+from harness.model.entries import NX, PS, RW, US, A, P
 from harness.report.headline import cited, headline, kind
 from harness.wire.image import tag
 from tests.model.tables import WRITE
@@ -24,7 +24,8 @@ def test_another_access_faults() -> None:
     fields = (divergence(walk, field="exitinfo2", expected=1, observed=2),
               divergence(walk, check="C3", field="rip", expected=1, observed=2))
     assert headline(only(*fields), SCENARIO) == (
-        "L2 faults at another instruction than `write a+0x8`; manual 15.25.7.")
+        "L2 faults at another instruction than `write a+0x8`, and EXITINFO2 is wrong: it is 0x2, and must be 0x1; "
+        "manual 15.25.7.")
 
 
 @pytest.mark.parametrize(
@@ -38,17 +39,25 @@ def test_another_access_faults() -> None:
         ("#NPF 0x7 (P) at gPA 0x1", "#PF 0x2 (W) at gVA 0x1", True,
          f"`write a+0x8` ended in #PF, not in #NPF: {READ_ONLY}"),
         ("#NPF 0x7 (P) at gPA 0x1", "#NPF 0x2 (W) at gPA 0x1", True,
-         "`write a+0x8` ended in another #NPF than it must; manual 15.25.7."),
+         "`write a+0x8` ended in #NPF 0x2 (W) at gPA 0x1, not in #NPF 0x7 (P) at gPA 0x1; manual 15.25.7."),
         ("#NPF 0x7 (P) at gPA 0x1", "VMEXIT_SHUTDOWN, EXITINFO1 0x0, EXITINFO2 0x0", True,
          f"`write a+0x8` ended in VMEXIT_SHUTDOWN, not in #NPF: {READ_ONLY}"),
         ("VMEXIT_INVALID", "done, result 0x1", False,
-         "VMRUN must be refused, and was not: the machine ran L2 (done, result 0x1); "
-         "manual 15.25.5."),
+         "The machine ran L2 (done, result 0x1); VMRUN must be refused; manual 15.25.5."),
         ("VMEXIT_INVALID", "VMEXIT 0xffffffff, EXITINFO1 0x0, EXITINFO2 0x0", False,
          "VMRUN was refused as it must be, but EXITCODE is 0xffffffff, half of VMEXIT_INVALID; "
          "manual 15.25.5."),
         ("sPA 0x1000", "VMEXIT_INVALID, EXITINFO1 0x0, EXITINFO2 0x0", False,
-         "VMRUN was refused, and must not be; manual 15.25.5."),
+         "VMRUN was refused, and must not be; manual 15.5.1."),
+        ("sPA 0x1000", "VMEXIT 0xffffffff, EXITINFO1 0x0, EXITINFO2 0x0", False,
+         "VMRUN was refused, and must not be; manual 15.5.1."),
+        ("sPA 0x1000", "VMEXIT_HLT, EXITINFO1 0x0, EXITINFO2 0x0", False,
+         "`write a+0x8` ended in VMEXIT_HLT; it must go through; manual 15.25.5."),
+        ("VMEXIT_RDTSCP", "done, result 0x2", False,
+         "The machine let `write a+0x8` through, which must end in VMEXIT_RDTSCP; manual 15.25.5."),
+        ("VMEXIT_XSETBV", "#GP 0x0", False, "`write a+0x8` ended in #GP, not in VMEXIT_XSETBV; manual 15.25.5."),
+        ("VMEXIT_#GP", "#PF 0x14 (U|ID) at gVA 0x1", False,
+         "`write a+0x8` ended in #PF, not in #GP; manual 15.25.5."),
     ],
 )
 def test_outcomes(expected: str, observed: str, faults: bool, sentence: str) -> None:
@@ -64,27 +73,27 @@ def test_outcomes(expected: str, observed: str, faults: bool, sentence: str) -> 
         ({"check": "C3", "field": "l1.cr4", "expected": 0x20, "observed": 0xA0},
          "#VMEXIT did not give L1 its CR4 back: PGE must not be set; manual 15.6."),
         ({"check": "C3", "field": "l2.r12", "expected": 1, "observed": 2},
-         "R12 of L2 is not what it must be after #VMEXIT; manual 15.6."),
+         "R12 of L2 is not what it must be after #VMEXIT: it is 0x2, and must be 0x1; manual 15.6."),
         ({"check": "C3", "field": "cr0", "expected": 1, "observed": 0},
          "After `write a+0x8` the VMCB's cr0 is wrong: PE is missing; manual 15.6."),
         ({"check": "C3", "field": "cr2", "expected": 1, "observed": 0, "probe": 4},
-         "The VMCB's cr2 is wrong; manual 15.6."),
+         "The VMCB's cr2 is wrong: it is 0x0, and must be 0x1; manual 15.6."),
         ({"check": "C3", "field": "reserved+0CCh", "expected": 1, "observed": 0, "probe": -1},
-         "The VMCB's reserved+0CCh is wrong; manual 15.6."),
+         "The VMCB's reserved+0CCh is wrong: it is 0x0, and must be 0x1; manual 15.6."),
         ({"check": "C3", "field": "vmcb.efer before VMRUN", "expected": 0x1000, "observed": 0},
          "Before VMRUN the VMCB's efer was wrong: SVME is missing; manual 15.6."),
         ({"check": "C3", "field": "rdcr2", "expected": 1, "observed": 0, "probe": 3},
-         "`rdcr2` returned a wrong value; manual 15.6."),
+         "`rdcr2` returned a wrong value: it is 0x0, and must be 0x1; manual 15.6."),
         ({"check": "C3", "field": "first probe", "expected": 1, "observed": 0, "probe": -1},
-         "first probe is wrong; manual 15.6."),
+         "first probe is wrong: it is 0x0, and must be 0x1; manual 15.6."),
         ({"field": "exitinfo2", "expected": 1, "observed": 0},
-         "`write a+0x8` faults as it must, but EXITINFO2 is wrong; manual 15.6."),
+         "`write a+0x8` faults as it must, but EXITINFO2 is wrong: it is 0x0, and must be 0x1; manual 15.6."),
         ({"field": "memory at sPA 0x9000", "expected": "unchanged", "observed": 7},
          "`write a+0x8` or another access changed memory at sPA 0x9000, which must stay as it was; manual 15.6."),
         ({"field": "memory at sPA 0x9000", "expected": 7, "observed": "unchanged"},
          "`write a+0x8` did not reach memory at sPA 0x9000, which it must change; manual 15.6."),
         ({"field": "memory at sPA 0x9000", "expected": 7, "observed": 8},
-         "Memory at sPA 0x9000 does not hold what it must; manual 15.6."),
+         "Memory at sPA 0x9000 is wrong: it is 0x8, and must be 0x7; manual 15.6."),
         ({"check": "C2", "rule": "ad", "field": "entry at sPA 0x9000 at the end", "expected": 7, "observed": 0x27,
           "probe": -1},
          "The entry at sPA 0x9000 at the end is wrong: A must not be set; manual 5.4.2, 15.25.5."),
@@ -113,7 +122,8 @@ def test_value() -> None:
     assert headline(only(one), SCENARIO) == (
         "`read a` came to sPA 0x655000; it must come to sPA 0x654000; manual 15.25.5.")
     other = divergence(walk, probe=0, field="value", expected=tag(0x65_4000), observed=0)
-    assert headline(only(other), SCENARIO) == "`read a` returned a wrong value; manual 15.25.5."
+    assert headline(only(other), SCENARIO) == (
+        "`read a` returned a wrong value: it is 0x0, and must be 0x90e3ff000ca800b8; manual 15.25.5.")
 
 
 def test_kind_is_the_same_for_the_same_sort() -> None:
@@ -178,9 +188,35 @@ class TestLetThrough:
             "The machine let `write a+0x8` through: the nested pte for the guest's pde has R/W=0; manual 15.25.7.")
 
 
+@pytest.mark.parametrize(("set_", "said"), [(1 << 51, "bits 51, 15 and 13"), (7 << 49, "bits 51:49, 15 and 13")])
+def test_reserved_bits_are_named(set_: int, said: str) -> None:
+    """Of a table's frame bits 15 and 13 are set, which a PDE that maps 2M has reserved; addresses have 48 bits."""
+    case = Case()
+    case.space.change(case.final["pde"], set=set_ | PS)
+    finding = only(divergence(case.walk(), expected="#NPF 0xd", observed="done, result 0x1"))
+    assert f": the nested pde for the page itself has reserved {said} set; manual 15.25.6" in headline(finding, None)
+
+
+def test_memory_that_an_event_did_not_reach() -> None:
+    """The exit is wrong too, which says more of it."""
+    found = (divergence(field="memory at sPA 0x9000", expected=7, observed="unchanged"),
+             divergence(field="exitinfo1", expected=0x15, observed=7))
+    assert headline(only(*found), None) == (
+        "L2 did not reach memory at sPA 0x9000, which it must change; the exit differs too: EXITINFO1; manual 15.6.")
+
+
 def test_what_is_cited() -> None:
     """Not the rule that L2 left by, for what it left behind."""
     walk = Case().walk()
-    assert cited(divergence(walk, check="C3", field="cr2", rule="nested.write")) == ""
+    assert cited(divergence(walk, check="C3", field="cr2", rule="nested.write")) == "15.6"
+    assert cited(divergence(walk, check="C3", field="exitintinfo", rule="guest.present")) == "15.7.2"
     assert cited(divergence(check="C4", field="level", rule="context.nested")) == ""
     assert cited(divergence(walk, field="exitinfo1", rule="guest.write")) == "8.4.2"
+
+
+def test_which_check_of_vmrun() -> None:
+    """The rule that must refuse it is told, not only that one must."""
+    one = divergence(check="C3", rule="vmrun.asid", expected="VMEXIT_INVALID", observed="done, result 0x1")
+    assert headline(only(one), None) == (
+        "The machine ran L2 (done, result 0x1), though VMRUN is refused if ASID is 0, which is the host's; "
+        "manual 15.5.1, 15.25.1.")

@@ -5,11 +5,26 @@ from __future__ import annotations
 import pytest
 
 from harness.model.access import Access, NestedPageFault, PageFault, Reached
-from harness.model.entries import NX, RW, US, D, P
+from harness.model.entries import NX, RW, US, A, D, P
 from harness.report.findings import Finding, findings
+from harness.report.styled import plain
+from harness.report.walks import draw
 from tests.model.tables import FETCH, GVA, READ, USER_READ, WRITE, E
 from tests.report import cases
-from tests.report.cases import GPA, Case, also, divergence, drawn, entry, marked, missing_a, only, rows, went_through
+from tests.report.cases import (
+    GPA,
+    SCENARIO,
+    Case,
+    also,
+    divergence,
+    drawn,
+    entry,
+    marked,
+    missing_a,
+    only,
+    rows,
+    went_through,
+)
 
 
 class TestTheModelStops:
@@ -43,7 +58,7 @@ class TestTheModelStops:
         assert walk.rule == "guest.smep"
         assert "guest pte " in marked(only(went_through(case, walk)))
 
-    @pytest.mark.parametrize(("set_", "clear", "why"), [(0, P, "P=0"), (1 << 51, 0, "a reserved bit set")])
+    @pytest.mark.parametrize(("set_", "clear", "why"), [(0, P, "P=0"), (1 << 51, 0, "reserved bit 51 set")])
     def test_not_present_and_reserved(self, set_: int, clear: int, why: str) -> None:
         case = Case()
         case.space.change(case.final["pde"], set=set_, clear=clear)
@@ -263,3 +278,22 @@ class TestEntries:
         walk = case.walk()
         finding = only(divergence(walk, field="value", expected=1, observed=2))
         assert sum(text.rstrip().endswith("?") for text in rows(finding)) == len(walk.steps)
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(0, 1), slice(7, 8), slice(-1, None), slice(0, 0)], ids=str)
+def test_it_fits_a_terminal(which: slice) -> None:
+    """Of 80 columns and 24 lines, where every entry differs, or one, or the outcome alone: the walk with the first
+    difference is whole, and the rest is counted."""
+    walk = Case().walk()
+    found = [divergence(walk, expected=str(walk.outcome), observed="VMEXIT_HLT, EXITINFO1 0x0, EXITINFO2 0x0")]
+    found += [entry(walk, step.address, step.entry | A, step.entry,
+                    erratum="an-erratum-with-a-long-name-of-its-own+and-a-second-one-with-one")
+              for step in walk.steps[which]]
+    lines = plain(draw(only(*found), SCENARIO, 80, 22)).splitlines()
+    assert len(lines) <= 22 and max(map(len, lines)) <= 80
+    first = [text.split()[1] for text in lines if text.startswith("  > ")]
+    others = [text.split()[1] for text in lines if text.startswith("  ! ")]
+    assert len(first) == 1 and "outcome" in first + others
+    if which == slice(None):
+        assert first + others == ["pml4e", "pdpte", "pde", "pte", "guest", "outcome"]
+        assert "    and 19 further entries, 19 of which differ too" in lines

@@ -123,7 +123,7 @@ def test_unchanged_entry() -> None:
     assert words.difference(entry(walk, case.guest["pte"], read.entry, read.entry ^ 1 << 20)) == "its frame is another"
     assert words.difference(entry(walk, 0x8000, "unchanged", 7)) == "it must stay as it was"
     assert words.difference(entry(None, 0x8000, 7, "unchanged")) == "it must change"
-    assert words.difference(entry(None, 0x8000, 7, 7 | 1 << 38)) == "it has another value"
+    assert words.difference(entry(None, 0x8000, 7, 7 | 1 << 38)) == "it is 0x4000000007, and must be 0x7"
 
 
 def test_entries_that_no_walk_read() -> None:
@@ -160,3 +160,10 @@ def test_probe_of() -> None:
     for op, probe in ((0, 0), (1, 4), (1, -1), (2, 0), (-1, -1)):
         assert words.probe_of(SCENARIO, op, probe) is None
     assert words.probe_of(None, 1, 1) is None
+
+
+@pytest.mark.parametrize(("mask", "said"), [
+    (1 << 52, "bit 52"), (1, "bit 0"), (1 << 63 | 1, "bits 63 and 0"), (0xF << 48, "bits 51:48"),
+    (0xF << 48 | 1 << 8 | 6, "bits 51:48, 8 and 2:1"), ((1 << 64) - 1, "bits 63:0")])
+def test_bits_by_number(mask: int, said: str) -> None:
+    assert words.bits(mask) == said
