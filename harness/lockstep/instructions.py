@@ -87,8 +87,11 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         l2.exception(Event.exception(events.GP))
     name = stub.MSR_FIELDS.get(address, "") if kind == "wrmsr" else kind[2:] if kind.startswith("wr") else ""
     illegal = is_illegal(name, value, l2.regs, l2.state.cpu)
-    if illegal and kind != "wrmsr" and not quirks.has(INTERCEPT_BEFORE_ILLEGAL):  # table 15-7
-        l2.exception(Event.exception(events.GP))
+    asks_first = kind == "wrmsr" or (illegal and intercepts.asks(l2.state.vmcb, kind)
+                                     and quirks.has(INTERCEPT_BEFORE_ILLEGAL))
+    if illegal and not asks_first:  # before the intercept (table 15-7)
+        _refuse(l2, name, value)
+        return value
     if kind == "skinit" and quirks.has(SKINIT_UNDEFINED):
         l2.exception(Event.exception(events.UD))
     if kind == "invd":  # perhaps taken for WBINVD, which L1 does not intercept
