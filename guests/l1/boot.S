@@ -19,6 +19,7 @@ l1_start:
 
 	/* PML4[0] -> PDPT; PDPT[0..7] -> eight page directories; 4096 pages of 2M */
 	movl $(l1_pdpt + 3), l1_pml4
+	movl $(l1_pdpt + 3), l1_pml4 + 8 * TW_L1_HIGH_SLOT	/* the same once more: see vmrun.S */
 	mov $l1_pd + 3, %eax
 	mov $l1_pdpt, %edi
 	mov $8, %ecx
@@ -130,7 +131,7 @@ l1_gdt:
 	.quad 0x00cf9b000000ffff	/* 32-bit code */
 l1_gdt_end:
 	.balign 16
-	.globl l1_gdt_pointer, l1_idt_pointer
+	.globl l1_gdt_pointer, l1_idt_pointer, l1_high_gdt_pointer, l1_high_idt_pointer
 	.word 0, 0, 0
 l1_gdt_pointer:
 	.word l1_gdt_end - l1_gdt - 1
@@ -139,6 +140,14 @@ l1_gdt_pointer:
 l1_idt_pointer:
 	.word 32 * 16 - 1
 	.quad l1_idt
+	.word 0, 0, 0
+l1_high_gdt_pointer:
+	.word l1_gdt_end - l1_gdt - 1
+	.quad l1_gdt + TW_L1_HIGH
+	.word 0, 0, 0
+l1_high_idt_pointer:
+	.word 32 * 16 - 1
+	.quad l1_idt + TW_L1_HIGH
 
 	.section .bss
 	.balign 4096

@@ -28,7 +28,7 @@ extern uint32_t l1_vmrun_raised;
 extern uint64_t l1_vmrun_rflags;
 extern uint32_t l1_vmrun_gif;
 void l1_ud(void);
-void l1_vmrun(uint64_t vmcb, uint32_t vmload);
+void l1_vmrun(uint64_t vmcb, const void *vmload);
 void l1_vmrun_legacy(uint64_t vmcb);
 void l1_switch(uint64_t cr3);
 
@@ -95,7 +95,7 @@ void host_mode_set(uint32_t mode)
 
 static void make_other_tables(void)
 {
-	l1_pml5[0] = (uint64_t)l1_pml4 | 3;
+	l1_pml5[0] = l1_pml5[511] = (uint64_t)l1_pml4 | 3;
 	l1_ud_gate = ((uint64_t)l1_ud & 0xffff) | 0x8e0000200000 | (uint64_t)l1_ud >> 16 << 48;	/* CS 20h: 32-bit code */
 	for (uint64_t i = 0; i < 1024; i++)
 		l1_legacy_pd[i] = i << 22 | 0xe3;	/* P, RW, A, D, PS */
@@ -110,12 +110,42 @@ static void take_vmloaded(uint64_t *to, uint64_t vmcb)
 		to[i] = *(uint64_t *)(vmcb + vmloaded[i]);
 }
 
+/*
+ * What VMLOAD loads, in a page of its own. The VMCB has the complement of each field then, so that VMRUN is found to load
+ * one that is VMLOAD's, and #VMEXIT to write one that is VMSAVE's.
+ */
+uint8_t l1_vmload_page[PAGE] __attribute__((aligned(PAGE)));
+
+static void put_vmloaded(uint64_t vmcb, const uint64_t *from, uint64_t flipped)
+{
+	for (int i = 0; i < VMLOADED; i++)
+		*(volatile uint64_t *)(vmcb + vmloaded[i]) = from[i] ^ flipped;
+}
+
+static void lay_out(uint64_t vmcb, const uint64_t *wanted)
+{
+	put_vmloaded((uint64_t)l1_vmload_page, wanted, 0);
+	put_vmloaded(vmcb, wanted, -1ull);
+}
+
 /* VMSAVE; first its fields are overwritten, so that one that it leaves out does not pass for saved. */
 static void vmsave(uint64_t vmcb)
 {
 	for (int i = 0; i < VMLOADED; i++)
 		*(volatile uint64_t *)(vmcb + vmloaded[i]) = 0x5a5a5a5a5a5a5a5a;
 	__asm__ volatile("vmsave %%rax" : : "a"(vmcb) : "memory");
+}
+
+/* VMSAVE behind a #VMEXIT; a field that is no longer what it was `laid` out as is told as its complement. */
+static void vmsave_behind(uint64_t vmcb, const uint64_t *laid, uint64_t flipped)
+{
+	uint64_t behind[VMLOADED];
+
+	take_vmloaded(behind, vmcb);
+	vmsave(vmcb);
+	for (int i = 0; i < VMLOADED; i++)
+		if (behind[i] != (laid[i] ^ flipped))
+			*(volatile uint64_t *)(vmcb + vmloaded[i]) ^= -1ull;
 }
 
 static int same(const void *one, const void *other, uint64_t bytes)
@@ -173,18 +203,19 @@ static void take_likeness(struct likeness *of, uint64_t vmcb, int behind)
  */
 static void vmrun_long(uint64_t vmcb, int plain)
 {
-	uint64_t wanted[VMLOADED];
+	uint64_t wanted[VMLOADED], flipped = 0;
 	struct likeness like;
-	uint32_t vmload;
 
 	take_vmloaded(wanted, vmcb);
-	vmload = !shared->sparing || !knows_held || !same(held, wanted, sizeof(held));
-	if (vmload)
+	if (!shared->sparing || !knows_held || !same(held, wanted, sizeof(held))) {
 		look_what_is_held();
+		lay_out(vmcb, wanted);
+		flipped = -1ull;
+	}
 	take_likeness(&like, vmcb, 0);
 	l1_host_before.cr4 = own.cr4;
 	l1_host_before.efer = own.efer;
-	l1_vmrun(vmcb, vmload);
+	l1_vmrun(vmcb, flipped ? l1_vmload_page : 0);
 	if (l1_host_after.cr0 != l1_host_before.cr0)
 		SET(cr0, l1_host_before.cr0);
 	if (l1_host_after.cr8 != l1_host_before.cr8)
@@ -193,9 +224,10 @@ static void vmrun_long(uint64_t vmcb, int plain)
 	if (shared->sparing && plain && !read_is_due && same(&like, &last_read, sizeof(like))) {
 		l1_host_after.all_read = 0;
 		vmsave_is_due = 1;
+		put_vmloaded(vmcb, wanted, 0);
 		return;
 	}
-	vmsave(vmcb);
+	vmsave_behind(vmcb, wanted, flipped);
 	vmsave_is_due = 0;
 	read_dear(&l1_host_after);
 	put_back();
@@ -206,7 +238,11 @@ static void vmrun_long(uint64_t vmcb, int plain)
 
 static void vmrun_legacy(uint64_t vmcb)
 {
+	uint64_t wanted[VMLOADED];
+
 	look_what_is_held();
+	take_vmloaded(wanted, vmcb);
+	lay_out(vmcb, wanted);
 	l1_long.cr4 = own.cr4;
 	l1_long.efer = own.efer;
 	l1_legacy.efer = own.efer & ~(uint64_t)(EFER_LME | EFER_LMA);
@@ -223,6 +259,8 @@ static void vmrun_legacy(uint64_t vmcb)
 	l1_host_before.efer = l1_legacy.efer;
 	l1_host_before.tsc = l1_host_after.tsc = 0;	/* not read there */
 	l1_vmrun_legacy(vmcb);
+	if (l1_vmrun_raised)
+		put_vmloaded(vmcb, wanted, 0);
 	put_back();
 	read_is_due = 1;
 }

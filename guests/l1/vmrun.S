@@ -1,8 +1,9 @@
 /*
- * l1_vmrun(vmcb, vmload): one VMRUN, behind VMLOAD if that is not 0. L1's state is read right before it and right
+ * l1_vmrun(vmcb, vmload): one VMRUN, behind VMLOAD from there if that is not 0. L1's state is read right before it and right
  * after the #VMEXIT, before L1 relies on any of it: a machine that restores a wrong value is caught by the
  * checker, and L1 lives on, because everything it needs is put back here, and by the caller. What a hypervisor
  * under L1 makes dear, some registers and VMSAVE, is the caller's (main.c: vmrun_long).
+ * Its RSP, GDTR and IDTR are at TW_L1_HIGH then, where it has its memory once more: a machine that cuts them short shows.
  */
 #include "wire.h"
 
@@ -43,18 +44,24 @@ l1_vmrun:
 	push %r14
 	push %r15
 	mov %rdi, vmcb_address(%rip)
-	mov %esi, want_vmload(%rip)
+	mov %rsi, vmload_address(%rip)
+	lgdt l1_high_gdt_pointer(%rip)
+	lidt l1_high_idt_pointer(%rip)
+	mov %rsp, low_stack(%rip)
+	mov $TW_L1_HIGH, %rax
+	add %rax, %rsp
 	READ_HOST l1_host_before
 	mov vmcb_address(%rip), %rax
 	mov %rax, l1_host_before + TW_AT_HOST_RAX(%rip)
 	mov %rsp, l1_host_before + TW_AT_HOST_RSP(%rip)
 	mov l1_vmrun_rflags(%rip), %rax
 	mov %rax, l1_host_before + TW_AT_HOST_RFLAGS(%rip)
-	mov vmcb_address(%rip), %rax
-	cmpl $0, want_vmload(%rip)
+	mov vmload_address(%rip), %rax
+	test %rax, %rax
 	je 1f
 	vmload %rax
-1:	cmpl $0, l1_vmrun_gif(%rip)
+1:	mov vmcb_address(%rip), %rax
+	cmpl $0, l1_vmrun_gif(%rip)
 	je 1f
 	stgi
 1:	pushq l1_vmrun_rflags(%rip)
@@ -80,7 +87,7 @@ l1_vmrun_instruction:
 
 	mov %rax, l1_host_after + TW_AT_HOST_RAX(%rip)
 	mov %rsp, l1_host_after + TW_AT_HOST_RSP(%rip)
-	mov l1_host_before + TW_AT_HOST_RSP(%rip), %rsp
+	mov low_stack(%rip), %rsp
 	pushf
 	popq l1_host_after + TW_AT_HOST_RFLAGS(%rip)
 	push $2				/* none of what it had: DF, IF, NT */
@@ -160,7 +167,8 @@ l1_host_before:	.skip TW_SIZEOF_HOST
 		.balign 16
 l1_host_after:	.skip TW_SIZEOF_HOST
 vmcb_address:	.skip 8
-want_vmload:	.skip 8
+vmload_address:	.skip 8
+low_stack:	.skip 8
 l1_spin_rip:	.skip 8
 pointer:	.skip 16
 

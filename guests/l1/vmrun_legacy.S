@@ -120,9 +120,10 @@ l1_vmrun_legacy:
 	mov l1_regs + TW_AT_REGS_RSI, %esi
 	mov l1_regs + TW_AT_REGS_RDI, %edi
 	mov l1_regs + TW_AT_REGS_RBP, %ebp
+	mov $l1_vmload_page, %eax
+	vmload %eax
 	mov vmcb_address, %eax
 	.balign 16			/* no page's end up to VMRUN, so that no walk comes after the MOVB */
-	vmload %eax
 	movb $1, l1_pae_pdpt		/* QEMU TCG sets A in a PDPTE of PAE mode; KVM wants that bit 0 at #VMEXIT */
 	vmrun %eax
 l1_vmrun_back:

@@ -36,7 +36,7 @@ from harness.model.illegal import is_illegal
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode, VIntr
-from harness.scenario.ops import STRINGS
+from harness.scenario.ops import ADDRESSED, STRINGS
 from harness.wire.layout import STRING_PORT
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ QUIET: Final = frozenset({"cpuid", "pause", "wbinvd"})
 """Those that go on with no effect that L2 looks at."""
 
 OTHERS: Final = QUIET | {
-    "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "vmmcall", "intn", "breakpoint", "overflow", "undefined",
-    "divide", "invd", "xsetbv", "sti", "stiud", "rsm", "skinit", "stgi", "clgi",
+    "rdtsc", "rdtscp", "clts", "smsw", "lmsw", "in", "out", "inimm", "outimm", "vmmcall", "intn", "breakpoint",
+    "overflow", "undefined", "divide", "invd", "xsetbv", "sti", "stiud", "movssud", "rsm", "skinit", "stgi", "clgi",
 }
 """Those that this module carries out."""
 
@@ -59,6 +59,7 @@ _TAKEN_FOR: Final = {"invd": (INVD_AS_WBINVD, "wbinvd"), "rdtscp": (RDTSCP_AS_RD
 }
 """Quirks: instructions that another one's intercept is checked for."""
 
+_COUNTERS: Final = frozenset({"rdtsc", "rdtscp"})
 _STI: Final = frozenset({"sti", "stiud"})
 """STI, which IOPL lets other CPLs execute."""
 _INT_VECTOR: Final = 13
@@ -83,8 +84,11 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
         kind == "skinit" and l2.regs.cpl and quirks.has(SKINIT_ANY_CPL)) or (
         kind == "rdpmc" and l2.regs.cr4 & CR4.PCE) or (
         kind in _STI and l2.regs.cpl <= l2.regs.rflags >> 12 & 3)
-    if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)):
+    if l2.regs.cpl and (not open_to_all or (kind in _UMIP and l2.regs.cr4 & CR4.UMIP)
+                        or (kind in _COUNTERS and l2.regs.cr4 & CR4.TSD)):
         l2.exception(Event.exception(events.GP))
+    if kind in ADDRESSED and (value & 0xFFF or value >> l2.state.cpu.maxphyaddr):
+        l2.exception(Event.exception(events.GP))  # volume 3, VMRUN and VMLOAD: rAX is no VMCB's address
     name = stub.MSR_FIELDS.get(address, "") if kind == "wrmsr" else kind[2:] if kind.startswith("wr") else ""
     illegal = is_illegal(name, value, l2.regs, l2.state.cpu)
     asks_first = kind == "wrmsr" or (illegal and intercepts.asks(l2.state.vmcb, kind)
@@ -151,6 +155,8 @@ def _is_emulated(l2: L2, kind: str, value: int) -> bool:
         return False
     if not l2.state.vmcb["np_control"] & NP_ENABLE:
         return kind == "wrcr4" and bool((regs.cr4 ^ value) & (CR4.PGE | CR4.PSE | CR4.PAE | CR4.SMEP))
+    if kind == "lmsw":
+        return bool((regs.cr0 ^ value) & CR0.EM)
     return kind in ("rdcr4", "wrcr4") or (kind == "wrcr0" and bool((regs.cr0 ^ value) & ~(CR0.TS | CR0.MP)))
 
 
@@ -199,6 +205,10 @@ def _undefined(l2: L2, kind: str) -> bool:
         return l2.state.quirks.has(ICEBP_UNDEFINED)
     if kind in ("monitor", "mwait"):  # volume 3: at other CPLs only with MonMwaitUserEn, which L1 leaves clear
         return l2.regs.cpl > 0
+    if kind[2:] in ("dr4", "dr5"):  # 13.1.1: other names of DR6 and DR7 while DE is 0
+        if l2.regs.cpl and l2.regs.cr4 & CR4.DE:
+            raise UsageError("whether DR4 and DR5 raise #UD or #GP at a CPL above 0 is not said")
+        return bool(l2.regs.cr4 & CR4.DE)
     return kind == "xsetbv" and not l2.regs.cr4 & CR4.OSXSAVE
 
 
@@ -223,9 +233,9 @@ def _check(l2: L2, kind: str, size: int, address: int, value: int, probe: str = 
         if kind in ("rdmsr", "wrmsr"):
             asked = intercepts.msr(vmcb, ram, address, kind == "wrmsr", l2.state.quirks.has(MAPS_TO_THE_BYTE))
             info1 = int(kind == "wrmsr")
-        elif kind in ("in", "out"):
+        elif kind in ("in", "out", "inimm", "outimm"):
             asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
-            info1 = intercepts.ioio_info(address, size, kind == "in", 64 if l2.state.mode.long else 32)
+            info1 = intercepts.ioio_info(address, size, kind.startswith("in"), 64 if l2.state.mode.long else 32)
             info2 = _next_rip(l2, kind, size)
         elif kind in STRINGS:
             asked = intercepts.port(vmcb, ram, address, size, l2.state.quirks.has(MAPS_TO_THE_BYTE))
@@ -259,7 +269,7 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
             return regs.cr0 & _SMSW
         case "lmsw":
             registers.write(l2, "cr0", regs.cr0 & ~_LMSW | value & (_LMSW | CR0.PE))
-        case "in" | "out":
+        case "in" | "out" | "inimm" | "outimm":
             if kind == "out" and (address, size) == (STRING_PORT, 4):
                 l2.state.outside["cf8"] = value & 0xFFFF_FFFF
             if regs.cpl > regs.rflags >> 12 & 3:
@@ -281,6 +291,8 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
             _trap(l2, kind)
         case "sti" | "stiud":
             _sti(l2, kind)
+        case "movssud":
+            _mov_ss(l2)
         case "stgi" | "clgi":
             _virtual_gif(l2, kind)
     return 0 if kind in QUIET else value
@@ -300,6 +312,16 @@ def _sti(l2: L2, kind: str) -> None:
         l2.exception(Event.exception(events.UD))
     physical(l2)
     l2.interrupt()
+
+
+def _mov_ss(l2: L2) -> None:
+    """MOV to SS of a null selector, and UD2: the instruction behind it is in its shadow (15.21.5)."""
+    if l2.regs.cpl or not l2.intercepted(events.UD):
+        raise UsageError("MOV to SS is modelled at CPL 0, and behind it a #UD that L1 intercepts")
+    registers.load_null(l2, "ss", 0)
+    l2.regs.rip += length(l2, "movssud")
+    l2.in_shadow = True
+    l2.exception(Event.exception(events.UD))
 
 
 def _virtual_gif(l2: L2, kind: str) -> None:

@@ -26,6 +26,7 @@ EXCLUSIVE_LOSES_FLAGS: Final = "exclusive-loses-flags"
 JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
+VC_DROPPED: Final = "vc-dropped"
 V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
 INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
@@ -265,6 +266,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     EXCLUSIVE_LOSES_FLAGS: Quirk(),
     JUMP_NON_CANONICAL: Quirk(),
     SOFTWARE_EVENT_LOST: Quirk(),
+    VC_DROPPED: Quirk(),
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),
     NESTED_PDPTE_SHUTDOWN: Quirk(),
     VMRUN_WANTS_PAGING: Quirk(),

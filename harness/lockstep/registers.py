@@ -26,6 +26,7 @@ _EDGES: Final = CR4.PKE | CR4.PCIDE
 """Bits of CR4 of which only one change does: PKE set, PCIDE cleared."""
 _IMPLICIT_READ: Final = Access(implicit=True)
 _BREAKPOINTS: Final = ("dr0", "dr1", "dr2", "dr3")
+_OTHER_NAMES: Final = {"dr4": "dr6", "dr5": "dr7"}
 _MET: Final = 0xF
 """Bits of DR6: the breakpoints that were met (section 13.1.1.3)."""
 
@@ -47,7 +48,7 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
         return value
     if kind in stub.SEGMENT_LOADS:
         return _load_segment(l2, stub.SEGMENT_LOADS[kind], value)
-    what = kind[2:]
+    what = _OTHER_NAMES.get(kind[2:], kind[2:])
     if what in _BREAKPOINTS:
         if kind.startswith("rd"):
             return l2.state.written_outside(what)
@@ -149,12 +150,10 @@ def _cr8(l2: L2, kind: str, value: int) -> int:
 def _load_segment(l2: L2, name: str, selector: int) -> int:
     """MOV to ES or DS: a null selector, or one of a data segment in L2's GDT (section 4.8.1)."""
     vmcb = l2.state.vmcb
-    vmcb[f"{name}.selector"] = selector
     if not selector & ~3:
-        # 15.5.1: a null segment is one with P=0; what else its attributes, limit and base say is not defined
-        vmcb[f"{name}.attrib"] = 0
-        l2.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
+        load_null(l2, name, selector)
         return selector
+    vmcb[f"{name}.selector"] = selector
     walk = l2.access(vmcb["gdtr.base"] + (selector & ~7), _IMPLICIT_READ)
     if not isinstance(walk.outcome, Reached):
         raise UsageError(f"L2 cannot reach the descriptor of {selector:#x}: {walk.outcome}")
@@ -166,6 +165,13 @@ def _load_segment(l2: L2, name: str, selector: int) -> int:
     vmcb[f"{name}.limit"] = limit << 12 | 0xFFF if entry >> 55 & 1 else limit
     vmcb[f"{name}.base"] = entry >> 16 & 0xFF_FFFF | entry >> 32 & 0xFF00_0000
     return selector
+
+
+def load_null(l2: L2, name: str, selector: int) -> None:
+    """A null selector, 15.5.1: such a segment has P=0; what else its attributes, limit and base say is not defined."""
+    vmcb = l2.state.vmcb
+    vmcb[f"{name}.selector"], vmcb[f"{name}.attrib"] = selector, 0
+    l2.undefined |= {f"{name}.attrib": ~SEGMENT_P, f"{name}.limit": WHOLE, f"{name}.base": WHOLE}
 
 
 def _pkru(l2: L2, kind: str, value: int) -> int:

@@ -43,7 +43,7 @@ SEGMENT_LOADS: Final = {"wres": "es", "wrds": "ds"}
 UNPRIVILEGED: Final = frozenset(
     {"rdrsp", "wrrsp", "rdseg", "rdflags", "wrflags", "rdpkru", "wrpkru", "cpuid", "rdtsc", "rdtscp", "pause", "intn",
      "icebp", "breakpoint", "overflow", "undefined", "divide", "smsw", "in", "out", "vmmcall", "iret", "remote",
-     "remotenmi", "rsm"}
+     "remotenmi", "rsm", "inimm", "outimm"}
     | STRINGS | DESCRIPTOR_READS.keys() | SEGMENT_LOADS.keys()
 )
 """Register probes that work at CPL 3 too (SGDT and the like while CR4.UMIP is 0)."""

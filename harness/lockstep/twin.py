@@ -18,6 +18,7 @@ from harness.lockstep.quirks import (
     PDE_WRITES_MISSED,
     SOFTWARE_EVENT_LOST,
     V_TPR_OVERWRITTEN,
+    VC_DROPPED,
     VMRUN_WANTS_PAGING,
 )
 from harness.lockstep.state import PENDING, State
@@ -179,6 +180,8 @@ class Twin(State):
     def _lost(self, injected: Event) -> bool:
         """Whether a quirk loses the event."""
         if injected.kind not in (events.INTERRUPT, events.NMI, events.EXCEPTION, events.SOFTWARE):
+            return True
+        if (injected.kind, injected.vector) == (events.EXCEPTION, events.VC) and self.quirks.has(VC_DROPPED):
             return True
         return injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)
 

@@ -30,6 +30,7 @@ NP: Final = 11
 SS: Final = 12
 GP: Final = 13
 PF: Final = 14
+VC: Final = 29
 WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 
 EVENT_VALID: Final = 1 << 31

@@ -39,8 +39,7 @@ INTERCEPTS: Final[dict[str, Intercept]] = (
 INTERCEPTS.update({
     "rdgdtl": INTERCEPTS["rdgdtr"], "rdidtl": INTERCEPTS["rdidtr"], "smsw": INTERCEPTS["rdcr0"],
     "lmsw": INTERCEPTS["wrcr0"], "clts": INTERCEPTS["wrcr0"], "rdmsr": INTERCEPTS["msr"], "wrmsr": INTERCEPTS["msr"],
-    "in": INTERCEPTS["ioio"], "out": INTERCEPTS["ioio"],
-    **dict.fromkeys(("ins", "outs", "repins", "repouts", "outsfs"), INTERCEPTS["ioio"]),
+    **dict.fromkeys(("in", "out", "inimm", "outimm", "ins", "outs", "repins", "repouts", "outsfs"), INTERCEPTS["ioio"]),
 })
 
 FIRST: Final = frozenset({"rdflags", "wrflags", "iret", "rsm", "intn", "vmmcall", "xsetbv"})

@@ -70,8 +70,9 @@ def _mode(name: str, cr4: int, efer: int, test: int, own: int, pages: tuple[str,
     return Mode(name, _CR0 | cr0, _CR4 | cr4, efer, attrib, test, own, kind, pages)
 
 
-_OWN_LONG: Final = 511 << 39 | 496 << 30 | 12 << 21 | 0x40 << 12
-OWN_SHORT: Final = 3 << 30 | 12 << 21 | 0x40 << 12
+_OWN_LONG: Final = 511 << 39 | 0x1EF << 30 | 0x1DF << 21 | 0x1BF << 12
+OWN_SHORT: Final = 3 << 30 | 0x1DF << 21 | 0x1BF << 12
+"""Nearly all ones, so that gates lead astray which lose a bit of a handler's address."""
 
 MODES: Final = {
     mode.name: mode

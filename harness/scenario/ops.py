@@ -151,6 +151,8 @@ REQUESTS: Final = frozenset({"remote", "remotenmi"})
 """Probes by which L2 asks L1's second processor to do its writes."""
 STORES: Final = frozenset({"write", "rmw", "push", "out"})
 """Probes that write a value of their own where none is given."""
+ADDRESSED: Final = VM_STATE | {"vmrun"}
+"""Probes whose value is rAX, a VMCB's address; 0 where none is given."""
 _PROBE: Final = re.compile(
     r"(?P<kind>[a-z]+(?:cr|dr)\d|[a-z]+?)(?P<size>[1248])?"
     r"(?:\s+(?P<target>[a-z]\w*(?:\.\w+)*|0x[0-9a-fA-F_]+)(?:\+(?P<offset>\w+))?)?"
@@ -174,10 +176,10 @@ def parse_probe(text: str) -> Probe:
     needs_target = kind in MEMORY | PORTS or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in STORES | REPEATED | VM_STATE or kind.startswith("wr") or kind in ("lar", "lmsw")
+    takes_value = kind in STORES | REPEATED | ADDRESSED or kind.startswith("wr") or kind in ("lar", "lmsw")
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
-    if takes_value and not match["value"] and kind not in STORES | VM_STATE:
+    if takes_value and not match["value"] and kind not in STORES | ADDRESSED:
         raise ValueError(f"{text!r}: {kind} needs a value, as in `{kind} = 0x1`")
     return Probe(
         kind,

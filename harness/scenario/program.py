@@ -27,7 +27,7 @@ from harness.wire.program import Step, WireProbe, encode
 
 T = TypeVar("T")
 
-LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8"})
+LONG_ONLY: Final = frozenset({"rdcr8", "wrcr8", "movssud"})
 """Probes that L2 cannot make with 32-bit code."""
 
 NOT_REAL: Final = frozenset(name for name, number in PROBES.items() if number >= PROBES["cpuid"]) | ops.STRINGS | {
@@ -324,6 +324,8 @@ class _Body:
         if probe.target:
             address = int(probe.target, 0) if probe.target[0].isdigit() else self._target(probe)
         size = probe.size or (4 if probe.kind in ops.PORTS | ops.STRINGS else self.world.mode.native)
+        if probe.kind in ("inimm", "outimm"):
+            address, size = layout.IMMEDIATE_PORT, 1
         if probe.kind in ops.PORTS and (size > 4 or not probe.target[0].isdigit() or address + size > 1 << 16):
             raise ValueError(f"`{probe}` needs a port's number, and 1, 2 or 4 bytes")
         if probe.kind == "overflow" and self.world.mode.long:

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-PROTOCOL = 12
+PROTOCOL = 13
 """Bumped with every change of layout or meaning; L1 states the version it was built with."""
 
 VMRUN_RAISED = 1 << 62
@@ -24,6 +24,10 @@ OP_SLOTS = 1 << 15
 
 RECORD_SLOTS = 256
 """Slots of the record ring (L1 writes); a power of two."""
+
+L1_HIGH = 0xFFFF << 48 | 0x111 << 39
+"""Where L1 has its memory once more: at VMRUN its RSP, GDTR and IDTR lead there, which so have
+high bits. (RIP does not: erratum qemu-tcg-cr0-before-cr4 has L1 go on with paging off.)"""
 
 MAX_PROBES = 32
 """Probes that one RUN op may carry: as many results as a record holds."""
@@ -179,6 +183,9 @@ REQUESTS = {"NONE": 0, "WRITE": 1, "NMI": 2, "DONE": 3, "STOP": 4}
 STRING_PORT = 0xCF8
 """The port of L2's INS and OUTS: PCI's configuration address, 32 bits that are read as they were written."""
 
+IMMEDIATE_PORT = 0x80
+"""The port of its IN and OUT whose port is in the instruction: nothing hangs on that one."""
+
 CONTROL_BYTES = 0x100
 """Of the VMCB's control area, from its start: all fields to the decode assists' end."""
 
@@ -286,6 +293,9 @@ PROBES = {
     "intn": 88, "breakpoint": 89, "overflow": 90, "undefined": 91, "divide": 92,
     "ins": 93, "outs": 94,  # 4 bytes, from and to port STRING_PORT
     "rddr0": 96, "rddr1": 97, "rddr2": 98, "rddr3": 99, "wrdr0": 100, "wrdr1": 101, "wrdr2": 102, "wrdr3": 103,
+    "rddr4": 104, "rddr5": 105, "wrdr4": 106, "wrdr5": 107,
+    "inimm": 108, "outimm": 109,  # 1 byte, from and to port IMMEDIATE_PORT
+    "movssud": 110,  # MOV to SS, which becomes null; UD2
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",

@@ -36,7 +36,7 @@ PLANTED: Final = "planted"
 
 SCENARIOS: Final = {
     "vmrun.efer-svme": ("efer-svme", "efer-sce[0x1d00]"),
-    "vmrun.cr0-nw": ("cr0-nw", "cr0-cd[0xe0050031]"),
+    "vmrun.cr0-nw": ("cr0-nw[4-level]", "cr0-cd[0xe0050031]"),
     "vmrun.cr0-high": ("cr0-high[0x180050031]", "cr0-high-legal[0x90050031]"),
     "vmrun.cr3-mbz": ("cr3-mbz[bit40]", "cr3-last[0x8000000000]"),
     "vmrun.cr4-mbz": ("cr4-mbz-each[bit24]", "cet-wp-legal"),

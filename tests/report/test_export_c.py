@@ -31,7 +31,7 @@ def test_what_it_says(compiler: Compiler, twin: Twin) -> None:
     assert ", 8);\t/* nested.a.pte */" in case and "/* asid */" in case
     assert 'check("exitcode", get(0x100c00070, 8), 0x400, 0xffffffffffffffff);' in case
     assert 'check("exitinfo1", get(0x100c00078, 8), 0x100000007, 0xffffffffffffffff);' in case
-    assert 'check("rip", get(0x100c00578, 8), 0xfffffffc01840000 + (l2_1_1 - l2_1), 0xffffffffffffffff);' in case
+    assert 'check("rip", get(0x100c00578, 8), 0xfffffffbfbfbf000 + (l2_1_1 - l2_1), 0xffffffffffffffff);' in case
     assert 'check("cpl", get(0x100c004cb, 1), 0x0, 0xff);' in case
     assert "\tmovq (%rdi), %rax\n" in code and "l2_1_1:\n\tmovq %rax, (%rdi)\n" in code and "\tvmmcall\n" in code
     assert case.count("run_l2(") == 1 and not la57

@@ -200,6 +200,15 @@ def test_the_same_again(image: Image) -> None:
     assert build(image, Cpu(40), guest_page="2M") == build(image, Cpu(40), guest_page="2M")
 
 
+@pytest.mark.parametrize(("mode", "high"), [("4-level", 63), ("5-level", 63), ("PAE", 31), ("32-bit", 31)])
+def test_a_gate_that_loses_a_bit_leads_elsewhere(mode: str, high: int, image: Image) -> None:
+    """Nearly all bits above the offset in the page are set in the addresses of L2's handlers, those of each half of a
+    gate's offset at its ends among them."""
+    code = build(image, Cpu(40, features=frozenset({"la57"})), mode).code[0]
+    clear = [bit for bit in range(12, high + 1) if not code >> bit & 1]
+    assert len(clear) <= 4 and not {12, 15, 16, 31, 32, 63} & set(clear)
+
+
 MODE_SIZES = [(name, host, guest, nested) for name, mode in MODES.items() for guest in mode.pages
               for host, l1 in HOST_MODES.items() for nested in (*l1.pages, NO_NESTED_PAGING)
               if host != "off" or nested == NO_NESTED_PAGING]  # 15.25.3
