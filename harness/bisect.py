@@ -16,8 +16,9 @@ from harness.lockstep.result import Result
 from harness.lockstep.signature import of_loss, signature
 from harness.machine import kvm_on_tcg, versions
 from harness.machine.versions import dotted
-from harness.options import LIBRARY
+from harness.options import LIBRARY, add_volume
 from harness.report import bundle
+from harness.report.terminal import Volume
 from harness.run import run
 from harness.scenario import files
 from harness.scenario.ops import Scenario
@@ -62,6 +63,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--shows", default="", metavar="TEXT",
                         help="only findings whose signature has TEXT in it, or which are the erratum of that id "
                              "(default: the bundle's; of a scenario, any)")
+    add_volume(parser)
     parser.set_defaults(command=_bisect)
 
 
@@ -71,16 +73,18 @@ def _bisect(options: argparse.Namespace) -> int:
     wanted = _wanted(options.subject, options.shows)
     kind = "qemu" if options.qemu else "kernel"
     first, dots, last = (options.qemu or options.kernel).partition("..")
-    print(f"looking for {wanted.what}")
+    if options.volume > Volume.QUIET:
+        print(f"looking for {wanted.what}")
     if not dots or not versions.is_name(first):
         verdict = _tried(wanted, _target(options, kind, options.qemu or options.kernel))
-        print(_told(kind, options.qemu or options.kernel, verdict))
+        print(_told(kind, options.qemu or options.kernel, verdict, options.volume))
         return CANNOT_TELL if verdict.shows is None else SHOWS if verdict.shows else ABSENT
     candidates = between(kind, first, last)
 
     def test(one: versions.Fetched) -> Verdict:
         verdict = _tried(wanted, _target(options, kind, str(one.path)))
-        print(_told(kind, dotted(one.version), verdict), flush=True)
+        if options.volume > Volume.QUIET:
+            print(_told(kind, dotted(one.version), verdict, options.volume), flush=True)
         return verdict
 
     edge = find(candidates, test)
@@ -150,9 +154,11 @@ def _target(options: argparse.Namespace, kind: str, name: str) -> Target:
                   l0=replace(kvm_on_tcg.DEFAULT, kernel=path, modules=modules), say=say)
 
 
-def _told(kind: str, name: str, verdict: Verdict) -> str:
+def _told(kind: str, name: str, verdict: Verdict, volume: Volume) -> str:
+    """In a line, but for `volume` VERBOSE."""
+    what = verdict.what if volume == Volume.VERBOSE else verdict.what.partition("\n")[0]
     word = "cannot be tested" if verdict.shows is None else "shows" if verdict.shows else "does not show"
-    return f"{kind} {name:10} {word:16} {verdict.what.partition(chr(10))[0]}".rstrip()
+    return f"{kind} {name:10} {word:16} {what}".rstrip()
 
 
 def _tried(wanted: Wanted, target: Target) -> Verdict:

@@ -16,11 +16,12 @@ from harness.errors import LaunchFailed, TwinwalkError, UsageError
 from harness.lockstep import errata as errata_files
 from harness.lockstep.errata import of_layers
 from harness.machine import kvm_on_tcg
-from harness.options import LIBRARY, count
+from harness.options import LIBRARY, add_results, add_volume, check_results, count
 from harness.pool import jobs_for
 from harness.report import matrix as report
 from harness.report import output
 from harness.report.summary import summarize
+from harness.report.terminal import Volume
 from harness.run import Outcome, run
 from harness.scenario import files
 from harness.scenario.ops import Scenario
@@ -53,8 +54,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--cpu", default="max", metavar="MODEL", help="the CPU of that host (default: max)")
     parser.add_argument("--budget", type=count, default=BUDGET, metavar="N",
                         help=f"cases of sweeps on each machine (default: {BUDGET}; 0 for none)")
-    for name in _FILES:
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write the table as {name}")
+    add_results(parser, *_FILES)
+    add_volume(parser)
     parser.set_defaults(command=_matrix)
 
 
@@ -79,25 +80,38 @@ def _matrix(options: argparse.Namespace) -> int:
     if not qemus and not kernels:
         raise UsageError("say which versions: --qemu 7.2,10.0 --kernel 6.1,6.12")
     files = {name: path for name in _FILES if (path := getattr(options, name)) is not None}
-    for name, path in files.items():
-        output.check_writable(path, f"--{name}")
+    check_results(options)
     picked = selected(options.paths, options.expression)
     errata = errata_files.load(LIBRARY / "errata")
     columns: list[report.Column] = []
     for one in machines(qemus, kernels, options.under or (qemus[-1] if qemus else None), options.cpu):
-        say(f"{one.name} ...")
+        if options.volume > Volume.QUIET:
+            say(f"{one.name} ...")
         columns.append(column(one, picked.scenarios, picked.sweeps, options.budget, errata))
-        say(f"{one.name}: {columns[-1].failed.partition(chr(10))[0] or _told(columns[-1])}")
+        if options.volume > Volume.QUIET:
+            say(f"{one.name}: {columns[-1].failed.partition(chr(10))[0] or _told(columns[-1])}")
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     command = shlex.join(["twinwalk", *sys.argv[1:]])
     matrix = report.Matrix(tuple(columns), tuple(errata), f"Made on {when} by `{command}`.")
-    for line in report.table(matrix):
+    for line in _shown(matrix, options.volume):
         print(line)
     for name, path in files.items():
         output.write(path, _FILES[name](matrix))
     if all(one.failed for one in columns):
         return LaunchFailed.exit_code
     return 1 if matrix.unexplained() else 0
+
+
+def _shown(matrix: report.Matrix, volume: Volume) -> Iterator[str]:
+    """The table, and with `volume` VERBOSE why cells are x; QUIET, what no erratum explains, a line each, and the
+    verdict."""
+    if volume == Volume.QUIET:
+        yield from matrix.unexplained()
+        yield report.verdict(matrix)
+        return
+    yield from report.table(matrix)
+    if volume == Volume.VERBOSE:
+        yield from matrix.reasons()
 
 
 def _loses(machine: Machine, erratum: errata_files.Erratum, errata: Sequence[errata_files.Erratum]) -> str:

@@ -15,12 +15,13 @@ from harness.lockstep.signature import LOST
 from harness.lockstep.twin import Twin
 from harness.machine import guests, kvm, kvm_on_tcg, tcg
 from harness.model.registers import Cpu
-from harness.options import LIBRARY, add_target, place
-from harness.report import export_c, output, terminal
+from harness.options import LIBRARY, add_target, add_volume, place, screen
+from harness.report import export_c, output
 from harness.report.bundle import Bundle, read
 from harness.report.findings import findings
 from harness.report.styled import Line, harmless, line, wrap
 from harness.report.summary import describe_machine
+from harness.report.terminal import Screen, Volume
 from harness.report.walks import draw
 from harness.scenario import files
 from harness.scenario.program import Compiler
@@ -51,6 +52,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--export-c", type=Path, metavar="FOLDER",
                         help="run nothing: write a C test of the finding to FOLDER, which needs nothing of twinwalk")
     add_target(parser)
+    add_volume(parser)
     parser.set_defaults(machine=None, cpu=None, l1_pages=None, command=_replay)
 
 
@@ -59,8 +61,9 @@ def _replay(options: argparse.Namespace) -> int:
     if options.export_c:
         return _export(options.bundle, bundle, options.export_c)
     target = targeted(options, bundle, options.bundle).chosen()
-    screen = terminal.Screen()
-    screen.show(_head(bundle, target, screen.width))
+    shown = screen(options)
+    if shown.volume > Volume.QUIET:
+        shown.show(_head(bundle, target, shown.width))
     about = bundle.about
     repeated = Repeated(Kind(about.kind), about.seen, about.tried, bundle.before)
     setup = Setup(target, errata.load(LIBRARY / files.ERRATA_FOLDER), about.pipelined, about.strict)
@@ -71,11 +74,13 @@ def _replay(options: argparse.Namespace) -> int:
             if seen.shows(about.signature, about.strict) or seen.result.skipped or seen.result.senseless:
                 break
     except LaunchFailed as reason:
-        screen.show(wrap(f"cannot be tested here: {harmless(str(reason))}", screen.width))
+        shown.show(wrap(f"cannot be tested here: {harmless(str(reason))}", shown.width))
         return CANNOT_TELL
     assert seen is not None
-    code, lines = _verdict(bundle, seen, repeated.times, screen.width)
-    screen.show(lines)
+    code, verdict, lines = _verdict(bundle, seen, repeated.times, shown)
+    if shown.volume > Volume.QUIET:
+        shown.show(lines)
+    shown.show(wrap(verdict, shown.width))
     return code
 
 
@@ -173,26 +178,26 @@ def _head(bundle: Bundle, target: Target, width: int) -> list[Line]:
     return lines
 
 
-def _verdict(bundle: Bundle, seen: Seen, times: int, width: int) -> tuple[int, list[Line]]:
-    about, result = bundle.about, seen.result
+def _verdict(bundle: Bundle, seen: Seen, times: int, screen: Screen) -> tuple[int, str, list[Line]]:
+    """The exit code, the verdict, and what is said before it."""
+    about, result, width = bundle.about, seen.result, screen.width
     here = wrap(describe_machine(seen.machine), width, "here     ")
     finding = seen.finding(about.signature, about.strict)
     if result.skipped or result.senseless:
-        return CANNOT_TELL, [*here, *wrap(f"cannot be tested here: {result.skipped or result.senseless}", width)]
+        return CANNOT_TELL, f"cannot be tested here: {result.skipped or result.senseless}", here
     if seen.shows(about.signature, about.strict):
-        drawn = draw(finding, bundle.scenario, width) if finding is not None else wrap(
+        drawn = draw(finding, bundle.scenario, width, screen.height) if finding is not None else wrap(
             harmless(str(result.lost)), width)
-        return REPRODUCED, [*here, line(""), *drawn, line(""), line("reproduced")]
+        return REPRODUCED, "reproduced", [*here, line(""), *drawn, line("")]
     if result.lost is not None:
-        text = f"cannot be tested here: {harmless(str(result.lost))}"
-        if about.check == LOST:
-            text = f"{text}\nthe bundle's loss is another: {about.field}"
-        return CANNOT_TELL, [*here, *(line(one) for one in text.splitlines())]
+        other = f", and the bundle's loss is another: {about.field}" if about.check == LOST else ""
+        told = [line(one) for one in harmless(str(result.lost)).splitlines()]
+        return CANNOT_TELL, f"cannot be tested here: {harmless(result.lost.reason)}{other}", [*here, *told]
     instead = [one for one in findings(result.divergences) if one.is_new(about.strict)]
     tries = f" in {times} tries" if times > 1 else ""
     lines = [*here]
     for one in instead:
-        lines += [line(""), *draw(one, bundle.scenario, width)]
+        lines += [line(""), *draw(one, bundle.scenario, width, screen.height)]
     known = len(result.divergences) - sum(one.is_new(about.strict) for one in instead)
     what = f"{len(instead)} other findings" if instead else "all agreed" if not known else "known errata only"
-    return NOT_REPRODUCED, [*lines, line(""), line(f"not reproduced{tries}: {what}")]
+    return NOT_REPRODUCED, f"not reproduced{tries}: {what}", [*lines, line("")]

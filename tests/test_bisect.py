@@ -108,6 +108,8 @@ class TestOneVersion:
         assert cli.main(["bisect", name, "--qemu", qemu.find(None), "--shows", "outcome"]) == 1
         assert cli.main(["bisect", name, "--qemu", qemu.find(None), "--shows", "no such text"]) == 0
         assert "C3 outcome" in capsys.readouterr().out
+        assert cli.main(["bisect", name, "--qemu", qemu.find(None), "--shows", "outcome", "-q"]) == 1
+        assert len(capsys.readouterr().out.splitlines()) == 1
 
     def test_it_cannot_be_tested(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["bisect", "walk/sizes", "--qemu", "/no/qemu"]) == 125

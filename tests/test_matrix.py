@@ -39,6 +39,8 @@ def test_what_can_be_run_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert all(row["explained"] for row in data["rows"])
     assert "not tested: no mirror has qemu 99.9" in page.read_text() and "no mirror has qemu 99.9" in table.read_text()
     assert "QEMU 99.9: not tested" in capsys.readouterr().out
+    assert cli.main(["matrix", "--qemu", qemu.find(None), "-k", SLICE, "--budget", "0", "--quiet"]) == 0
+    assert capsys.readouterr().out == "all is explained\n"
 
 
 def test_nothing_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ class TestReal:
         shown = capsys.readouterr().out
         assert "finding  C1 exitinfo1, rule nested.reserved; stable" in shown
         assert "EXITINFO1 is wrong: P is missing" in shown and shown.endswith("\nreproduced\n")
+        assert cli.main(["replay", str(path), "--quiet"]) == 1 and capsys.readouterr().out == "reproduced\n"
 
     def test_not_reproduced(
         self, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

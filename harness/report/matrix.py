@@ -177,6 +177,12 @@ def table(matrix: Matrix) -> Iterator[str]:
     yield from matrix.notes()
 
 
+def verdict(matrix: Matrix) -> str:
+    """In a line."""
+    unexplained = len(matrix.unexplained())
+    return f"not explained by any erratum: {unexplained}" if unexplained else "all is explained"
+
+
 def markdown(matrix: Matrix) -> str:
     """The table as a page."""
     titles = {erratum.id: erratum.title for erratum in matrix.errata}
@@ -206,13 +212,12 @@ def html(matrix: Matrix) -> str:
         about = " ".join(f"{erratum.explanation} {erratum.reference}".split()) if erratum else ""
         rows.append({"name": row, "title": erratum.title if erratum else "", "about": about,
                      "cells": [_html_cell(row, matrix.cell(row, one)) for one in matrix.columns]})
-    unexplained = len(matrix.unexplained())
     by_version = {
         "columns": [one.name for one in matrix.columns], "rows": rows, "legend": _LEGEND.replace("`", ""),
         "notes": [["Machines", list(matrix.notes())], ["What cannot be tested", list(matrix.reasons())]]}
     return page({
-        "verdict": f"not explained by any erratum: {unexplained}" if unexplained else "all is explained",
-        "bad": bool(unexplained), "machine": matrix.made.replace("`", ""), "totals": [], "sweeps": [], "tables": [],
+        "verdict": verdict(matrix), "bad": bool(matrix.unexplained()),
+        "machine": matrix.made.replace("`", ""), "totals": [], "sweeps": [], "tables": [],
         "findings": [], "lost": [], "known": [], "coverage": {"columns": [], "rows": []}, "matrix": by_version,
     }, "findings by version")
 

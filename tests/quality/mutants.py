@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,21 @@ import pytest
 
 import harness.lockstep
 import harness.model
+from harness.scenario.ops import Scenario
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in harness.`module`; `scenarios` are files of the library, or a scenario; a
+    divergence of `check` in a field that begins with `field` must come of it."""
+
+    module: str
+    old: str
+    new: str
+    scenarios: tuple[str | Scenario, ...]
+    check: str
+    field: str
+    number: int = 1
 
 
 def modules() -> Iterator[ModuleType]:

@@ -20,8 +20,8 @@ from harness.session import Session, Unit
 from harness.shrinking import Kind, Repeated, Trials, shrink
 from harness.target import Target
 from tests.conftest import LIBRARY
-from tests.quality.mutants import plant
-from tests.quality.test_model_mutants import MUTANTS, Mutant
+from tests.quality.mutants import Mutant, plant
+from tests.quality.test_model_mutants import MUTANTS
 from tests.scenario.texts import one, run
 
 pytestmark = pytest.mark.guest

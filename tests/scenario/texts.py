@@ -24,3 +24,11 @@ def one(*ops: str, head: str = "", name: str = "test") -> Scenario:
 def run(probes: str, cpl: int = 0) -> str:
     """The lines of a run op; probes are separated by semicolons."""
     return f"run = [{', '.join(repr(p.strip()) for p in probes.split(';') if p.strip())}]\ncpl = {cpl}"
+
+
+def set_bits(entry: str, *bits: str) -> str:
+    return f'entry = "{entry}"\nset = {list(bits)}'.replace("'", '"')
+
+
+def clear_bits(entry: str, *bits: str) -> str:
+    return f'entry = "{entry}"\nclear = {list(bits)}'.replace("'", '"')
