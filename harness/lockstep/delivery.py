@@ -173,6 +173,7 @@ def physical(l2: L2) -> None:
     flags = l2.state.host.rflags if vmcb["v_intr"] & VIntr.MASKING else l2.regs.rflags
     if not flags & RFLAGS.IF:
         if l2.regs.rflags & RFLAGS.IF and l2.state.quirks.has(WINDOW_AS_INTERRUPT):
+            vmcb["v_intr"] &= ~VIntr.IRQ  # the one that is taken has taken its place
             deliver(l2, Event(0, events.INTERRUPT), None, None)
         return
     if vmcb["interrupt_shadow"] and not l2.begun:
