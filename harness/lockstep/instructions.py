@@ -125,7 +125,10 @@ def _refuse(l2: L2, name: str, value: int) -> None:
         registers.write(l2, name, low)
         return
     if name == "cr4" and l2.state.quirks.has(ILLEGAL_CR4_ENDS):
-        raise Leave(ExitCode.INVALID & 0xFFFF_FFFF, rule="exit.privileged")
+        seen = l2.state.seen  # its lower half alone up to 10.0.2
+        whole = seen is not None and seen.exitcode == ExitCode.INVALID
+        code = ExitCode.INVALID if whole else ExitCode.INVALID & 0xFFFF_FFFF
+        raise Leave(code, rule="exit.privileged")
     if name != "efer" or not l2.state.quirks.has(EFER_RESERVED_DROPPED):
         l2.exception(Event.exception(events.GP))
 
