@@ -121,6 +121,7 @@ l1_vmrun_legacy:
 	mov l1_regs + TW_AT_REGS_RDI, %edi
 	mov l1_regs + TW_AT_REGS_RBP, %ebp
 	mov $l1_vmload_page, %eax
+l1_vmload_instruction:
 	vmload %eax
 	mov vmcb_address, %eax
 	.balign 16			/* no page's end up to VMRUN, so that no walk comes after the MOVB */
@@ -181,7 +182,10 @@ l1_vmrun_back:
 	.globl l1_ud
 l1_ud:
 	movl $1, l1_vmrun_raised
-	add $8, %esp
+	cmpl $l1_vmload_instruction, (%esp)
+	jne 1f
+	mov vmcb_address, %eax		/* VMLOAD has raised it, and with another one in rAX than VMRUN's */
+1:	add $8, %esp
 	popf
 	jmp l1_vmrun_back
 	.code64
