@@ -75,9 +75,10 @@ def _interrupt_held_back(state: State) -> bool:
 
 
 def _nmi_with_event(state: State) -> bool:
-    """A VMRUN that injects an event while an NMI is pending for L1, which L1 intercepts."""
+    """A VMRUN with an NMI pending for L1, and an interrupt too, or an event to inject if the NMI is intercepted."""
     vmcb = state.vmcb
-    return bool("nmi" in state.outside and vmcb["intercept_misc1"] & MISC1_NMI and vmcb["eventinj"] & EVENT_VALID)
+    injects = vmcb["intercept_misc1"] & MISC1_NMI and vmcb["eventinj"] & EVENT_VALID
+    return bool("nmi" in state.outside and (injects or "interrupt" in state.outside))
 
 
 def _nested_root_outside(state: State) -> bool:
@@ -113,6 +114,8 @@ CR8_WITH_V_IRQ: Final = "cr8-with-v-irq"
 PAE_STEPPED_OVER: Final = "pae-stepped-over"
 """L2, in PAE paging under a nested table, executes what a hypervisor below L1 carries out without a walk of its own,
 and then has to fetch, to step over it."""
+PAE_SYSENTER: Final = "pae-sysenter"
+"""The same, of SYSENTER_ESP and SYSENTER_EIP, which newer hypervisors leave to L2."""
 STEPPED_OVER: Final = frozenset({"cpuid", "invd", "wbinvd", "rdmsr", "wrmsr"})
 """Such instructions; of MSRs those that are not L2's own to use, EFER and PAT."""
 
@@ -135,6 +138,7 @@ HAZARDS: Final = {
     BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
     PAE_STEPPED_OVER: Hazard(_steps_in_pae, peril=PAE_STEPPED_OVER),
+    PAE_SYSENTER: Hazard(_steps_in_pae, peril=PAE_SYSENTER),
 }
 
 

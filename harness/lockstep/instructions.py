@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from harness.errors import UsageError
 from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave, physical
-from harness.lockstep.hazards import PAE_STEPPED_OVER, STEPPED_OVER
+from harness.lockstep.hazards import PAE_STEPPED_OVER, PAE_SYSENTER, STEPPED_OVER
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
     CR4_HIGH_DROPPED,
@@ -64,6 +64,7 @@ _STI: Final = frozenset({"sti", "stiud"})
 """STI, which IOPL lets other CPLs execute."""
 _INT_VECTOR: Final = 13
 """Of the INT n of L2's code: one that is an exception's, and that no exception intercept catches."""
+_SYSENTER: Final = (0x175, 0x176)
 _SHARED_MSRS: Final = (0xC000_0080, 0x277)
 _SMSW: Final = 0xFFFF_FFFF
 _LMSW: Final = CR0.MP | CR0.EM | CR0.TS
@@ -136,8 +137,11 @@ def _refuse(l2: L2, name: str, value: int) -> None:
 def _step_over(l2: L2, kind: str, address: int) -> None:
     """Note what a hypervisor below L1 steps over in an L2 whose PDPTEs it takes for illegal."""
     own = kind.endswith("msr") and address not in _SHARED_MSRS
-    if kind in STEPPED_OVER and not own and _in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE:
-        l2.out.perils.add(PAE_STEPPED_OVER)
+    if kind in STEPPED_OVER and _in_pae(l2) and l2.state.vmcb["np_control"] & NP_ENABLE:
+        if not own:
+            l2.out.perils.add(PAE_STEPPED_OVER)
+        elif address in _SYSENTER:
+            l2.out.perils.add(PAE_SYSENTER)
 
 
 def write_is_emulated(l2: L2, index: int) -> None:

@@ -27,6 +27,7 @@ JUMP_NON_CANONICAL: Final = "jump-non-canonical"
 PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
 VC_DROPPED: Final = "vc-dropped"
+SOFTWARE_EVENT_RIP: Final = "software-event-rip"
 V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
 INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
@@ -267,6 +268,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     JUMP_NON_CANONICAL: Quirk(),
     SOFTWARE_EVENT_LOST: Quirk(),
     VC_DROPPED: Quirk(),
+    SOFTWARE_EVENT_RIP: Quirk(),
     RESERVED_EVENT_LOST: _unchecked("vmrun.eventinj", lambda vmcb, host: vmcb["eventinj"] >> 8 & 7 in (1, 5, 6, 7)),
     NESTED_PDPTE_SHUTDOWN: Quirk(),
     VMRUN_WANTS_PAGING: Quirk(),

@@ -17,6 +17,7 @@ from harness.lockstep.quirks import (
     NESTED_PDPTE_SHUTDOWN,
     PDE_WRITES_MISSED,
     SOFTWARE_EVENT_LOST,
+    SOFTWARE_EVENT_RIP,
     V_TPR_OVERWRITTEN,
     VC_DROPPED,
     VMRUN_WANTS_PAGING,
@@ -109,7 +110,7 @@ class Twin(State):
         try:
             if injected is not None and not self._lost(injected):
                 l2.injected = injected
-                l2.deliver(injected, next_rip=vmcb["nrip"] if self._has_next_rip(injected) else None)
+                self._inject(l2, injected)
             physical(l2)
             l2.interrupt()
             l2.enter()
@@ -178,17 +179,26 @@ class Twin(State):
         return out
 
     def _lost(self, injected: Event) -> bool:
-        """Whether a quirk loses the event."""
+        """Whether a quirk loses the event; what steps over any instruction misses none, and loses nothing."""
         if injected.kind not in (events.INTERRUPT, events.NMI, events.EXCEPTION, events.SOFTWARE):
             return True
         if (injected.kind, injected.vector) == (events.EXCEPTION, events.VC) and self.quirks.has(VC_DROPPED):
             return True
-        return injected.software and self.quirks.has(SOFTWARE_EVENT_LOST)
+        steps_over = SOFTWARE_EVENT_RIP in self.quirks.names
+        return injected.software and not steps_over and self.quirks.has(SOFTWARE_EVENT_LOST)
 
-    def _has_next_rip(self, injected: Event) -> bool:
-        """Whether what an instruction raises returns to nRIP: without that field it cannot be injected properly
-        (section 15.20), and RIP is all that there is."""
-        return injected.software and "nrips" in self.cpu.features
+    def _inject(self, l2: L2, injected: Event) -> None:
+        """What an instruction raises returns to nRIP: without that field it cannot be injected properly (15.20), and
+        RIP is all that there is. By a quirk RIP is behind the instruction there while the event is delivered."""
+        rip, has_next = l2.regs.rip, "nrips" in self.cpu.features
+        if injected.software and not has_next and self.quirks.has(SOFTWARE_EVENT_RIP):
+            l2.regs.rip = l2.page + self.stub.labels["next_entry"]
+        try:
+            l2.deliver(injected, next_rip=self.vmcb["nrip"] if injected.software and has_next else None)
+        except Leave as leave:
+            if leave.event is not None:
+                l2.regs.rip = rip
+            raise
 
     def _raise(self, out: Prediction) -> Prediction:
         """#UD at VMRUN, in L1: nothing happens but that L1 says so."""

@@ -55,6 +55,8 @@ def test_cr8_is_written_while_a_virtual_interrupt_is_pending(twin: Twin, compile
     ("busy-tss", "events/legacy-busy-tss[0x80000010]", "events/legacy-injected[32-bit,0x80000010,3]"),
     ("delivery-in-shadow", "regressions/delivery-by-nested-table[0x80000202]",
      "regressions/delivery-by-nested-table[0x80000010]"),
+    ("nmi-with-event", "events/nmi-and-interrupt[bit0]", "events/physical-injected[interrupt,0x80000010]"),
+    ("pae-sysenter", "regressions/pae-stepped-over[wrmsr 0x175 = 0x1234]", "regressions/pae-stepped-over[cpuid]"),
     ("pae-stepped-over", "regressions/pae-stepped-over[cpuid]", "regressions/pae-stepped-over[wrmsr 0x175 = 0x1234]"),
     ("pae-stepped-over", "regressions/pae-stepped-over[rdmsr 0x277]", "modes/pae-state"),
 ])

@@ -11,7 +11,7 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT
+from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT, SOFTWARE_EVENT_LOST, SOFTWARE_EVENT_RIP
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached
@@ -313,3 +313,18 @@ def test_an_event_without_an_error_code_has_any(predict) -> None:  # type: ignor
     (out, *_), _ = predict('vmcb = "eventinj"\nvalue = 0x80000306', cut, "read a")
     (coded, *_), _ = predict('vmcb = "eventinj"\nvalue = 0x1880000b0d', cut, "read a")
     assert (out.free["exitintinfo"], coded.free.get("exitintinfo", 0)) == (0xFFFF_FFFF << 32, 0)
+
+
+@pytest.mark.parametrize(("quirks", "behind"), [((), False), ((SOFTWARE_EVENT_RIP,), True),
+                                                ((SOFTWARE_EVENT_LOST, SOFTWARE_EVENT_RIP), True)])
+def test_an_injected_software_event_returns_to_rip(
+    quirks: tuple[str, ...], behind: bool, twin: Twin, compiler: Compiler
+) -> None:
+    """By the quirk behind the instruction there; what steps over any instruction loses no event."""
+    twin.quirks = Active(quirks)
+    program = compiler.compile(one('vmcb = "eventinj"\nvalue = 0x80000403', "read a"))
+    (out, *_) = predictions(twin, program)
+    twin.quirks = Active()
+    (step,) = (step for step in program.steps if step.code == "RUN")
+    at = (step.b & ~0xFFF) + twin.stub.labels["next_entry"] if behind else step.b
+    assert out.exitcode == ExitCode.HLT and at in [twin.memory.words[address >> 3] for address in out.old]
