@@ -18,6 +18,7 @@ _REFUSED: Final = "VMEXIT_INVALID"
 _VALUES: Final = re.compile(r": it is [^\s,;]+( \([^)]*\))?(, and must be [^\s,;]+( \([^)]*\))?)?")
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+")
 _HALF_REFUSED: Final = "VMEXIT 0xffffffff,"
+_RAISED: Final = re.compile(r"(exception \d+) of VMRUN")
 _DONE: Final = re.compile(r"done, result (0x[0-9a-f]+)$")
 _CONTEXTS: Final = {
     "context.direct-l1": "of L1",
@@ -98,6 +99,8 @@ def _context(one: Divergence) -> str:
 def _outcome(finding: Finding, who: str, probe: Probe | None) -> str:
     one = finding.first
     want, got = str(one.expected), str(one.observed)
+    if raised := _RAISED.match(got):
+        return f"VMRUN raised {raised[1]} in L1{_must_be_refused(one) if want == _REFUSED else '; it must run L2'}."
     if want == _REFUSED and got.startswith(_HALF_REFUSED):
         return "VMRUN was refused as it must be, but EXITCODE is 0xffffffff, half of VMEXIT_INVALID."
     if want == _REFUSED:

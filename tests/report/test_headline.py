@@ -220,3 +220,11 @@ def test_which_check_of_vmrun() -> None:
     assert headline(only(one), None) == (
         "The machine ran L2 (done, result 0x1), though VMRUN is refused if ASID is 0, which is the host's; "
         "manual 15.5.1, 15.25.1.")
+
+
+@pytest.mark.parametrize(("expected", "rest"), [
+    ("VMEXIT_INVALID", ", though VMRUN is refused if ASID is 0, which is the host's"),
+    ("sPA 0x1000", "; it must run L2")])
+def test_a_vmrun_that_raises(expected: str, rest: str) -> None:
+    one = divergence(check="C3", rule="vmrun.asid", expected=expected, observed="exception 6 of VMRUN, in L1")
+    assert headline(only(one), None) == f"VMRUN raised exception 6 in L1{rest}; manual 15.5.1, 15.25.1."
