@@ -14,7 +14,7 @@ from harness.model.access import Access, Reached
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.events import Event
 from harness.model.registers import CR0, CR4, RFLAGS
-from harness.model.vmcb import NP_ENABLE, SEGMENT_P, ExitCode, VIntr
+from harness.model.vmcb import FIELDS, NP_ENABLE, SEGMENT_P, ExitCode, VIntr
 from harness.scenario.ops import VM_STATE
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _EDGES: Final = CR4.PKE | CR4.PCIDE
 _IMPLICIT_READ: Final = Access(implicit=True)
 _BREAKPOINTS: Final = ("dr0", "dr1", "dr2", "dr3")
 _OTHER_NAMES: Final = {"dr4": "dr6", "dr5": "dr7"}
+_DR6: Final = FIELDS["dr6"][0] - 0x400
+"""Offset in the state-save area."""
 _MET: Final = 0xF
 """Bits of DR6: the breakpoints that were met (section 13.1.1.3)."""
 
@@ -122,8 +124,8 @@ def old_breakpoint(l2: L2, address: int, index: int) -> None:
     met = sum(1 << n for n, name in enumerate(_BREAKPOINTS) if outside.get(name, address) == address)
     if (met and seen is not None and (seen.next_probe, seen.exitcode) == (index, debug)
             and l2.state.quirks.has(BREAKPOINTS_KEPT)):
-        if dr6 := seen.after["dr6"]:  # else it was not read
-            met &= dr6 | ~sum(1 << n for n, name in enumerate(_BREAKPOINTS) if name not in outside)
+        dr6 = int.from_bytes(seen.save[_DR6 : _DR6 + 8], "little")  # L1's own may be its old one
+        met &= dr6 | ~sum(1 << n for n, name in enumerate(_BREAKPOINTS) if name not in outside)
         l2.regs.rip, l2.regs.dr6 = address, l2.regs.dr6 & ~_MET | met
         l2.exception(Event.exception(events.DB))
 

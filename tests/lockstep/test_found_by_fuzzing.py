@@ -28,12 +28,12 @@ from harness.model import events
 from harness.model.access import ErrorCode
 from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
-from harness.model.vmcb import ExitCode
+from harness.model.vmcb import FIELDS, ExitCode
 from harness.scenario import files
 from harness.scenario.ops import Change, Scenario, VmcbOp
 from harness.scenario.program import Compiler
 from harness.wire.image import PAGE, Image
-from harness.wire.layout import HOST
+from harness.wire.layout import HOST, SAVE_BYTES
 from tests.conftest import LIBRARY
 from tests.scenario.texts import one, run
 
@@ -98,15 +98,17 @@ def test_a_shutdown_before_l2_is_entered_keeps_the_event(
     assert left(twin, "exitcode", "eventinj", "exitintinfo") == (code, event, 0x8000_0010)
 
 
-@pytest.mark.parametrize("dr6", [0, 0xFFFF_0FF0, 0xFFFF_0FF4])  # 0: L1 did not read it
+@pytest.mark.parametrize("dr6", [0xFFFF_0FF0, 0xFFFF_0FF4, 0xFFFF_0FFF])
 @pytest.mark.parametrize(("code", "probe", "stops"), [(DEBUG, 0, True), (DEBUG, 1, False), (PAGE_FAULT, 0, False)])
 def test_a_breakpoint_of_l1_stops_l2_where_that_was_seen(
     twin: Twin, compiler: Compiler, code: int, probe: int, stops: bool, dr6: int
 ) -> None:
-    seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0, after={"dr6": dr6})
+    save = bytearray(SAVE_BYTES)
+    save[FIELDS["dr6"][0] - 0x400 : FIELDS["dr6"][0] - 0x3F8] = dr6.to_bytes(8, "little")
+    seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0, save=bytes(save))
     last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen=seen)
     assert left(twin, "exitcode", "rip") == (DEBUG if stops else PAGE_FAULT, 0)
-    assert twin.vmcb["dr6"] & 0xF == ((dr6 & 0xF if dr6 else 0xF) if stops else 0)
+    assert twin.vmcb["dr6"] & 0xF == (dr6 & 0xF if stops else 0)
 
 
 @pytest.mark.parametrize("its", ["0x7f", "0x3f"])
