@@ -74,6 +74,7 @@ def place(l2: L2, walk: Walk, code: int, gpa: int) -> tuple[int, int]:
     if not quirks or l2.paging.guest is None or seen is None or seen.exitcode != ExitCode.NPF:
         return code, gpa
     fetched = l2.walk(l2.regs.rip + l2.base & l2.mask, _FETCH[l2.regs.cpl])
+    l2.out.accesses.pop()  # L2 makes none here
     stale = seen.fault_code == code & _LOW | ErrorCode.GUEST_TABLE and seen.fault_address != gpa
     if stale and seen.fault_address in (*_tables(l2, walk), *_tables(l2, fetched)) and quirks.has(EMULATED_FAULT_PLACE):
         return seen.fault_code, seen.fault_address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
 
@@ -200,3 +201,19 @@ def test_v_tpr_is_l1s_cr8(control: int, probes: str, kept: int, shared: int, twi
     assert twin.vmcb["v_intr"] == control & ~0xF | kept
     _predict(twin, program, [V_TPR_OVERWRITTEN])
     assert twin.vmcb["v_intr"] == control & ~0xF | shared
+
+
+def test_where_a_fault_is_told_makes_no_access(twin: Twin, compiler: Compiler) -> None:
+    """The first half of a string write is known by the accesses before the fault, whatever was seen of it."""
+    cleared, probes = 'entry = "nested.b.pte"\nclear = ["p"]', "out4 0xcf8 = 0x11223344; ins a+0xffe"
+    program = compiler.compile(one(cleared, run(probes)))
+    a = program.world.spa["a"] + 0xFF8
+    twin.reset(program.world)
+    for step in program.steps:
+        if step.code == "RUN":
+            break
+        twin.apply(step)
+    before, out = bytes(twin.memory.bytes[step.a : step.a + PAGE]), twin.predict(step, 0)
+    seen = SimpleNamespace(exitcode=ExitCode.NPF, next_probe=1, fault_code=0, fault_address=0)
+    twin.predict_again(out, before, step, Active([STRING_WRITE_HALVES]), seen=seen)  # type: ignore[arg-type]
+    assert twin.memory.read(a, 8) == tag(a) & (1 << 48) - 1 | 0x3344 << 48
