@@ -67,6 +67,7 @@ FIRST_EVENT_KEPT: Final = "first-event-kept"
 XSETBV_CPL_FIRST: Final = "xsetbv-cpl-first"
 SKINIT_ANY_CPL: Final = "skinit-any-cpl"
 NESTED_FORMAT_BY_L2: Final = "nested-format-by-l2"
+CR0_CD_CLEARED: Final = "cr0-cd-cleared"
 FIVE_LEVELS_KEPT: Final = "five-levels-kept"
 PDE_WRITES_MISSED: Final = "pde-writes-missed"
 STI_ALWAYS_SHADOWS: Final = "sti-always-shadows"
@@ -294,6 +295,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     XSETBV_CPL_FIRST: Quirk(),
     SKINIT_ANY_CPL: Quirk(),
     NESTED_FORMAT_BY_L2: Quirk(),
+    CR0_CD_CLEARED: Quirk(),
     FIVE_LEVELS_KEPT: Quirk(),
     PDE_WRITES_MISSED: Quirk(),
     STI_ALWAYS_SHADOWS: Quirk(),

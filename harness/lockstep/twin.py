@@ -11,6 +11,7 @@ from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import (
+    CR0_CD_CLEARED,
     FIVE_LEVELS_KEPT,
     INTERRUPT_AS_EXCEPTION,
     NESTED_FORMAT_BY_L2,
@@ -41,6 +42,7 @@ _RESUMED = Group("cpl", "rflags", "rip", "rsp", *(f"{s}.{p}" for s in ("es", "cs
 
 
 _NONE = Active()
+_UNCACHED = CR0.CD | CR0.NW
 _BOTH_INFO = ("exitinfo1", "exitinfo2")
 _UNDEFINED = dict.fromkeys((one.exitcode for one in INTERCEPTS.values()), _BOTH_INFO) | {
     ExitCode.EXCEPTION + vector: ("exitinfo2",) if vector in events.WITH_ERROR_CODE else _BOTH_INFO
@@ -103,6 +105,8 @@ class Twin(State):
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         self.tlb.vmrun(self._tlb_control(), vmcb["asid"])
         l2 = L2(self, out, step)
+        if l2.regs.cr0 & _UNCACHED and self.quirks.has(CR0_CD_CLEARED):
+            l2.regs.cr0 &= ~_UNCACHED
         if self._no_root():
             vmcb["eventinj"] = event  # L2 was never entered
             self._leave(out, l2, Leave(ExitCode.SHUTDOWN, rule="nested.reserved", event=injected))

@@ -11,7 +11,13 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import EMULATED_BELOW, FIRST_EVENT_KEPT, SOFTWARE_EVENT_LOST, SOFTWARE_EVENT_RIP
+from harness.lockstep.quirks import (
+    CR0_CD_CLEARED,
+    EMULATED_BELOW,
+    FIRST_EVENT_KEPT,
+    SOFTWARE_EVENT_LOST,
+    SOFTWARE_EVENT_RIP,
+)
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.twin import Twin
 from harness.model.access import NestedPageFault, PageFault, Reached
@@ -328,3 +334,11 @@ def test_an_injected_software_event_returns_to_rip(
     (step,) = (step for step in program.steps if step.code == "RUN")
     at = (step.b & ~0xFFF) + twin.stub.labels["next_entry"] if behind else step.b
     assert out.exitcode == ExitCode.HLT and at in [twin.memory.words[address >> 3] for address in out.old]
+
+
+@pytest.mark.parametrize(("quirks", "cr0"), [((), 0xC005_0031), ((CR0_CD_CLEARED,), 0x8005_0031)])
+def test_l2_runs_with_cd_clear(quirks: tuple[str, ...], cr0: int, twin: Twin, compiler: Compiler) -> None:
+    twin.quirks = Active(quirks)
+    (out, *_) = predictions(twin, compiler.compile(one('vmcb = "cr0"\nvalue = 0xc0050031', "rdcr0; read a")))
+    twin.quirks = Active()
+    assert (out.results[0], twin.vmcb["cr0"]) == (cr0, cr0)
