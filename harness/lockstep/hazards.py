@@ -14,8 +14,8 @@ from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
 from harness.lockstep.quirks import NESTED_PDPTE_UNCHECKED
 from harness.lockstep.state import State
-from harness.model.access import NestedPageFault
-from harness.model.entries import NX, P
+from harness.model.access import NestedPageFault, Reached
+from harness.model.entries import FRAME, NX, P
 from harness.model.events import EVENT_VALID
 from harness.model.registers import CR4, EFER, RFLAGS
 from harness.model.vmcb import MISC1_INTR, MISC1_NMI, NP_ENABLE, VIntr
@@ -30,6 +30,17 @@ def _nested_pdpte_high_bits(paging: Paging, walk: Walk) -> bool:
     return paging.nested is not None and paging.nested.name == "PAE" and any(
         dimension == "nested" and name == "pdpte" and entry & P and entry & _HIGH
         for dimension, name, _, _, entry in walk.trail)
+
+
+def _beyond_nested_pae(paging: Paging, walk: Walk) -> bool:
+    """A walk to or by a gPA of 4 GiB or more, of which a nested PAE table translates the low 32 bits."""
+    if paging.nested is None or paging.nested.name != "PAE":
+        return False
+    match walk.outcome:
+        case Reached(_, gpa) | NestedPageFault(_, gpa) if gpa >> 32:
+            return True
+    tables = [entry & FRAME for dimension, _, _, _, entry in walk.trail if dimension == "guest"]
+    return any(table >> 32 for table in tables[:-1])
 
 
 def _lma_without_pae(state: State) -> bool:
@@ -127,6 +138,7 @@ BUSY_TSS: Final = "busy-tss"
 HAZARDS: Final = {
     "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits,
                                      quirks=(NESTED_PDPTE_UNCHECKED,)),
+    "beyond-nested-pae": Hazard(lambda scenario: scenario.nested == "PAE", walk=_beyond_nested_pae),
     "nested-root-outside": Hazard(
         lambda scenario: scenario.nested == "PAE" or _changes("ncr3")(scenario), vmrun=_nested_root_outside),
     "lma-without-pae": Hazard(_changes("efer"), vmrun=_lma_without_pae),

@@ -47,6 +47,7 @@ def test_cr8_is_written_while_a_virtual_interrupt_is_pending(twin: Twin, compile
     ("nested-root-outside", "regressions/ncr3-beyond[bit40]", "first-light"),
     ("nested-root-outside", "vmrun/ncr3-mbz[bit63]", "modes/nested-pae-accesses[4K]"),
     ("nested-root-outside", "modes/nested-pae-pdpte-reserved[bit52]", "modes/nested-pae-pdpte-reserved[bit1]"),
+    ("beyond-nested-pae", "regressions/beyond-nested-pae[bit32]", "modes/nested-pae-accesses[4K]"),
     ("interrupt-held-back", "events/physical-interrupt[0x0,0x2,0xad7,bit0]",
      "events/physical-interrupt[0x0,0x2,0xad7,bit1]"),
     ("nmi-with-event", "events/physical-injected[nmi,0x80000010]", "events/physical-injected[interrupt,0x80000010]"),
