@@ -106,7 +106,8 @@ def test_a_breakpoint_of_l1_stops_l2_where_that_was_seen(
     save = bytearray(SAVE_BYTES)
     save[FIELDS["dr6"][0] - 0x400 : FIELDS["dr6"][0] - 0x3F8] = dr6.to_bytes(8, "little")
     seen = SimpleNamespace(exitcode=code, next_probe=probe, fault_code=0, fault_address=0, save=bytes(save))
-    last(twin, compiler, "state/l1-breakpoint[0x400]", BREAKPOINTS_KEPT, seen=seen)
+    scenario = one('host = "dr7"\nvalue = 0x400', run("fetch 0x0; read a"))
+    last(twin, compiler, scenario, BREAKPOINTS_KEPT, seen=seen)
     assert left(twin, "exitcode", "rip") == (DEBUG if stops else PAGE_FAULT, 0)
     assert twin.vmcb["dr6"] & 0xF == (dr6 & 0xF if stops else 0)
 
