@@ -86,10 +86,10 @@ def _interrupt_held_back(state: State) -> bool:
 
 
 def _nmi_with_event(state: State) -> bool:
-    """A VMRUN with an NMI pending for L1, and an interrupt too, or an event to inject if the NMI is intercepted."""
+    """A VMRUN with an NMI pending for L1, which L2 is to take, or with an interrupt too, or an event to inject."""
     vmcb = state.vmcb
-    injects = vmcb["intercept_misc1"] & MISC1_NMI and vmcb["eventinj"] & EVENT_VALID
-    return bool("nmi" in state.outside and (injects or "interrupt" in state.outside))
+    takes = not vmcb["intercept_misc1"] & MISC1_NMI
+    return bool("nmi" in state.outside and (takes or "interrupt" in state.outside or vmcb["eventinj"] & EVENT_VALID))
 
 
 def _nested_root_outside(state: State) -> bool:
