@@ -42,7 +42,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     add_kvm_param(host)
     host.add_argument("--l1-pages", choices=["2m", "4k"], default="2m",
                       help="the pages that back L1's memory in L0 (default: 2m)")
-    host.add_argument("--audit", nargs="?", type=_one_in, const=1, default=0, metavar="N",
+    host.add_argument("--audit", nargs="?", type=one_in, const=1, default=0, metavar="N",
                       help="justify every entry of the tables that KVM runs L1 and L2 with, at every switch, or at one "
                            "in N; L1 then waits for the checker at every record")
 
@@ -155,7 +155,7 @@ def is_pipelined(options: argparse.Namespace, target: Target) -> bool:
     return target.machine != "tcg" if options.pipelined is None else bool(options.pipelined)
 
 
-def _one_in(text: str) -> int:
+def one_in(text: str) -> int:
     """The value of --audit."""
     try:
         return positive(text)

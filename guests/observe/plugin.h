@@ -17,7 +17,7 @@ struct qemu_info {
 	int vcpus, max_vcpus;
 };
 
-enum { R_REGS = 1 };
+enum { NO_REGS, R_REGS };
 enum { MEMORY_RW = 3 };
 
 struct block;
@@ -49,6 +49,7 @@ typedef void executed(unsigned vcpu, void *data);
 typedef void accessed(unsigned vcpu, uint32_t info, uint64_t gva, void *data);
 
 void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id, translated *call, void *data); /* data from version 7 on */
+void qemu_plugin_register_vcpu_tb_exec_cb(struct block *block, executed *call, int flags, void *data);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct insn *insn, executed *call, int flags, void *data);
 void qemu_plugin_register_vcpu_mem_cb(struct insn *insn, accessed *call, int flags, int kinds, void *data);
 uint64_t qemu_plugin_tb_vaddr(const struct block *block);

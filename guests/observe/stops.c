@@ -17,14 +17,16 @@
 #include "plugin.h"
 #include "wire.h"
 
-enum { VCPUS = 64, SITES = 1024, ARITHMETIC = 0xCD5 /* CF PF AF ZF SF DF OF */ };
+enum { VCPUS = 64, SITES = 1024, STACK = 14 /* a kernel's is 16 KiB, so aligned */, ARITHMETIC = 0xCD5 /* CF PF AF ZF SF DF OF */ };
 
 __attribute__((visibility("default"))) int qemu_plugin_version = API;
 
-/* A vCPU between a VMRUN and its #VMEXIT: where it comes back, and L1's registers that it then has again. */
+/* A vCPU between a VMRUN and its #VMEXIT: where it comes back, and its registers that it then has again. Below L1, of L0:
+   `stack` is that of the thread that has L1's vCPU. */
 struct inside {
-	uint64_t behind, rax, cr3;
+	uint64_t at, behind, rax, cr3, stack;
 	bool on;
+	unsigned switches;
 };
 
 static const struct {
@@ -42,9 +44,11 @@ static const struct {
 enum { WANTED = sizeof(wanted) / sizeof(*wanted) };
 
 static int channel = -1;
-static bool below, copies;
+static bool below, copies, several;
+static unsigned running, switches; /* the vCPU that runs (one thread has all), and how often it was another one */
 static struct inside under[VCPUS], observed[VCPUS];
 static bool armed[VCPUS];
+static uint64_t threads[VCPUS];
 static struct site {
 	uint64_t vmrun, behind;
 } sites[SITES];
@@ -129,6 +133,24 @@ static unsigned tell(const struct tw_stop *stop)
 	return 0;
 }
 
+/* The number of the vCPU of L1's that runs: the processor's or, where L0 is a kernel that L1 runs under, that of the thread
+   of L0's which has it. Not to be asked while L0 itself runs. VCPUS where there are too many. */
+static unsigned of_l1(unsigned vcpu)
+{
+	uint64_t thread = under[vcpu].stack >> STACK;
+
+	if (!below)
+		return vcpu;
+	for (unsigned one = 0; one < VCPUS; one++) {
+		if (!threads[one])
+			threads[one] = thread;
+		if (threads[one] == thread)
+			return one;
+	}
+	give_up();
+	return VCPUS;
+}
+
 static bool is_back(const struct inside *one, uint64_t pc, const struct tw_stop *now)
 {
 	return one->on && one->behind == pc && one->rax == now->rax && one->cr3 == now->cr3;
@@ -138,7 +160,7 @@ static void at_vmrun(unsigned vcpu, void *data)
 {
 	const struct site *site = data;
 	uint64_t behind = site->behind;
-	struct inside *one = &observed[vcpu];
+	struct inside *one;
 	struct tw_stop stop;
 	unsigned answer;
 
@@ -146,29 +168,41 @@ static void at_vmrun(unsigned vcpu, void *data)
 		return;
 	stop = look(TW_STOP_ENTER, vcpu, site->vmrun);
 	if (below && !under[vcpu].on) {
-		under[vcpu] = (struct inside){ behind, stop.rax, stop.cr3, true };
+		under[vcpu] = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, stop.rsp, true, 0 };
 		return;
 	}
+	stop.vcpu = of_l1(vcpu);
+	if (stop.vcpu == VCPUS)
+		return;
+	one = &observed[stop.vcpu];
 	/* L2's own; or L1's once more, which raised an exception */
 	if (one->on && !is_back(one, behind, &stop))
 		return;
 	answer = tell(&stop);
-	*one = (struct inside){ behind, stop.rax, stop.cr3, answer == TW_ANSWER_ENTERED };
+	*one = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, 0, answer == TW_ANSWER_ENTERED, switches };
 	armed[vcpu] = one->on && !below;
 }
 
 static void at_site(unsigned vcpu, void *data)
 {
 	uint64_t pc = (uint64_t)data;
-	struct inside *one = &observed[vcpu];
+	unsigned number;
+	struct inside *one;
 	struct tw_stop stop;
 
-	if (channel < 0 || ((!one->on || one->behind != pc) && (!below || !under[vcpu].on || under[vcpu].behind != pc)))
+	if (channel < 0 || (below && !under[vcpu].on))
+		return;
+	number = of_l1(vcpu);
+	if (number == VCPUS)
+		return;
+	one = &observed[number];
+	if ((!one->on || one->behind != pc) && (!below || under[vcpu].behind != pc))
 		return;
 	stop = look(TW_STOP_EXIT, vcpu, pc);
+	stop.vcpu = number;
 	if (below && is_back(&under[vcpu], pc, &stop)) {
 		under[vcpu].on = false;
-	} else if (is_back(one, pc, &stop) && (!below || under[vcpu].on)) {
+	} else if (is_back(one, pc, &stop)) {
 		one->on = armed[vcpu] = false;
 		tell(&stop);
 	}
@@ -177,10 +211,15 @@ static void at_site(unsigned vcpu, void *data)
 static void at_invlpga(unsigned vcpu, void *data)
 {
 	struct tw_stop stop;
+	unsigned number;
 
-	if (channel < 0 || observed[vcpu].on || (below && !under[vcpu].on))
+	if (channel < 0 || (below && !under[vcpu].on))
+		return;
+	number = of_l1(vcpu);
+	if (number == VCPUS || observed[number].on)
 		return;
 	stop = look(TW_STOP_INVLPGA, vcpu, (uint64_t)data);
+	stop.vcpu = number;
 	stop.gva = stop.rax;
 	tell(&stop);
 }
@@ -191,7 +230,8 @@ static void at_access(unsigned vcpu, uint32_t info, uint64_t gva, void *data)
 	struct tw_stop stop;
 	uint64_t spa;
 
-	if (!armed[vcpu] || channel < 0)
+	/* VMRUN's own accesses, where its block was translated while another vCPU was inside, are not L2's */
+	if (!armed[vcpu] || channel < 0 || observed[vcpu].at == (uint64_t)data)
 		return;
 	at = qemu_plugin_get_hwaddr(info, gva);
 	if (!at || qemu_plugin_hwaddr_is_io(at))
@@ -204,7 +244,15 @@ static void at_access(unsigned vcpu, uint32_t info, uint64_t gva, void *data)
 	stop.gva = gva;
 	stop.spa = spa;
 	stop.write = qemu_plugin_mem_is_store(info);
+	stop.others = switches != observed[vcpu].switches;
 	tell(&stop);
+}
+
+static void at_block(unsigned vcpu, void *data)
+{
+	(void)data;
+	switches += vcpu != running;
+	running = vcpu;
 }
 
 /* Whether the instruction is 0F 01 and that byte, behind prefixes at most. */
@@ -243,6 +291,8 @@ static void translate(struct block *block)
 
 	if (channel < 0)
 		return;
+	if (several)
+		qemu_plugin_register_vcpu_tb_exec_cb(block, at_block, NO_REGS, NULL);
 	/* #VMEXIT is noticed once the block behind VMRUN is executed, after it was translated */
 	for (unsigned vcpu = 0; vcpu < VCPUS && !below && !site_before(qemu_plugin_tb_vaddr(block)); vcpu++)
 		of_l2 |= observed[vcpu].on;
@@ -300,6 +350,7 @@ __attribute__((visibility("default"))) int qemu_plugin_install(uint64_t id, cons
 	if (!qemu_plugin_read_register && !(qemu_get_cpu && x86_cpu_gdb_read_register))
 		return 1;
 	copies = info->version.current >= 3;
+	several = info->vcpus > 1;
 	buffer = g_byte_array_new();
 	qemu_plugin_register_vcpu_tb_trans_cb(id, at_translation, NULL);
 	return 0;

@@ -6,7 +6,7 @@ with L1's nested table; behind #VMEXIT, of which L2 has run on it since its last
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -69,22 +69,31 @@ class Audit:
 
     def saw(self, sink: Sink, where: Context, record: Record) -> None:
         """A record of a VMRUN, at which L1 stands still."""
-        entering = record.kind == RECORDS["ENTER"]
-        if not entering and record.kind != RECORDS["EXIT"]:
-            return
-        self._switches += 1
-        due = not self._switches % self._every
-        if entering:
-            self._control = record.control
-            start, end = where.tables
-            self._then = start, self._memory[start:end].tobytes()
-        elif not _ran(record):
+        if record.kind == RECORDS["ENTER"]:
+            self.entering(sink, where, record.control)
+        elif record.kind == RECORDS["EXIT"]:
+            self.left(sink, where, record.before, record.exitcode)
+
+    def entering(self, sink: Sink, where: Context, control: bytes) -> None:
+        """L1 is about to execute VMRUN, with that control area in its VMCB."""
+        start, end = where.tables
+        self._control, self._then = control, (start, self._memory[start:end].tobytes())
+        if self._is_due():
+            self._audit(sink, where, entering=True)
+
+    def left(self, sink: Sink, where: Context, host: Mapping[str, int], code: int) -> None:
+        """L1 is behind that VMRUN: with its registers `host`, and the exit code."""
+        due = self._is_due()
+        if not _ran(code):
             self._last = None  # KVM may have begun with it
             return
-        else:
-            self._last = self._nested(record)
+        self._last = self._nested(host)
         if due:
-            self._audit(sink, where, entering)
+            self._audit(sink, where, entering=False)
+
+    def _is_due(self) -> bool:
+        self._switches += 1
+        return not self._switches % self._every
 
     def _audit(self, sink: Sink, where: Context, entering: bool) -> None:
         auditor = self._auditor
@@ -113,12 +122,11 @@ class Audit:
                               self._before)
         return self._auditor.shadow(kvm.l2_root, self._last, earlier)
 
-    def _nested(self, record: Record) -> NestedTable | None:
+    def _nested(self, host: Mapping[str, int]) -> NestedTable | None:
         """The table that L2 ran on; None without nested paging."""
         if not self._get("np_control") & NP_ENABLE:
             return None
-        before = record.before
-        fmt = table_format(before["cr0"], before["cr4"], before["efer"], self._cpu)
+        fmt = table_format(host["cr0"], host["cr4"], host["efer"], self._cpu)
         assert fmt is not None, "VMRUN is refused with paging off"
         return NestedTable(fmt, self._get("ncr3"), self._auditor.backing, self._l0.memory.words)
 
@@ -168,8 +176,7 @@ def _field(one: Breach) -> str:
     return f"{_SIZES.get(one.shift, f'2^{one.shift}')} leaf for gPA {one.gpa:#x} in the {kind}"
 
 
-def _ran(record: Record) -> bool:
+def _ran(code: int) -> bool:
     """Whether the processor surely ran L2: VMRUN was neither refused nor raised an exception; nor did it come to a
     shutdown, which KVM makes of a table that it can build no root for, without running L2."""
-    code = record.exitcode & _INVALID
-    return code not in (_INVALID, ExitCode.SHUTDOWN) and record.exitcode >> 32 != VMRUN_RAISED >> 32
+    return code & _INVALID not in (_INVALID, ExitCode.SHUTDOWN) and code >> 32 != VMRUN_RAISED >> 32

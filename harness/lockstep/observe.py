@@ -15,13 +15,14 @@ from typing import Final, NamedTuple
 
 from harness.lockstep import exits
 from harness.lockstep.active import Active
-from harness.lockstep.compare import Divergence
+from harness.lockstep.audit import Audit
+from harness.lockstep.compare import Context, Divergence
 from harness.lockstep.errata import Erratum, Known, explain, quirks_of
 from harness.lockstep.evidence import PAGE, Evidence, Moment, Touched, with_entries
 from harness.lockstep.exits import Entered, Exit
 from harness.lockstep.flushes import Flushes
 from harness.lockstep.nested_tables import Change
-from harness.lockstep.result import Under, Visit
+from harness.lockstep.result import Result, Under, Visit
 from harness.lockstep.signature import signature
 from harness.model.access import Access
 from harness.model.consistency import violations
@@ -31,6 +32,7 @@ from harness.model.registers import Cpu
 from harness.model.vmcb import NP_ENABLE, ExitCode, Vmcb
 from harness.model.vmrun import Host, load, paging, table_format
 from harness.model.walk import translate
+from harness.wire.image import Region
 from harness.wire.stop import ACCESS, ENTER, INVLPGA, Stop
 
 KEPT: Final = 50
@@ -55,8 +57,13 @@ class Seen:
     """#VMEXITs before which another processor changed nested tables: faults are not judged then."""
     accesses: int = 0
     """Memory accesses of L2 that were looked at."""
+    disturbed: int = 0
+    """Those that were not, since another processor had run meanwhile."""
     invlpga: int = 0
     table_bytes: int = 0
+    shadow_audits: int = 0
+    """Switches at which the tables of the KVM under L1 were audited, and leaves of these that were."""
+    shadow_leaves: int = 0
     divergences: list[Divergence] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
 
@@ -74,15 +81,17 @@ class _Latest(NamedTuple):
 
 class Observer:
     """`memory` is L1's RAM from sPA 0 on; `errata` those of the machine, the most specific first. `holds`: it may hold
-    translations over VMRUN and #VMEXIT, so that accessed bits which L1 has cleared since may stay clear."""
+    translations over VMRUN and #VMEXIT, so that accessed bits which L1 has cleared since may stay clear. `audit` is of
+    the tables that the KVM under L1 builds (C5)."""
 
-    def __init__(self, name: str, memory: memoryview, cpu: Cpu, errata: Sequence[Erratum] = (), holds: bool = False
-                 ) -> None:
+    def __init__(self, name: str, memory: memoryview, cpu: Cpu, errata: Sequence[Erratum] = (), holds: bool = False,
+                 audit: Audit | None = None) -> None:
         self.seen = Seen()
-        self._name = name
+        self.name = name
         self._memory = Memory.over(memory)
         self._cpu = cpu
         self._holds = holds
+        self._audit = audit
         self._errata = Known(errata)
         self._quirks = quirks_of(errata)
         self._entered: dict[int, Entered] = {}
@@ -110,6 +119,8 @@ class Observer:
         else:
             vmcb = Vmcb(self._memory, stop.host["rax"])
             found = list(self._enter(stop, vmcb)) if stop.kind == ENTER else self._exit(stop, vmcb)
+        if self._audit is not None and stop.kind != ACCESS:
+            found += explain(self._audited(self._audit, stop), self._errata)
         self.seen.table_bytes = self._flushes.table_bytes
         for one in found:
             sort = str(signature(one)) + (f" ({one.erratum})" if one.erratum else "")
@@ -117,6 +128,18 @@ class Observer:
             if self.seen.by_signature[sort] <= KEPT:
                 self.seen.divergences.append(one)
         return found
+
+    def _audited(self, audit: Audit, stop: Stop) -> list[Divergence]:
+        """What is wrong in the tables of the KVM under L1."""
+        vmcb, out = Vmcb(self._memory, stop.host["rax"]), Result(self.name)
+        where = Context(self.name, self.seen.vmruns - 1, (), Region(0, 0))  # L2 has no way to L1's tables
+        if stop.kind == ENTER:
+            audit.entering(out, where, exits.halves(vmcb)[0])
+        else:
+            audit.left(out, where, stop.host, vmcb["exitcode"])
+        self.seen.shadow_audits += out.shadow_audits
+        self.seen.shadow_leaves += out.shadow_leaves
+        return out.divergences
 
     def _enter(self, stop: Stop, vmcb: Vmcb) -> Iterator[Divergence]:
         seen, registers = self.seen, stop.host
@@ -146,7 +169,7 @@ class Observer:
         for one in self._flushes.vmrun(asid, vmcb["tlb_control"], key, fmt):
             tables = self._flushes.pages(key) + (self._flushes.pages(one.other) if one.other is not None else [])
             self._latest = _Latest(entered.stop, before, fmt, one.changes, tuple(tables))
-            yield Divergence(self._name, entered.number, -1, "L1", one.field, f"a flush of ASID {asid}: {one.what}",
+            yield Divergence(self.name, entered.number, -1, "L1", one.field, f"a flush of ASID {asid}: {one.what}",
                              f"{vmcb['tlb_control']:#x}", "tlb.control", events=one.examples)
 
     def _invlpga(self, stop: Stop) -> None:
@@ -164,13 +187,16 @@ class Observer:
             return set()
 
     def _access(self, stop: Stop) -> list[Divergence]:
-        """Where L2's access went is where the model's walk leads. Another processor could have changed tables."""
+        """Where L2's access went is where the model's walk leads, if no other processor could have changed tables."""
         entered = self._entered.get(stop.vcpu)
-        if entered is None or not stop.alone:
+        if entered is None:
+            return []
+        if stop.others:
+            self.seen.disturbed += 1
             return []
         self.seen.accesses += 1
         self._latest = _Latest(stop, entered)
-        it = Exit(self._name, entered, Vmcb(self._memory, entered.vmcb), self._memory, self._cpu, self._holds)
+        it = Exit(self.name, entered, Vmcb(self._memory, entered.vmcb), self._memory, self._cpu, self._holds)
         return explain(self._judged(lambda quirks: list(exits.accessed(it, quirks, stop))), self._errata)
 
     def _exit(self, stop: Stop, vmcb: Vmcb) -> list[Divergence]:
@@ -183,7 +209,7 @@ class Observer:
         if len(self.seen.visits) < KEPT_VISITS:
             self.seen.visits.append(Visit(entered.number, 0, code, vmcb["exitinfo1"], vmcb["exitinfo2"], entered.under))
         self._latest = _Latest(stop, entered)
-        it = Exit(self._name, entered, vmcb, self._memory, self._cpu, self._holds)
+        it = Exit(self.name, entered, vmcb, self._memory, self._cpu, self._holds)
         found = list(exits.host(it, stop.host)) + list(exits.unchanged(it)) + list(exits.saved(it))
         judged = True
         if vmcb["np_control"] & NP_ENABLE and not entered.broken:
@@ -230,7 +256,7 @@ class Observer:
         assert self._latest is not None
         stop, before, fmt, changes, tables = self._latest
         touched = Touched(self._memory)
-        it = Exit(self._name, before, Vmcb(self._memory, before.vmcb), touched, self._cpu, self._holds)
+        it = Exit(self.name, before, Vmcb(self._memory, before.vmcb), touched, self._cpu, self._holds)
         with suppress(IndexError):
             list(violations(it.vmcb, before.host, self._cpu, touched.words))
         if stop.kind == ACCESS:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from typing import Final
 
 from harness.errors import LaunchFailed
-from harness.machine import foreign, guests, qemu, versions
+from harness.machine import foreign, guests, libraries, qemu, versions
 from harness.machine.cpio import Archive
 from harness.machine.kernel import PARAMETERS, Kernel
 from harness.machine.packages import Packages
@@ -29,11 +28,12 @@ _KEEP: Final = 4
 """Archives that stay in the cache."""
 
 
-def build(kernel: Kernel, l1: Path, l0_qemu: str, parameters: Iterable[str],
-          say: Callable[[str], None] = lambda text: None, more: Mapping[str, bytes] = MappingProxyType({})) -> Path:
-    """The archive's path, made if there is none like it yet. `parameters` are texts such as `npt=0`; `more` are files.
-    Raises LaunchFailed, saying what to do; UsageError for a parameter that does not exist."""
-    modules = kernel.closure(MODULES)
+def build(kernel: Kernel, l1: Path | None, l0_qemu: str, parameters: Iterable[str],
+          say: Callable[[str], None] = lambda text: None, more: Mapping[str, bytes] = MappingProxyType({}),
+          names: Iterable[str] = MODULES) -> Path:
+    """The archive's path, made if there is none like it yet. `parameters` are texts such as `npt=0`; `more` are files,
+    `names` are of modules. Raises LaunchFailed, saying what to do; UsageError for a parameter that does not exist."""
+    modules = kernel.closure(names)
     options: dict[str, list[str]] = {name: [] for name in PARAMETERS}
     options["kvm_amd"].append("nested=1")
     for text in parameters:
@@ -44,7 +44,7 @@ def build(kernel: Kernel, l1: Path, l0_qemu: str, parameters: Iterable[str],
         "bin/busybox": busybox(say).read_bytes(),
         "bin/pages": guests.build_l0("pages").read_bytes(),
         "bin/follow": guests.build_l0("follow").read_bytes(),
-        "l1.elf": l1.read_bytes(),
+        **({"l1.elf": l1.read_bytes()} if l1 is not None else {}),
         "modules/list": "".join(f"{name} {' '.join(options.get(name, ()))}\n" for name in modules).encode(),
         **{f"modules/{name}.ko": data for name, data in modules.items()},
         **more,
@@ -95,19 +95,17 @@ def qemu_files(binary: str) -> dict[str, Path]:
     if (own := foreign.files(binary)) is not None:
         files, folder = own
         return files | {f"firmware/{name}": folder / name for name in _FIRMWARE}
-    listed = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False)
-    if missing := re.findall(r"^\s*(\S+) => not found", listed.stdout, re.MULTILINE):
+    found, missing = libraries.needed([Path(binary)])
+    if missing:
         raise LaunchFailed(f"{binary} lacks {', '.join(missing)}, says ldd: it cannot run in L0")
-    files = {"bin/qemu": Path(binary)}
-    for library in re.findall(r"(?:=> |^\s*)(/\S+)", listed.stdout, re.MULTILINE):
-        files[library.lstrip("/")] = Path(library).resolve()
+    files = {"bin/qemu": Path(binary), **found}
     folders = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, check=False).stdout.split()
     for name in _FIRMWARE:
-        found = next((path for folder in folders if (path := Path(folder, name)).exists()), None)
-        if found is None:
+        file = next((path for folder in folders if (path := Path(folder, name)).exists()), None)
+        if file is None:
             raise LaunchFailed(f"{binary} has no {name} in {', '.join(folders) or 'any folder'}: install its firmware "
                                "(package seabios, and QEMU's own)")
-        files[f"firmware/{name}"] = found.resolve()
+        files[f"firmware/{name}"] = file.resolve()
     return files
 
 

@@ -143,7 +143,7 @@ def start(
         try:
             machine.boot()
             if options.audit:
-                machine.kvm = _inside(host)
+                machine.kvm = inside(host, l0.MEMORY)
             yield machine
         finally:
             machine.close()
@@ -192,15 +192,16 @@ def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:
         return None, replace(identity, contexts=f"not observed: {reason}")
 
 
-def _inside(host: l0.L0) -> L0Kvm:
-    """L0's KVM, to be audited. Raises LaunchFailed for a kernel whose KVM cannot be read, with the reason."""
+def inside(host: l0.L0, memory: int, begin: str = ":;") -> L0Kvm:
+    """L0's KVM, to be audited; L0 has so many bytes of memory. `begin` is a line of shell that starts L1, where it does
+    not run yet. Raises LaunchFailed for a kernel whose KVM cannot be read, with the reason."""
     bits = re.search(rb"^address sizes\s*: (\d+) bits physical", host.run("cat /proc/cpuinfo"), re.MULTILINE)
     try:
         can = capability(_Files(host))
         if not can.tdp_usable:
             raise Unobservable("with npt=0 what it builds are shadows of the guests' own tables")
-        return L0Kvm(host, Memory.over(memoryview(mmap.mmap(host.process.memory_fd, l0.MEMORY))),
-                     int(bits[1]) if bits else 52, can.root_level)
+        return L0Kvm(host, Memory.over(memoryview(mmap.mmap(host.process.memory_fd, memory))),
+                     int(bits[1]) if bits else 52, can.root_level, begin)
     except Unobservable as reason:
         raise LaunchFailed(f"--audit: this kernel's KVM cannot be audited: {reason}; leave out --audit, or take "
                            "another kernel (--kernel)") from None

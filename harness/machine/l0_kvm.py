@@ -34,9 +34,10 @@ class Shell(Protocol):
 
 
 class L0Kvm:
-    """Reads L0's `memory`. Raises Unobservable, saying why, for a kernel in which it cannot find its way."""
+    """Reads L0's `memory`. `begin` is a line of shell that starts L1, where it does not run yet. Raises Unobservable,
+    saying why, for a kernel in which it cannot find its way."""
 
-    def __init__(self, host: Shell, memory: Memory, maxphyaddr: int, levels: int) -> None:
+    def __init__(self, host: Shell, memory: Memory, maxphyaddr: int, levels: int, begin: str = ":;") -> None:
         self.memory = memory
         self.host_format: Format = long_mode(52, True, la57=levels == 5)
         self.shadow_format: Format = long_mode(maxphyaddr, True, la57=levels == 5)
@@ -47,7 +48,7 @@ class L0Kvm:
             vm, mm = kvm.member("kvm_vcpu", "kvm").offset, places["mm"]
             pgd = kvm.member("mm_struct", "pgd").offset
             told = _ask(host, f"vcpu=%di:x64 kvm=+{vm}(%di):x64 pgd=+{pgd}(+{mm}(+{vm}(%di))):x64 "
-                              "offset=@page_offset_base:x64")
+                              "offset=@page_offset_base:x64", begin)
             self._offset, self._page_map = told["offset"], told["pgd"] - told["offset"]
             self._svm = self._physical(told["vcpu"])
             self._slots_at = self._physical(told["kvm"] + places["slots"])
@@ -167,12 +168,12 @@ def _types(host: Shell) -> tuple[Btf, Btf]:
         raise Unobservable(f"its type information cannot be read: {reason}") from None
 
 
-def _ask(host: Shell, values: str) -> dict[str, int]:
-    """What a kprobe where KVM enters a guest tells of the first entry."""
+def _ask(host: Shell, values: str, begin: str) -> dict[str, int]:
+    """What a kprobe where KVM enters a guest tells of the first entry, behind `begin`."""
     status, output, errors = host.try_run(
         f"cd {TRACEFS} && echo 'p:twinwalk/{_EVENT} svm_vcpu_run {values}' >>kprobe_events && mkdir {_FOLDER} && "
-        f"echo 1 >{_FOLDER}/events/twinwalk/{_EVENT}/enable && n=0; "
-        f"while [ $n -lt 100 ] && ! grep -q vcpu= {_FOLDER}/trace; do n=$((n+1)); sleep 0.02; done; "
+        f"echo 1 >{_FOLDER}/events/twinwalk/{_EVENT}/enable && {{ {begin} }} && n=0; "
+        f"while [ $n -lt 1000 ] && ! grep -q vcpu= {_FOLDER}/trace; do n=$((n+1)); sleep 0.02; done; "
         f"grep vcpu= {_FOLDER}/trace | head -n 1; echo 0 >{_FOLDER}/events/twinwalk/{_EVENT}/enable; "
         f"rmdir {_FOLDER}; echo '-:twinwalk/{_EVENT}' >>kprobe_events")
     found = {name: int(value, 16) for name, value in re.findall(r"(\w+)=0x([0-9a-f]+)", output.decode())}

@@ -8,15 +8,17 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from harness.errors import LaunchFailed, UsageError
+from harness.errors import LaunchFailed, MachineLost, UsageError
 from harness.machine import guests, qemu, versions
+from harness.machine.l0_kvm import L0Kvm
 from harness.machine.l1 import Identity, Layer
+from harness.machine.line import PANIC, Line
 from harness.machine.tcg import check_cpu
 from harness.model.registers import CR0, EFER, Cpu
 from harness.wire.layout import ANSWERS, STOP
@@ -28,10 +30,6 @@ MAX_MEMORY: Final = 3 << 10
 _ASIDS: Final = 16
 _POLL: Final = 0.2
 _END_TIMEOUT: Final = 5.0
-FROM_L2: Final = "L2| "
-"""What guests/linux/l1 puts before each line of L2's console."""
-_PANIC: Final = re.compile(r"Kernel panic - |Panic on CPU \d|^panic: ")
-"""Of Linux, of Xen, of the BSDs."""
 _OLDEST: Final = (6, 0)
 """Of QEMU: the first whose plugins take their arguments as ours does."""
 _APIS: Final = {(11, 1): 7, (9, 0): 2, _OLDEST: 1}
@@ -46,7 +44,8 @@ _FEATURES: Final = {
 
 @dataclass(frozen=True)
 class Options:
-    """What L1 is, and on what it runs; `memory` in MiB. `wait`: seconds until the first VMRUN."""
+    """What L1 is, and on what it runs; `memory` in MiB. `wait`: seconds until the first VMRUN. `lines` are of its
+    serial ports from the first on; with them its port 22 is forwarded."""
 
     kernel: Path | None
     initrd: Path | None = None
@@ -56,6 +55,7 @@ class Options:
     memory: int = 1024
     wait: float = 120.0
     args: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()
 
 
 class Foreign:
@@ -65,15 +65,19 @@ class Foreign:
     """Whether this machine may hold translations over VMRUN and #VMEXIT."""
 
     def __init__(self, process: qemu.Qemu, channel: socket.socket, memory: memoryview, cpu: Cpu, identity: Identity,
-                 wait: float) -> None:
+                 wait: float, lines: Sequence[Line] = ()) -> None:
         self.memory, self.cpu = memory, cpu
         self.identity = replace(identity, maxphyaddr=cpu.maxphyaddr, asids=cpu.asids,
                                 features=tuple(sorted(cpu.features)))
         self.ended = ""
-        self.processors = len(process.command("query-cpus-fast"))
+        self.kvm: L0Kvm | None = None
+        """The KVM under L1 as it lies in memory, where that is to be audited."""
+        self.alone = len(process.command("query-cpus-fast")) == 1
+        """Whether L1 has one processor."""
         self._process = process
         self._channel = channel
         self._wait = wait
+        self._lines = lines
         self._entered = 0
 
     def stops(self, plausible: Callable[[Stop], bool], more: Callable[[], bool] = lambda: True) -> Iterator[Stop]:
@@ -89,25 +93,40 @@ class Foreign:
                     self.ended = ended
                     break
                 if not self._entered and time.monotonic() - begun > self._wait:
-                    raise self._process.lost(f"no VMRUN in {self._wait:.0f} s: is this L1 a hypervisor, "
-                                             "and does it find SVM? (--wait SECONDS waits longer)")
+                    raise self.lost(f"no VMRUN in {self._wait:.0f} s: is this L1 a hypervisor, and does it find SVM? "
+                                    "(--wait SECONDS waits longer)")
                 continue
-            yield from self._at(decode(data, self.processors == 1), plausible)
-        if panic := self._panic():
-            raise self._process.lost(panic)
-        if self.ended and not self._entered:
-            raise self._process.lost(f"L1 ended without any VMRUN: {self.ended}")
+            yield from self._at(decode(data, self.alone), plausible)
+        if self._panic() or (self.ended and not self._entered):
+            raise self.lost(f"L1 ended without any VMRUN: {self.ended}")
 
-    def console(self) -> str:
-        """The end of L1's console."""
-        return self._process.log_tail()
+    def console(self) -> list[str]:
+        """The end of L1's console, and of L2's, if that is to be had."""
+        if not self._lines:
+            return self._process.log_tail().splitlines()
+        return [f"{one.who}: {text}" for one in self._lines for text in one.tail()]
+
+    def lost(self, reason: str) -> MachineLost:
+        """The error that this machine was lost; a panic is told first."""
+        lost = self._process.lost(self._panic() or reason)
+        lost.log = "\n".join([*lost.log.splitlines(), *(self.console() if self._lines else [])])
+        return lost
+
+    def ssh_port(self) -> int:
+        """The port of this host that leads to L1's SSH."""
+        text = str(self._process.command("human-monitor-command", **{"command-line": "info usernet"}))
+        match = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)", text)
+        if match is None:
+            raise self._process.lost(f"QEMU forwards no port: {text.strip()}")
+        return int(match[1])
 
     def _panic(self) -> str:
-        """Who panicked, in words, by the console; empty if nobody did. L1's console has L2's, if L1 is ours."""
-        for text in self._process.log_lines(_PANIC):
-            who, what = ("L2", text.removeprefix(FROM_L2)) if text.startswith(FROM_L2) else ("L1", text)
-            return f"{who} panicked: {what.strip()}"
-        return ""
+        """Who panicked, in words, by the consoles; empty if nobody did."""
+        for one in self._lines:
+            if said := one.panic():
+                return f"{one.who} panicked: {said}"
+        said = next(iter(self._process.log_lines(PANIC)), "").strip()
+        return f"L1 panicked: {said}" if said and not self._lines else ""
 
     def _receive(self) -> bytes | None:
         """The next stop; None if there is none for a while. Raises MachineLost."""
@@ -179,17 +198,37 @@ def start(options: Options, say: Callable[[str], None] = lambda text: None) -> I
     with ExitStack() as stack:
         ours, theirs = socket.socketpair()
         stack.enter_context(theirs)
-        args += [*plugin(path, version, theirs.fileno()), *options.args]
+        args += [*plugin(path, version, theirs.fileno()), *wired(options.lines, _serial), *options.args]
+        fds = (theirs.fileno(), *(fd for one in options.lines for fd in one.fds))
+        serial = "chardev:line0" if options.lines else "stdio"
         try:
-            process = stack.enter_context(qemu.Qemu(path, args, options.memory << 20, (theirs.fileno(),)))
+            process = stack.enter_context(qemu.Qemu(path, args, options.memory << 20, fds, serial))
         except LaunchFailed as reason:
             raise no_plugins(path, reason) from None
+        for one in options.lines:
+            one.taken()
         stack.enter_context(ours)  # closed before QEMU is ended: a vCPU may wait for an answer
         theirs.close()
         check_cpu(process, options.cpu)
         identity = Identity("tcg", path, version, options.cpu, (Layer("qemu-tcg", version),))
         memory = memoryview(mmap.mmap(process.memory_fd, options.memory << 20))
-        yield Foreign(process, ours, memory, cpu_of(process), identity, options.wait)
+        yield Foreign(process, ours, memory, cpu_of(process), identity, options.wait, options.lines)
+
+
+def wired(lines: Sequence[Line], device: Callable[[int], list[str]]) -> list[str]:
+    """Arguments for QEMU: the chardev of each line, `line0` and so on, and the `device` that it leads to; and a network
+    of which port 22 has one of this host's."""
+    args = []
+    for number, one in enumerate(lines):
+        args += [*one.chardev(f"line{number}"), *device(number)]
+    network = ["-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
+               "-device", "virtio-net-pci,netdev=net,romfile="]
+    return [*args, *network] if lines else []
+
+
+def _serial(number: int) -> list[str]:
+    """L1's first port is QEMU's own business."""
+    return ["-serial", f"chardev:line{number}"] if number else []
 
 
 def _may_run(host: dict[str, int]) -> bool:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, UsageError
 from harness.machine import initramfs, kernel, kvm_on_tcg, l0, pieces, qemu, versions
 from harness.machine.l1 import Identity, Layer
-from harness.machine.observed import Foreign, Options, check_files, cpu_of, no_plugins, plugin
+from harness.machine.line import Line
+from harness.machine.observed import Foreign, Options, check_files, cpu_of, no_plugins, plugin, wired
 from harness.wire.image import PAGE
 
 MAX_MEMORY: Final = 1536
@@ -26,6 +28,12 @@ MAX_MEMORY: Final = 1536
 _ASIDS: Final = 8
 """That KVM tells its guests of (svm_set_cpu_caps() and cpuid.c, all versions so far)."""
 _FILE: Final = "/dev/hugepages/l1"
+_SMP: Final = "-smp"
+_DISKS: Final = ("-hda", "-hdb", "-hdc", "-hdd", "-cdrom")
+_PORT: Final = "twinwalk.line"
+_WIRED: Final = ("for port in /sys/class/virtio-ports/*; do read -r name <$port/name && "
+                 "ln -sf /dev/${port##*/} /dev/ports/$name; done; ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up")
+"""In L0: what leads to L1's lines, and to its port 22."""
 _ENDED: Final = "twinwalk: the QEMU in L0 ended with status"
 
 
@@ -41,7 +49,7 @@ class OnKvm(Foreign):
         if match is None:
             return ""
         if match[1] != "0":
-            raise self._process.lost(f"the QEMU in L0 ended with status {match[1]}")
+            raise self.lost(f"the QEMU in L0 ended with status {match[1]}")
         return "it reset the machine, by a triple fault perhaps, or switched it off"
 
 
@@ -51,26 +59,34 @@ def start(options: Options, host: kvm_on_tcg.Options, say: Callable[[str], None]
     """L1 in L0, gone at the block's end. `options.args` are for the QEMU in L0. Raises UsageError for files that cannot
     be read, LaunchFailed for a machine that cannot be started."""
     check_files(options)
-    if options.kernel is None:
-        raise UsageError("observe --machine kvm-on-tcg needs --kernel: a disk of this host is not to be had in L0")
+    if host.audit and _SMP in options.args:
+        raise UsageError("--audit is for an L1 with one processor: leave out -smp")
+    inside, outside = disks(options.args)
+    if options.kernel is None and not outside:
+        raise UsageError("observe --machine kvm-on-tcg needs --kernel, or a disk of this host behind --: -hda FILE, "
+                         "-cdrom FILE, or -drive file=FILE")
     if options.memory > MAX_MEMORY:
         raise UsageError(f"--memory {options.memory}: at most {MAX_MEMORY} MiB on kvm-on-tcg")
     path = versions.find_qemu(options.qemu, say)
     version, size = qemu.version(path), options.memory << 20
     linux = kernel.find(host.kernel, host.modules, say)
     more = {"l1.initrd": options.initrd.read_bytes()} if options.initrd is not None else {}
-    root = initramfs.build(linux, options.kernel, initramfs.l0_qemu(), host.parameters, say, more)
+    modules = [*initramfs.MODULES, *(["virtio_net"] if options.lines else []), *(["virtio_blk"] if outside else [])]
+    root = initramfs.build(linux, options.kernel, initramfs.l0_qemu(), host.parameters, say, more, modules)
     with ExitStack() as stack:
         ours, theirs = socket.socketpair()
         stack.enter_context(theirs)
-        extra = plugin(path, version, theirs.fileno(), ",below=1")
+        extra = [*plugin(path, version, theirs.fileno(), ",below=1"), *wired(options.lines, _port), *outside]
+        fds = (theirs.fileno(), *(fd for one in options.lines for fd in one.fds))
         try:
             machine = stack.enter_context(l0.start(path, options.cpu, linux.image, root, extra, l0.MEMORY + size,
-                                                   (theirs.fileno(),)))
+                                                   fds))
         except LaunchFailed as reason:
             raise no_plugins(path, reason) from None
         stack.enter_context(ours)
         theirs.close()
+        for one in options.lines:
+            one.taken()
         release, number = kvm_on_tcg.kernel_version(machine)
         layers = Layer("kvm", number), Layer("qemu-tcg", version)
         identity = Identity("kvm-on-tcg", path, version, options.cpu, layers, release, number, tuple(host.parameters),
@@ -78,17 +94,67 @@ def start(options: Options, host: kvm_on_tcg.Options, say: Callable[[str], None]
         frames = kvm_on_tcg.frames_of(machine, _FILE, size, [(0, size)], "2m")
         memory = pieces.view(machine.process.memory_fd, size, zip(range(0, size, PAGE), frames, strict=True))
         cpu = cpu_of(machine.process)._replace(asids=_ASIDS)
-        machine.run(_command(options))
-        yield OnKvm(machine.process, ours, memory, cpu, identity, options.wait)
+        if options.lines:
+            machine.run(_WIRED)
+        foreign = OnKvm(machine.process, ours, memory, cpu, identity, options.wait, options.lines)
+        foreign.alone = _SMP not in options.args
+        command = _command(options, inside)
+        if host.audit:
+            try:
+                foreign.kvm = kvm_on_tcg.inside(machine, l0.MEMORY + size, command)
+            except LaunchFailed:
+                foreign.how_it_ended()  # that is why, then
+                raise
+        else:
+            machine.run(command)
+        yield foreign
 
 
-def _command(options: Options) -> str:
-    """That starts the QEMU in L0, behind whose end its status is told. Its own console is L0's."""
-    files = ["-kernel", "/l1.elf", *(["-initrd", "/l1.initrd"] if options.initrd is not None else [])]
+def disks(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments for the QEMU in L0, with disks of L0's in place of files of this host; and those for the QEMU below it
+    that give L0 these disks, on which nothing is ever written. Raises UsageError."""
+    inside, outside = list[str](), list[str]()
+    for before, text in zip(("", *args), args, strict=False):
+        alone = before in _DISKS
+        parts = [f"file={text}"] if alone else text.split(",") if before == "-drive" else []
+        path = next((part.removeprefix("file=") for part in parts if part.startswith("file=")), None)
+        if path is None:
+            inside.append(text)
+            continue
+        if not Path(path).is_file():
+            raise UsageError(f"{before} {text}: there is no {path}")
+        there = f"/dev/vd{chr(ord('a') + len(outside) // 2)}"
+        form = [part for part in parts if part.startswith("format=")]
+        rest = [part for part in parts if not part.startswith(("file=", "format="))]
+        inside.append(there if alone else ",".join([f"file={there}", "format=raw", *rest]))
+        outside += ["-drive", ",".join(["if=virtio", "snapshot=on", f"file={path}", *form])]
+    return inside, outside
+
+
+def _command(options: Options, args: Sequence[str]) -> str:
+    """That starts the QEMU in L0, behind whose end its status is told. L1's console is L0's where it has no lines."""
+    files = ["-kernel", "/l1.elf"] if options.kernel is not None else []
+    files += ["-initrd", "/l1.initrd"] if options.initrd is not None else []
     size = options.memory << 20
     argv = ["qemu", "-L", "/firmware", "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
-            "-no-reboot", "-serial", "stdio", "-machine", "pc,accel=kvm,memory-backend=ram", "-cpu", "host",
-            "-m", f"{options.memory}M",
+            "-no-reboot", *(_serial(options.lines) or ["-serial", "stdio"]),
+            "-machine", "pc,accel=kvm,memory-backend=ram", "-cpu", "host", "-m", f"{options.memory}M",
             "-object", f"memory-backend-file,id=ram,size={size},share=on,reserve=off,mem-path={_FILE}",
-            *files, *(["-append", options.append] if options.append else []), *options.args]
+            *files, *(["-append", options.append] if options.append else []), *args]
     return f"{{ {shlex.join(argv)} </dev/null; echo {_ENDED} $?; }} >/dev/console 2>&1 &"
+
+
+def _port(number: int) -> list[str]:
+    """Arguments that lead a line to a port of L0."""
+    return ["-device", f"virtserialport,chardev=line{number},name={_PORT}{number}"]
+
+
+def _serial(lines: Sequence[Line]) -> list[str]:
+    """Arguments for the QEMU in L0, which lead on to L1."""
+    args = []
+    for number in range(len(lines)):
+        name = f"line{number}"
+        args += ["-chardev", f"serial,id={name},path=/dev/ports/{_PORT}{number}", "-serial", f"chardev:{name}"]
+    network = ["-netdev", "user,id=net,restrict=on,hostfwd=tcp::22-:22",
+               "-device", "virtio-net-pci,netdev=net,romfile="]
+    return [*args, *network] if lines else []

@@ -64,10 +64,12 @@ def version(binary: str) -> tuple[int, int, int]:
 class Qemu:
     """QEMU as a context manager: started paused, ended with the block, and with this process at the
     latest, however it ends. Guest memory and monitor need no files: they are passed as descriptors, as are
-    `fds`, which `args` may name."""
+    `fds`, which `args` may name. `serial` is where its first serial port leads: by default to its log."""
 
-    def __init__(self, binary: str, args: list[str], memory_size: int, fds: Sequence[int] = ()) -> None:
+    def __init__(self, binary: str, args: list[str], memory_size: int, fds: Sequence[int] = (), serial: str = "stdio",
+                 ) -> None:
         self.binary = binary
+        self._serial = serial
         self._fds = fds
         self._args = args
         self._size = memory_size
@@ -100,7 +102,7 @@ class Qemu:
                 "-m", f"{self._size >> 20}M",
                 "-object", f"memory-backend-file,id=ram,size={self._size},share=on,mem-path=/proc/self/fd/{fds[0]}",
                 "-chardev", f"socket,id=qmp,fd={fds[1]}", "-mon", "chardev=qmp,mode=control",
-                "-serial", "stdio",
+                "-serial", self._serial,
                 *self._args,
             ]
             parent = os.getpid()

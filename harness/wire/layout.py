@@ -162,7 +162,7 @@ STOP = _declare(
     Field("vcpu", "u32"),
     *(Field(n) for n in (
         "pc", "rax", "rcx", "rsp", "eflags", "cs", "ss", "ds", "es", "cr0", "cr3", "cr4", "efer",
-        "gva", "spa", "write",  # of INVLPGA and of a memory access
+        "gva", "spa", "write", "others",  # of INVLPGA and of a memory access
     )),
 )
 

@@ -21,7 +21,8 @@ class Stop(NamedTuple):
     """One vCPU at a VMRUN that it is about to execute (ENTER), at the instruction behind it (EXIT), at an INVLPGA, or
     behind a memory access of L2 (ACCESS). `host` are its registers HOST; RAX is the sPA of the VMCB at ENTER and EXIT.
     `rip` is a linear address. `alone`: there is no other vCPU, which could have changed memory meanwhile. INVLPGA has
-    the page `gva` and the ASID; ACCESS has the `gva`, and the `spa` that the machine made of it."""
+    the page `gva` and the ASID; ACCESS has the `gva`, the `spa` that the machine made of it, and whether `others` have
+    run since VMRUN, of the vCPUs."""
 
     kind: str
     vcpu: int
@@ -32,10 +33,11 @@ class Stop(NamedTuple):
     asid: int = 0
     spa: int = 0
     write: bool = False
+    others: bool = False
 
 
 def decode(data: bytes, alone: bool) -> Stop:
     """A record of the plugin. Raises struct.error for one of another size, KeyError for an unknown kind."""
     got = dict(zip(STOP.names, STOP.packer.unpack(data), strict=True))
     return Stop(_KINDS[got["kind"]], got["vcpu"], {name: got[name] for name in HOST}, alone, got["pc"], got["gva"],
-                got["rcx"] & 0xFFFF_FFFF, got["spa"], bool(got["write"]))
+                got["rcx"] & 0xFFFF_FFFF, got["spa"], bool(got["write"]), bool(got["others"]))

@@ -63,14 +63,15 @@ class World:
     def npf(self, info1: int = E.FINAL | E.U, gpa: int = HOLE) -> list[Divergence]:
         return self.leave(ExitCode.NPF, info1, gpa)
 
-    def access(self, gva: int = DATA, write: bool = False, spa: int | None = None, **l2: int) -> list[Divergence]:
+    def access(self, gva: int = DATA, write: bool = False, spa: int | None = None, others: bool = False, **l2: int
+               ) -> list[Divergence]:
         """A memory access of L2, after which its page is where the walk leads."""
         walk = self.space.walk(gva, READ._replace(write=write))
         write_back(self.space.memory.words, walk.updates)
         reached = walk.outcome.spa if isinstance(walk.outcome, Reached) else 0
         registers = self.host | {"cr3": self.space.gcr3, "cs": 0, "eflags": 2} | l2
         return self.observer.stop(Stop(ACCESS, 1, registers, self.alone, gva=gva, write=write,
-                                       spa=reached if spa is None else spa))
+                                       spa=reached if spa is None else spa, others=others))
 
     def vmmcall(self) -> list[Divergence]:
         return self.leave(ExitCode.VMMCALL)

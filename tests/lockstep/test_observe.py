@@ -130,6 +130,13 @@ class TestTheUnknown:
         world.enter()
         assert world.npf(gpa=world.space.gcr3), "nothing changed this time"
 
+    def test_an_access_of_one_of_several(self, world: World) -> None:
+        """It is judged if no other processor has run since VMRUN, which could have changed tables."""
+        world.alone = False
+        world.enter()
+        assert world.access(spa=0x5000, others=True) == [] and world.observer.seen.disturbed == 1
+        assert [one.rule for one in world.access(spa=0x5000)] == ["reached"] and world.observer.seen.accesses == 1
+
     def test_what_is_kept(self, world: World) -> None:
         for _ in range(KEPT + 5):
             fault(E.FINAL)(world)

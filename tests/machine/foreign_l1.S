@@ -3,12 +3,41 @@
  * #NPFs, a #PF, CPUIDs and VMMCALLs, ROUNDS times over. The first letter of the command line: `f` forgets the flush when
  * it takes a page away, `r` begins with the VMRUN of an empty VMCB, `n` never executes VMRUN, `h` hangs, `v` has an
  * L2 that executes VMRUN too, `g` flushes by INVLPGA alone, `c` changes to another nested table each round, with no flush,
- * `e` never ends. It ends by a reset.
+ * `e` never ends, `s` has a second processor spin meanwhile, `b` has it run a guest of its own, by tables of its own. It
+ * ends by a reset.
  */
 	.set ROUNDS, 25
 	.set HOLE, 0x3fe00000		/* the gPA that is mapped on demand, to PAGE */
 	.set PAGE, 0x1000000
 	.set NOWHERE, 0x40000000	/* a gVA that L2's tables do not have */
+
+	.macro fill asid, ncr3, rip, rsp	/* the VMCB at RBP */
+	movl $(1 << 14), 0x08(%rbp)	/* #PF */
+	movl $(1 << 18), 0x0c(%rbp)	/* CPUID */
+	movl $3, 0x10(%rbp)		/* VMRUN, VMMCALL */
+	movl $\asid, 0x58(%rbp)
+	movl $1, 0x90(%rbp)
+	movl $\ncr3, 0xb0(%rbp)
+	movw $8, 0x410(%rbp)
+	movw $0x29b, 0x412(%rbp)
+	movl $-1, 0x414(%rbp)
+	movw $16, 0x420(%rbp)
+	movw $0xc93, 0x422(%rbp)
+	movl $-1, 0x424(%rbp)
+	movl $0x1d00, 0x4d0(%rbp)	/* EFER: SVME, NXE, LMA, LME */
+	movl $0x20, 0x548(%rbp)
+	movl $pml4, 0x550(%rbp)
+	mov $0x80010031, %eax
+	mov %rax, 0x558(%rbp)
+	movl $0x400, 0x560(%rbp)
+	movl $0xffff0ff0, %eax
+	mov %rax, 0x568(%rbp)
+	movl $2, 0x570(%rbp)
+	movl $\rip, 0x578(%rbp)
+	movl $\rsp, 0x5d8(%rbp)
+	mov $0x00070406, %eax
+	mov %rax, 0x668(%rbp)
+	.endm
 
 	.section .note.pvh, "a", @note
 	.long 4, 4, 18
@@ -49,6 +78,21 @@ start:
 	jne 1b
 	movl $0, npd + (HOLE >> 21) * 8
 	movl $0, other_npd + (HOLE >> 21) * 8
+	movw $0xfeeb, 0x8000		/* jmp . at the start-up page */
+	cmpb $'s', letter
+	je 1f
+	cmpb $'b', letter
+	jne 2f
+	mov $second, %esi
+	mov $0x8000, %edi
+	mov $second_end - second, %ecx
+	rep movsb
+1:	movl $0xc4500, 0xfee00300	/* ICR: INIT, then SIPI with vector 8, to all but us */
+	mov $100000, %ecx
+1:	dec %ecx
+	jnz 1b
+	movl $0xc4608, 0xfee00300
+2:
 	mov $0x20, %eax
 	mov %eax, %cr4
 	mov $pml4, %eax
@@ -86,31 +130,7 @@ hang:	cmp $'h', %al
 	vmrun
 	stgi
 fill:
-	movl $(1 << 14), 0x08(%rbp)	/* #PF */
-	movl $(1 << 18), 0x0c(%rbp)	/* CPUID */
-	movl $3, 0x10(%rbp)		/* VMRUN, VMMCALL */
-	movl $1, 0x58(%rbp)
-	movl $1, 0x90(%rbp)
-	movl $npml4, 0xb0(%rbp)
-	movw $8, 0x410(%rbp)
-	movw $0x29b, 0x412(%rbp)
-	movl $-1, 0x414(%rbp)
-	movw $16, 0x420(%rbp)
-	movw $0xc93, 0x422(%rbp)
-	movl $-1, 0x424(%rbp)
-	movl $0x1d00, 0x4d0(%rbp)	/* EFER: SVME, NXE, LMA, LME */
-	movl $0x20, 0x548(%rbp)
-	movl $pml4, 0x550(%rbp)
-	mov $0x80010031, %eax
-	mov %rax, 0x558(%rbp)
-	movl $0x400, 0x560(%rbp)
-	movl $0xffff0ff0, %eax
-	mov %rax, 0x568(%rbp)
-	movl $2, 0x570(%rbp)
-	movl $l2, 0x578(%rbp)
-	movl $l2_stack_top, 0x5d8(%rbp)
-	mov $0x00070406, %eax
-	mov %rax, 0x668(%rbp)
+	fill 1, npml4, l2, l2_stack_top
 	mov $ROUNDS, %ebx
 	cmpb $'e', letter
 	jne run
@@ -158,6 +178,10 @@ run:	mov %rbp, %rax
 3:	movb $1, 0x5c(%rbp)
 1:	dec %ebx
 	jnz run
+	cmpb $'b', letter
+	jne reset
+2:	cmpb $0, is_done
+	je 2b
 reset:	mov $0x3f8, %edx
 	mov $message, %esi
 	mov $message_end - message, %ecx
@@ -182,6 +206,60 @@ own_vmrun:
 pf:	addl $8, 0x578(%rbp)
 	jmp run
 
+	.code16
+second:	cli				/* at 0x8000, and CS too */
+	mov %cs, %ax
+	mov %ax, %ds
+	lgdtl second_gdt - second
+	mov %cr0, %eax
+	or $1, %eax
+	mov %eax, %cr0
+	ljmpl $24, $second_32
+second_gdt:
+	.short current - gdt - 1
+	.long gdt
+second_end:
+	.code32
+second_32:
+	mov $16, %eax
+	mov %eax, %ds
+	mov %eax, %ss
+	mov $0x20, %eax
+	mov %eax, %cr4
+	mov $pml4, %eax
+	mov %eax, %cr3
+	mov $0xc0000080, %ecx
+	rdmsr
+	or $0x1900, %eax
+	wrmsr
+	mov $0x80010031, %eax
+	mov %eax, %cr0
+	ljmp $8, $second_64
+	.code64
+second_64:
+	mov $second_stack_top, %esp
+	mov $second_save, %eax
+	xor %edx, %edx
+	mov $0xc0010117, %ecx
+	wrmsr
+	mov $second_vmcb, %ebp
+	fill 2, other_npml4, second_l2, second_l2_stack_top
+	mov $4 * ROUNDS, %ebx
+1:	mov %rbp, %rax
+	clgi
+	vmrun
+	stgi
+	addl $3, 0x578(%rbp)
+	dec %ebx
+	jnz 1b
+	movb $1, is_done
+2:	pause
+	jmp 2b
+second_l2:
+	mov second_stack_top, %ecx
+	vmmcall
+	jmp second_l2
+
 l2:	mov HOLE, %ecx
 	cpuid
 	movl $1, HOLE
@@ -199,11 +277,12 @@ message_end:
 
 	.data
 	.balign 8
-gdt:	.quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
-gdt_pointer:
-	.short gdt_pointer - gdt - 1
-	.long gdt
+gdt:	.quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cf9b000000ffff
 current: .long npd
+gdt_pointer:
+	.short current - gdt - 1
+	.long gdt
+is_done: .byte 0
 letter:	.byte 0
 
 	.bss
@@ -219,6 +298,12 @@ other_npdpt: .skip 4096
 other_npd: .skip 4096
 vmcb:	.skip 4096
 host_save: .skip 4096
+second_vmcb: .skip 4096
+second_save: .skip 4096
+	.skip 4096
+second_stack_top:
+	.skip 4096
+second_l2_stack_top:
 	.skip 4096
 stack_top:
 	.skip 4096
