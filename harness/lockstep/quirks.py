@@ -15,7 +15,7 @@ from typing import Final
 from harness.model.access import Access, ErrorCode, NestedPageFault, PageFault, Reached
 from harness.model.dirty import CUT, NESTED_TABLE, TABLE, Update
 from harness.model.entries import FRAME, PS, A, Format, G, Level, P
-from harness.model.events import EXCEPTION
+from harness.model.events import EVENT_VALID, EXCEPTION, VC
 from harness.model.registers import CR4, EFER
 from harness.model.vmcb import MISC1_NMI, VIntr, Vmcb
 from harness.model.vmrun import Host
@@ -331,6 +331,8 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "v-nmi-refused": Quirk(refuses=lambda vmcb: "vmrun.v-nmi" if (
         vmcb["v_intr"] & VIntr.NMI_ENABLE and not vmcb["intercept_misc1"] & MISC1_NMI) else ""),
     "eventinj-reserved-unchecked": _unchecked("vmrun.eventinj", lambda vmcb, host: _vector(vmcb) not in (2, 31)),
+    "vc-refused": Quirk(refuses=lambda vmcb: "vmrun.eventinj" if (
+        vmcb["eventinj"] & EVENT_VALID and _vector(vmcb) == VC) else ""),
     "eventinj-mode-unchecked": _unchecked("vmrun.eventinj-mode"),
 }
 
