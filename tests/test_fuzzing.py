@@ -125,6 +125,15 @@ def test_what_cannot_be_followed_behind_an_erratum_is_no_finding(image: Image) -
 
 
 class TestCampaign:
+    def test_a_full_disk(self, tmp_path: Path) -> None:
+        def done() -> None:
+            with Campaign(tmp_path / "j", 3, "a target") as campaign:
+                campaign._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the campaign closes it)
+                campaign.agreed("fuzz[3,0,0,1]")
+
+        with pytest.raises(UsageError, match="make room, and start the same command again"):
+            done()
+
     def test_goes_on(self, target: FakeTarget, tmp_path: Path) -> None:
         journal = tmp_path / "journal"
         target.plants[0] = _Fault(None, LOST_RIGHT)

@@ -30,7 +30,7 @@ def test_vmsave_stores_what_vmload_loads(twin: Twin, compiler: Compiler) -> None
 
 
 @pytest.mark.parametrize(("ops", "probe"), [
-    ((), "vmload"), ((), "vmload = 0x1008"), ((), "vmsave = &gva.a"),
+    ((), "vmload"), ((), "vmload = 0x1000"), ((), "vmsave = &gva.a"),
     (('vmcb = "lbr_control"\nset = ["bit1"]',), "vmload = &spa.a"),
 ])
 def test_what_is_not_modelled(ops: tuple[str, ...], probe: str, twin: Twin, compiler: Compiler) -> None:
