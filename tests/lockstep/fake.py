@@ -18,7 +18,7 @@ from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine.tcg import LIBERTIES
 from harness.model.liberties import Liberties
-from harness.model.registers import CR0, Cpu
+from harness.model.registers import CR0, EFER, Cpu
 from harness.model.vmcb import ExitCode, Vmcb
 from harness.model.vmrun import Host
 from harness.scenario.modes import HOST_MODES, MODES
@@ -170,8 +170,8 @@ class FakeMachine:
         first, count = 0, len(step.probes)
         # (of the world's mode, L1 knows what it is told in the VMCB)
         vmcb = self.twin.vmcb
-        self.twin.mode = MODES[
-            "4-level" if vmcb["cs.attrib"] & 0x200 else "PAE" if vmcb["cr0"] & CR0.PE else "real"]
+        long = vmcb["cs.attrib"] & 0x200 and vmcb["efer"] & (EFER.LME | EFER.LMA)
+        self.twin.mode = MODES["4-level" if long else "PAE" if vmcb["cr0"] & CR0.PE else "real"]
         self.twin.stub = self.image.stubs[self.twin.mode.stub]
         begun = self.twin.begin(step)
         while True:

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.guest
 
-_DISTRIBUTIONS = ("pyelftools", "qemu.qmp", "rich", "pygments", "markdown-it-py", "mdurl")
+_DISTRIBUTIONS = ("pexpect", "ptyprocess", "pyelftools", "qemu.qmp", "rich", "pygments", "markdown-it-py", "mdurl")
 _NOT_NEEDED = {"test", "idlelib", "tkinter", "site-packages", "lib2to3", "ensurepip", "turtledemo", "__pycache__"}
 _RUN = ("cd /app && PYTHONHOME=/python XDG_CACHE_HOME=/cache PYTHONPATH=/site:/app "
         "/python/bin/python3 -m harness.cli")
