@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from harness.bundling import our_version
 from harness.errors import MachineLost, UsageError
@@ -22,7 +22,6 @@ from harness.lockstep.signature import signature
 from harness.machine import kvm_on_tcg, observed, observed_kvm
 from harness.machine import linux as linux_images
 from harness.machine.line import Line
-from harness.machine.linux_life import Life
 from harness.machine.observed import MAX_MEMORY, Foreign, Options
 from harness.options import (
     LIBRARY,
@@ -46,6 +45,9 @@ from harness.report.walks import draw
 from harness.scenario import files
 from harness.target import say
 from harness.wire.stop import Stop
+
+if TYPE_CHECKING:
+    from harness.machine.linux_life import Life
 
 LINUX: Final = "linux"
 KVM: Final = "kvm-on-tcg"
@@ -146,6 +148,8 @@ def _observe(options: argparse.Namespace) -> int:
                             machine.holds, audit)
         seen, life = observer.seen, None
         if lines:
+            from harness.machine.linux_life import Life  # paramiko takes a while to import
+
             life = stack.enter_context(Life(lines, initrd, machine.ssh_port(), lambda: seen.vmruns))
         stack.callback(_log, options.logs, lines, life)
         result, seconds, interrupted = _watch(observer, machine, life, options, shown)

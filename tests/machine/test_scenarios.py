@@ -47,7 +47,9 @@ def check(
 
 
 def verdict(result: Result) -> tuple[object, ...]:
-    found = [(d.op, d.probe, d.check, d.field, d.expected, d.observed, d.erratum) for d in result.divergences]
+    found = [(d.op, d.probe, d.check, d.field, d.expected,
+              "done" if str(d.expected).startswith("VMEXIT_RDTSC") else d.observed,  # what a TSC says is never the same
+              d.erratum) for d in result.divergences]
     return result.scenario, result.vmruns, result.probes, result.lost, found
 
 
