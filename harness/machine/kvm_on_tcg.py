@@ -192,7 +192,7 @@ def _observe(host: l0.L0, identity: Identity) -> tuple[Trace | None, Identity]:
         return None, replace(identity, contexts=f"not observed: {reason}")
 
 
-def inside(host: l0.L0, memory: int, begin: str = ":;") -> L0Kvm:
+def inside(host: l0.L0, memory: int, begin: str = "") -> L0Kvm:
     """L0's KVM, to be audited; L0 has so many bytes of memory. `begin` is a line of shell that starts L1, where it does
     not run yet. Raises LaunchFailed for a kernel whose KVM cannot be read, with the reason."""
     bits = re.search(rb"^address sizes\s*: (\d+) bits physical", host.run("cat /proc/cpuinfo"), re.MULTILINE)

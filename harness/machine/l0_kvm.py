@@ -37,7 +37,7 @@ class L0Kvm:
     """Reads L0's `memory`. `begin` is a line of shell that starts L1, where it does not run yet. Raises Unobservable,
     saying why, for a kernel in which it cannot find its way."""
 
-    def __init__(self, host: Shell, memory: Memory, maxphyaddr: int, levels: int, begin: str = ":;") -> None:
+    def __init__(self, host: Shell, memory: Memory, maxphyaddr: int, levels: int, begin: str = "") -> None:
         self.memory = memory
         self.host_format: Format = long_mode(52, True, la57=levels == 5)
         self.shadow_format: Format = long_mode(maxphyaddr, True, la57=levels == 5)
@@ -169,13 +169,16 @@ def _types(host: Shell) -> tuple[Btf, Btf]:
 
 
 def _ask(host: Shell, values: str, begin: str) -> dict[str, int]:
-    """What a kprobe where KVM enters a guest tells of the first entry, behind `begin`."""
+    """What a kprobe where KVM enters a guest tells of the first entry, behind `begin`. Where L1 begins by that, it runs
+    on meanwhile, to where it and L0 stand still together: the probe is taken away behind the answer, since that may
+    take the kernel longer than L1 takes to its first VMRUN."""
+    tidy = (f"echo 0 >{_FOLDER}/events/twinwalk/{_EVENT}/enable; rmdir {_FOLDER}; "
+            f"echo '-:twinwalk/{_EVENT}' >>kprobe_events")
     status, output, errors = host.try_run(
         f"cd {TRACEFS} && echo 'p:twinwalk/{_EVENT} svm_vcpu_run {values}' >>kprobe_events && mkdir {_FOLDER} && "
-        f"echo 1 >{_FOLDER}/events/twinwalk/{_EVENT}/enable && {{ {begin} }} && n=0; "
+        f"echo 1 >{_FOLDER}/events/twinwalk/{_EVENT}/enable && {{ {begin or ':;'} }} && n=0; "
         f"while [ $n -lt 1000 ] && ! grep -q vcpu= {_FOLDER}/trace; do n=$((n+1)); sleep 0.02; done; "
-        f"grep vcpu= {_FOLDER}/trace | head -n 1; echo 0 >{_FOLDER}/events/twinwalk/{_EVENT}/enable; "
-        f"rmdir {_FOLDER}; echo '-:twinwalk/{_EVENT}' >>kprobe_events")
+        f"grep vcpu= {_FOLDER}/trace | head -n 1; {f'( {tidy} ) >/dev/null 2>&1 &' if begin else tidy}")
     found = {name: int(value, 16) for name, value in re.findall(r"(\w+)=0x([0-9a-f]+)", output.decode())}
     if status or not {"vcpu", "kvm", "pgd", "offset"} <= found.keys():
         raise Unobservable(f"it does not tell where its vCPU is: {errors.decode(errors='replace').strip() or output!r}")
