@@ -11,11 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Final, NamedTuple, Protocol
 
 from harness.errors import MachineLost
 from harness.lockstep.compare import Context as Where
 from harness.lockstep.compare import Divergence
+from harness.lockstep.result import Switch
 from harness.model.mmu_context import PAE_LEVELS, Capability, Context, Maps, Mode, Role, Vcpu
 from harness.model.vmcb import FIELDS, NP_ENABLE, ExitCode
 from harness.model.vmcb import SAVE as SAVE_AT
@@ -54,6 +56,7 @@ class Sink(Protocol):
     contexts: int
     trace_events: int
     divergences: list[Divergence]
+    switches: list[Switch | None]
 
 
 class Pair(NamedTuple):
@@ -91,6 +94,15 @@ class Visit:
     events: list[Event] = field(default_factory=list)
     entered: bool = False
     """Whether the processor was entered between the two."""
+    before: InUse | None = None
+    """The context of the last entry into L1 that belongs to the visit before."""
+
+    def switch(self) -> Switch:
+        """The contexts of a whole visit."""
+        at = next(index for index, event in enumerate(self.events) if event is self.vmrun)
+        l1 = [event.context for event in self.events[:at] if isinstance(event, Entry)]
+        *inside, behind = (event.context for event in self.events[at:] if isinstance(event, Entry))
+        return Switch(l1[-1] if l1 else self.before, tuple(one for one, _ in groupby(inside)), behind, len(inside))
 
 
 class Contexts:
@@ -142,6 +154,7 @@ class Contexts:
             if pair.refused:
                 # most are refused before anything is traced; the visit, if there is one, is dropped above
                 self._pairs.popleft()
+                pair.sink.switches.append(None)
             elif self._visits:
                 self._pairs.popleft()
                 self._check(self._visits.popleft(), pair)
@@ -176,7 +189,7 @@ class Contexts:
         visit.events.append(event)
         if visit.vmexit is not None and isinstance(event, Entry):
             self._visits.append(visit)
-            self._now = Visit()
+            self._now = Visit(before=event.context)
         elif visit.vmrun is None and len(visit.events) > 2 * SHOWN:
             self._thin(visit)
 
@@ -197,6 +210,7 @@ class Contexts:
         if not visit.entered and pair.exitcode != ExitCode.SHUTDOWN:
             raise self._lost(f"the trace is out of step: no entry into L2 behind {vmrun}, though L2 ran")
         sink.trace_events += len(visit.events)
+        sink.switches.append(visit.switch())
         vcpu = Vcpu(self._host, pair.l1).vmrun(pair.l2, pair.np_enable, pair.ncr3)
         told: set[str] = set()
 

@@ -11,6 +11,7 @@ from harness.lockstep.compare import Divergence
 from harness.model.mmu_context import Mode
 from harness.model.vmcb import NP_ENABLE, Group, Vmcb
 from harness.model.vmrun import Host
+from harness.wire.trace import InUse
 
 _READ = Group("np_control", "ncr3", "efer", "cr4", "cr0")
 
@@ -49,6 +50,17 @@ class Visit(NamedTuple):
     under: Under
 
 
+class Switch(NamedTuple):
+    """The MMU contexts that KVM was in around one VMRUN that it did not refuse, as it told: that of L1 `before`, None
+    if the trace begins behind it; L2's, each once as long as it stays, none if L2 could not be entered; that of L1
+    `behind` #VMEXIT. `entries` of the processor were into L2."""
+
+    before: InUse | None
+    inside: tuple[InUse, ...]
+    behind: InUse
+    entries: int
+
+
 @dataclass
 class Result:
     """What came of one scenario."""
@@ -75,3 +87,6 @@ class Result:
     shadow_leaves: int = 0
     visits: list[Visit] = field(default_factory=list)
     """Each VMRUN whose #VMEXIT came, in order."""
+    switches: list[Switch | None] = field(default_factory=list)
+    """Where KVM tells of its contexts, those of each of `visits`; None where it refused VMRUN. What follows are VMRUNs
+    that the model did not follow."""

@@ -91,7 +91,7 @@ def document(summary: Summary, errata: Iterable[Erratum] = (), tables: Sequence[
                   for one in summary.known],
         "tables": [one._asdict() for one in tables],
         "coverage": _coverage(summary, errata),
-        "timeline": timeline.document(bool(summary.machine and summary.machine.get("kernel"))),
+        "timeline": timeline.document(),
     }
 
 

@@ -193,9 +193,10 @@ class Watch:
     def _progress_line(self) -> str:
         done = f"{self._done:,} of {self._total:,} scenarios" if self._total else f"{self._done:,} programs"
         left = self._total - self._done
-        minutes = f", {left / self._speed() / 60:,.0f} min left" if left > 0 and self._speed() else ""
+        due = left / self._speed() if left > 0 and self._speed() else 0
+        rest = f", {due / 60:,.0f} min left" if due >= 90 else f", {due:.0f} s left" if due else ""
         seconds = time.monotonic() - self._begun
-        return f"{done}, divergences: {self._found()}, {self._rate()}, {seconds:,.0f} s{minutes}"
+        return f"{done}, divergences: {self._found()}, {self._rate()}, {seconds:,.0f} s{rest}"
 
 
 @dataclass

@@ -1,19 +1,21 @@
 """The timeline of a run: each visit of L2, from VMRUN to #VMEXIT, in the order in which they were checked, with the
-paging that L2 ran under and what was found. As plain values for the page (harness/report/page/timeline.js), in columns,
-since there are many: texts that come again are numbered.
+paging that L2 ran under, the MMU contexts that KVM was in and what was found. As plain values for the page
+(harness/report/page/timeline.js), in columns, since there are many: texts that come again are numbered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any, Final
 
 from harness.lockstep.exits import was_refused
-from harness.lockstep.result import Result, Under, Visit
+from harness.lockstep.result import Result, Switch, Under, Visit
 from harness.model.access import ErrorCode
 from harness.model.vmcb import ExitCode
 from harness.report.summary import errata_of, is_new
 from harness.wire.layout import VMRUN_RAISED
+from harness.wire.trace import InUse
 
 LIMIT: Final = 100_000
 """Visits that are shown; behind these only those of scenarios in which something is new, and of so many again."""
@@ -21,9 +23,9 @@ _PAGE_FAULT: Final = ExitCode.EXCEPTION + 14
 _LEVELS: Final = ("paging off", "", "32-bit", "PAE", "4-level", "5-level")
 _NOTE: Final = 240
 """Characters of what was found in one visit."""
-_ON_KVM: Final = (
-    " KVM's context is guest_mmu, which shadows L1's nested table, from a VMRUN with nested paging to its #VMEXIT; "
-    "a direct map otherwise, or with npt=0 a shadow of the running guest's own tables.")
+_CONTEXTS: Final = (
+    " KVM's MMU contexts are those that it was in: of L1 before VMRUN, of L2, and of L1 behind #VMEXIT. A direct map "
+    "has L1-physical memory; a shadow is of L1's nested table, or with npt=0 of the running guest's own.")
 
 
 class _Texts:
@@ -42,10 +44,13 @@ class Timeline:
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
         self._programs: list[tuple[str, int]] = []
-        self._columns: dict[str, list[int]] = {name: [] for name in ("op", "exit", "under", "note")}
+        names = "op", "exit", "under", "note", "switch", "entries"
+        self._columns: dict[str, list[int]] = {name: [] for name in names}
         self._at: list[str] = []
         self._exits, self._unders, self._notes = _Texts(), _Texts(), _Texts()
         self._notes.number("", "")
+        self._contexts = _Texts()
+        self._switches: dict[tuple[int, ...], int] = {(): 0}
         self._left_out = 0
 
     def add(self, result: Result) -> None:
@@ -56,27 +61,43 @@ class Timeline:
             self._left_out += len(result.visits)
             return
         notes = self._found(result)
-        for index, visit in enumerate(result.visits):
+        switches = result.switches[: len(result.visits)]
+        for index, (visit, switch) in enumerate(zip_longest(result.visits, switches)):
             kind, text, at = _exit(visit)
             self._row(visit.op, self._exits.number(kind, text), self._unders.number("", _under(visit.under)),
-                      notes.get(index, 0), at)
+                      notes.get(index, 0), at, switch)
         if result.lost is not None:
             self._row(-1, self._exits.number("refused", "no #VMEXIT"), self._unders.number("", ""),
                       self._notes.number("new", f"lost: {result.lost.reason}"[:_NOTE]), "")
         self._programs.append((result.scenario, len(result.visits) + (result.lost is not None)))
 
-    def document(self, on_kvm: bool = False) -> dict[str, Any]:
-        """For the page; `on_kvm`: L1 ran on KVM, whose contexts are named."""
+    def document(self) -> dict[str, Any]:
+        """For the page. A switch is the number of L1's context before VMRUN, -1 if it is not known, those of L2, and
+        that of L1 behind #VMEXIT; the first is the empty one, of a VMRUN of which KVM told nothing."""
         return {
             "programs": self._programs, **self._columns, "at": self._at,
             "exits": list(self._exits.known), "unders": [text for _, text in self._unders.known],
-            "notes": list(self._notes.known), "left_out": self._left_out, "about": _ON_KVM if on_kvm else "",
+            "notes": list(self._notes.known), "left_out": self._left_out,
+            "contexts": list(self._contexts.known), "switches": list(self._switches),
+            "about": _CONTEXTS if self._contexts.known else "",
         }
 
-    def _row(self, op: int, exit: int, under: int, note: int, at: str) -> None:
-        for column, value in zip(self._columns.values(), (op, exit, under, note), strict=True):
+    def _row(self, op: int, exit: int, under: int, note: int, at: str, switch: Switch | None = None) -> None:
+        values = op, exit, under, note, self._switch(switch), switch.entries if switch is not None else 0
+        for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
         self._at.append(at)
+
+    def _switch(self, switch: Switch | None) -> int:
+        if switch is None:
+            return 0
+        before = -1 if switch.before is None else self._context(switch.before)
+        key = before, *map(self._context, switch.inside), self._context(switch.behind)
+        return self._switches.setdefault(key, len(self._switches))
+
+    def _context(self, context: InUse) -> int:
+        kind = "direct" if context.role.get("direct") else "shadow"
+        return self._contexts.number(kind, str(context))
 
     def _found(self, result: Result) -> dict[int, int]:
         """The note of each visit in which something was found."""

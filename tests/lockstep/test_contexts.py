@@ -26,7 +26,6 @@ from tests.lockstep.fake_kvm import Change, FakeKvm, run_traced
 from tests.scenario.texts import one, run
 
 TDP4, TDP5, NO_TDP = Capability(True, 4), Capability(True, 5), Capability(False, 4)
-OFF, ON = 'vmcb = "np_control"\nclear = ["np_enable"]', 'vmcb = "np_control"\nset = ["np_enable"]'
 ORDERS = [
     one("read a; write b", 'entry = "nested.a.pte"\nclear = ["rw"]', "write a; read b; read c", name="twice"),
     one("read a", head='nested_page = "none"\n', name="none"),
@@ -64,6 +63,14 @@ def test_agreement(world: World, order: list[Scenario], capability: Capability, 
         entered = result.vmruns - (result.scenario == "refused")
         assert result.contexts == 5 * entered
         assert result.trace_events >= 7 * entered
+        assert [switch is None for switch in result.switches] == [
+            visit.exitcode & 0xFFFF_FFFF == 0xFFFF_FFFF for visit in result.visits]
+        for visit, switch in zip(result.visits, result.switches, strict=True):
+            if switch is not None:
+                assert (switch.before, switch.behind.mmu, switch.entries) == (switch.behind, "root_mmu", 2)
+                (inside,) = switch.inside
+                assert inside.guest_mode and (inside.mmu == "guest_mmu") == bool(visit.under.nested)
+                assert not visit.under.nested or inside.root == visit.under.ncr3
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
@@ -109,6 +116,22 @@ def switched(index: int, like: int) -> Change:
 
 def fields(event: type, **change: Any) -> Change:
     return lambda events: [e._replace(**change) if isinstance(e, event) else e for e in events]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
+def test_what_it_was_is_kept_as_it_was(world: World, strict: bool) -> None:
+    """Also where it is wrong: an exit that KVM handles, or the #VMEXIT, switches as it must not."""
+    right, = world.run([one("read a")], Once(0, lambda events: events), strict)
+    (usual,) = right.switches
+    assert usual is not None and usual.before is not None
+    assert [c.mmu for c in (usual.before, *usual.inside, usual.behind)] == ["root_mmu", "guest_mmu", "root_mmu"]
+    for change, inside, behind in ((switched(SECOND, L1), (usual.inside[0], usual.before), usual.behind),
+                                   (switched(BACK, FIRST), usual.inside, usual.inside[0])):
+        (result,) = world.run([one("read a")], Once(0, change), strict)
+        (seen,) = result.switches
+        assert seen is not None and (seen.before, seen.entries) == (usual.before, 2)
+        assert [c.mmu for c in seen.inside] == [c.mmu for c in inside]
+        assert seen.behind.mmu == behind.mmu and len(result.visits) == 1
 
 
 BACK, SECOND, FIRST, L1 = -1, -3, -4, 0
@@ -274,6 +297,7 @@ def test_what_the_model_cannot_follow_is_traced_all_the_same(world: World) -> No
     bad, good = world.run([one("read a", run("read b"), run("read c")), one("read a")], Ruins())
     assert "course" in {d.field for d in bad.divergences}
     assert (bad.vmruns, bad.contexts) == (1, 15), "of two VMRUNs only the contexts can be checked"
+    assert (len(bad.visits), len(bad.switches)) == (1, 3)
     assert (good.divergences, good.lost, good.contexts) == ([], None, 5)
 
 

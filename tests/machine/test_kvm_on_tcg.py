@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from harness.errors import LaunchFailed
+from harness.lockstep.contexts import Contexts
 from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.result import Result
@@ -52,6 +53,28 @@ def check(machine: kvm_on_tcg.KvmOnTcgMachine, scenarios: list[Scenario], errata
 def test_first_light(strict: bool, kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
     (result,) = check(kvm, files.load([LIBRARY / "first-light.toml"]), [], strict)
     assert result.vmruns == 2 and not result.divergences and result.lost is None
+
+
+def test_contexts_are_told(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:
+    """The state machine as this kernel goes through it: a direct map, the shadow of L1's nested table, back; with
+    NP_ENABLE=0 a direct map of L2's own."""
+    if kvm.trace is None:
+        pytest.skip(f"contexts are not told here: {kvm.identity.contexts}")
+    kvm.trace.pause()
+    kvm.trace.resume()
+    contexts = Contexts(kvm.trace, kvm.image.ram_end, kvm.lost)
+    lockstep = Lockstep(kvm, kvm.channel, Twin(kvm.image, kvm.cpu, kvm.liberties), False, contexts=contexts)
+    scenario = one("read a", 'vmcb = "np_control"\nvalue = 0', "read a",
+                   'vmcb = "asid"\nvalue = 0', "read a")
+    (result,) = lockstep.run([Compiler(kvm.image, kvm.cpu).compile(scenario)])
+    assert result.lost is None and not result.divergences
+    nested, plain, refused = result.switches
+    assert nested is not None and plain is not None and refused is None
+    for switch, mmu, direct in ((nested, "guest_mmu", 0), (plain, "root_mmu", 1)):
+        assert switch.behind.mmu == "root_mmu" and switch.behind.role["direct"] and not switch.behind.guest_mode
+        assert {(inside.guest_mode, inside.mmu, inside.role["direct"]) for inside in switch.inside} == {
+            (True, mmu, direct)}
+    assert nested.inside[-1].root == result.visits[0].under.ncr3 and nested.entries >= 1
 
 
 def test_what_it_is(kvm: kvm_on_tcg.KvmOnTcgMachine) -> None:

@@ -18,6 +18,7 @@ from harness.errors import MachineLost
 from harness.lockstep.compare import Context as Where
 from harness.lockstep.compare import Divergence
 from harness.lockstep.contexts import Contexts, Pair
+from harness.lockstep.result import Switch
 from harness.machine.trace import Trace
 from harness.model.mmu_context import Capability, Mode
 from harness.model.registers import CR0, CR4, EFER
@@ -36,6 +37,7 @@ class Sink:
     contexts: int = 0
     trace_events: int = 0
     divergences: list[Divergence] = field(default_factory=list)
+    switches: list[Switch | None] = field(default_factory=list)
 
 
 class Recorded:
@@ -84,6 +86,11 @@ def test_as_they_are_nothing_is_wrong(name: str) -> None:
     assert len(sinks) >= (1 if "npt0" in name else 5)
     assert all(sink.divergences == [] and sink.contexts >= 3 for sink in sinks)
     assert sum(sink.trace_events for sink in sinks) <= len(recorded(name))
+    for number, sink in enumerate(sinks):
+        (one,) = sink.switches
+        assert one is not None and (one.before is not None or not number)
+        assert not one.behind.guest_mode and all(seen.guest_mode for seen in one.inside)
+        assert one.entries + 2 <= sink.contexts + (number > 0)
 
 
 Is = Callable[[Event], bool]

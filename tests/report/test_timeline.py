@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.errors import MachineLost
-from harness.lockstep.result import Result, Under, Visit
+from harness.lockstep.result import Result, Switch, Under, Visit
 from harness.model.memory import Memory
 from harness.model.registers import CR0, CR4, EFER
 from harness.model.vmcb import NP_ENABLE, ExitCode, Vmcb
@@ -22,6 +22,7 @@ from harness.report import html, timeline
 from harness.report.summary import Summary, summarize
 from harness.report.timeline import Timeline
 from harness.wire.layout import VMRUN_RAISED
+from harness.wire.trace import InUse
 from tests.report.browser import SLOW, complaints, needs_browser, texts, unreadable
 from tests.report.cases import NAME, SCENARIO, divergence, erratum
 
@@ -68,7 +69,28 @@ def test_each_visit() -> None:
     assert told["at"][:2] == ["5000", ""] and [told["unders"][number] for number in told["under"][1:3]] == [
         "nCR3 1000, 4-level; L2 4-level", "not nested; L2 PAE"]
     assert len(told["exits"]) == 4 and notes(told) == [""] * 8 and told["left_out"] == 0
-    assert told["about"] == "" and "guest_mmu" in Timeline().document(on_kvm=True)["about"]
+    assert told["about"] == "" and told["contexts"] == [] and told["switch"] == [0] * 8
+
+
+def in_use(guest_mode: bool, mmu: str, direct: int, root: int = 0, table: int = 0x5000) -> InUse:
+    return InUse(guest_mode, mmu, "nested_mmu" if mmu == "guest_mmu" else "root_mmu", root, table, table,
+                 {"level": 5, "direct": direct, "efer_nx": 1}, {"level": 4})
+
+
+MAP, SHADOW, ANOTHER = (in_use(False, "root_mmu", 1), in_use(True, "guest_mmu", 0, 0x1000),
+                        in_use(True, "guest_mmu", 0, 0x1000, 0x9000))
+SWITCHES = [Switch(None, (SHADOW,), MAP, 1), Switch(MAP, (SHADOW, ANOTHER, MAP, ANOTHER), MAP, 5), None,
+            Switch(MAP, (), SHADOW, 0)]
+
+
+def test_contexts() -> None:
+    """In order, by number; an unknown one is -1, and a VMRUN of which KVM told nothing has the empty list. Those that
+    belong to no visit are left out."""
+    told = timeline.of_results([result(switches=[*SWITCHES, SWITCHES[0]]), result(switches=SWITCHES[:1])]).document()
+    assert told["contexts"] == [("shadow", str(SHADOW)), ("direct", str(MAP)), ("shadow", str(ANOTHER))]
+    assert [told["switches"][number] for number in told["switch"]] == [
+        (-1, 0, 1), (1, 0, 2, 1, 2, 1), (), (1, 0), (-1, 0, 1), (), (), ()]
+    assert told["entries"] == [1, 5, 0, 0, 1, 0, 0, 0] and "shadow" in told["about"]
 
 
 @pytest.mark.parametrize(("op", "probe", "at"), [
@@ -154,6 +176,27 @@ def test_by_keyboard(browser: webdriver.Chrome, url: str) -> None:
 
 
 @needs_browser
+def test_contexts_in_words(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """The chain of each VMRUN in its row, all of it below; c goes to where it changes, and the filter knows it."""
+    one = result(switches=SWITCHES)
+    browser.get(page(tmp_path / "page.html", summary(one), timeline.of_results([one])))
+    assert [row.split("\n")[4:5] for row in texts(browser, "#visits > div")] == [
+        ["? → shadow → direct"], ["direct → shadow, direct, shadow → direct"], ["VMRUN refused: VMEXIT_INVALID"],
+        ["direct → none → shadow"]]
+    box = browser.find_element(By.ID, "visits")
+    assert texts(browser, "#passed li")[0] == "L1: not traced"
+    _press(box, "c")
+    assert texts(browser, "#passed li") == [
+        str(MAP), "VMRUN    nCR3 1000, 4-level; L2 4-level; 5 entries of the processor into L2", str(SHADOW),
+        str(ANOTHER), str(MAP), str(ANOTHER), "#VMEXIT  VMEXIT_VMMCALL", str(MAP)]
+    _press(box, "c")
+    assert texts(browser, "#passed li") == ["VMRUN    not nested; L2 PAE: KVM refused it, or told nothing"]
+    browser.find_element(By.ID, "visit-filter").send_keys("none")
+    assert len(texts(browser, "#visits > div")) == 1 and texts(browser, "#passed li")[-1] == str(SHADOW)
+    assert complaints(browser) == []
+
+
+@needs_browser
 def test_filters(browser: webdriver.Chrome, url: str) -> None:
     browser.get(url)
     field = browser.find_element(By.ID, "visit-filter")
@@ -197,7 +240,9 @@ def test_a_whole_run_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> 
     """60,000 VMRUNs and 10,000 findings: it opens in seconds, and each key and filter is answered at once, with room
     for a machine that has other things to do."""
     found = divergence(op=1, probe=2, check="C3", field="cr4")
-    many = [result(*([found] if n < 10_000 else []), name=f"many[{n}]") for n in range(15_000)]
+    tables = [in_use(True, "guest_mmu", 0, 0x1000 * n, 0x7000 * n) for n in range(4000)]
+    many = [result(*([found] if n < 10_000 else []), name=f"many[{n}]",
+                   switches=[Switch(MAP, (tables[n % 4000],), MAP, 7), *SWITCHES[1:]]) for n in range(15_000)]
     of = timeline.of_results(many)
     url = page(tmp_path / "page.html", summary(*many), of)
     assert (tmp_path / "page.html").stat().st_size < 20 << 20
