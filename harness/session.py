@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from harness.lockstep.driver import Lockstep
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.hazards import Hazards, Peril
 from harness.lockstep.kept_format import KeptFormat
-from harness.lockstep.quirks import NESTED_FORMAT_BY_L2
+from harness.lockstep.quirks import FLEETING, NESTED_FORMAT_BY_L2
 from harness.lockstep.rehearse import rehearse
 from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
@@ -41,6 +41,8 @@ from harness.wire.records import Record
 
 MAX_LOST: Final = 5
 """Reboots before a run is given up."""
+MAX_CHANCES: Final = 3
+"""Runs of a scenario all of which show what shows by chance: then it is not that."""
 _OF_L1: Final = ("exit.host", "exit.host-dr7", "exit.registers")
 """Rules of L1's registers."""
 
@@ -111,7 +113,7 @@ class Session:
 
     def work(self, unit: Unit) -> Iterator[Done]:
         """As `run`, of one unit. After MAX_LOST losses its rest is left."""
-        queue, sparing = _Queue(unit), False
+        queue, sparing = _Queue(unit, {one.id for one in self._errata if one.quirk in FLEETING}), False
         losses, sifted = 0, False
         while losses < MAX_LOST and queue.more():
             try:
@@ -193,8 +195,9 @@ class _Queue:
     """What of a unit is still to be run, by the batch. Results come in the order in which programs were handed
     out."""
 
-    def __init__(self, unit: Unit) -> None:
-        self._cases = unit.cases
+    def __init__(self, unit: Unit, fleeting: Set[str] = frozenset()) -> None:
+        """`fleeting` are the ids of the errata that show by chance."""
+        self._cases, self._fleeting = unit.cases, fleeting
         self._todo = deque(unit.batches)
         self._out: deque[tuple[Scenario, ...]] = deque()
         """Handed out; of the first one `_results` are there."""
@@ -203,6 +206,8 @@ class _Queue:
         self._sifted = False
         self._first: dict[str, Result] = {}
         """Of scenarios at whose end L1's registers were wrong, and which are run again: what came of them."""
+        self._chances: dict[str, list[Result]] = {}
+        """What came, each time, of those that showed an erratum that shows by chance, and are run again."""
 
     @property
     def looks_closer(self) -> bool:
@@ -295,7 +300,27 @@ class _Queue:
             if result.scenario in doubt.names:
                 doubt.settle(result)
         for scenario, one in zip(batch, results, strict=True):
-            yield Done(scenario, one, self._cases)
+            if (final := self._settled(one)) is None:
+                self._todo.append((scenario,))
+            else:
+                yield Done(scenario, final, self._cases)
+
+    def _settled(self, result: Result) -> Result | None:
+        """What is told of a scenario. Where an erratum shows by chance, it is run again, and there is nothing yet; if
+        it shows each time it explains nothing."""
+        earlier = self._chances.setdefault(result.scenario, [])
+        if not any(map(self._by_chance, result.divergences)):
+            new = result.lost is not None or any(one.erratum is None for one in result.divergences)
+            return result if new or not earlier else earlier[0]
+        earlier.append(result)
+        if len(earlier) < MAX_CHANCES:
+            return None
+        result.divergences = [one._replace(erratum=None) if self._by_chance(one) else one
+                              for one in result.divergences]
+        return result
+
+    def _by_chance(self, divergence: Divergence) -> bool:
+        return divergence.erratum is not None and not self._fleeting.isdisjoint(divergence.erratum.split("+"))
 
 
 @dataclass

@@ -78,11 +78,14 @@ class FakeTarget(Target):
     def start(self) -> AbstractContextManager[L1Machine]:
         return self._start()
 
+    def _machine(self, image: Image, cpu: Cpu, plant: Plant) -> Machine:
+        return Machine(image, cpu, plant)
+
     @contextmanager
     def _start(self) -> Iterator[L1Machine]:
         assert self.image is not None and self.of is not None
         self.boots.append(self.plants[min(len(self.boots), len(self.plants) - 1)])
-        machine = Machine(self.image, self.of, self.boots[-1])
+        machine = self._machine(self.image, self.of, self.boots[-1])
         if isinstance(self.boots[-1], SpoilsCr4):
             machine.channel.spare()
         try:

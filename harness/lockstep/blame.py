@@ -11,6 +11,7 @@ from harness.lockstep.active import Active
 from harness.lockstep.compare import Context, Divergence, came_to
 from harness.lockstep.errata import Known, explain
 from harness.lockstep.prediction import Prediction
+from harness.lockstep.quirks import FLEETING
 from harness.lockstep.twin import Twin
 from harness.wire.program import Step
 from harness.wire.records import Record
@@ -56,7 +57,9 @@ class Blame:
         # In a fixed order, so that the verdict is the same whatever was before. One that did not come into
         # play is not needed, which nearly always leaves one.
         needed: list[str] = []
-        current = agrees(quirks)
+        current = agrees(name for name in quirks if name not in FLEETING)
+        if not (current or astray) and not FLEETING.isdisjoint(quirks):
+            current = agrees(quirks)
         if astray:
             return prediction, "+".join(quirks[name] for name in quirks if name in active.played), astray
         if current:

@@ -22,6 +22,7 @@ from harness.lockstep.quirks import (
     LMSW_BY_BITS,
     MAPS_TO_THE_BYTE,
     RDTSCP_AS_RDTSC,
+    SHADOW_LOST,
     SKINIT_ANY_CPL,
     SKINIT_UNDEFINED,
     STI_ALWAYS_SHADOWS,
@@ -29,7 +30,7 @@ from harness.lockstep.quirks import (
     XSETBV_INTERCEPT_FIRST,
     XSETBV_NOT_INTERCEPTED,
 )
-from harness.model import events, intercepts
+from harness.model import events, intercepts, vmrun
 from harness.model.access import ErrorCode
 from harness.model.events import Event
 from harness.model.illegal import is_illegal
@@ -50,6 +51,9 @@ OTHERS: Final = QUIET | {
     "overflow", "undefined", "divide", "invd", "xsetbv", "sti", "stiud", "movssud", "rsm", "skinit", "stgi", "clgi",
 }
 """Those that this module carries out."""
+
+_STI_BYTES: Final = 1
+"""Of STI itself, without the NOP behind it."""
 
 _UMIP: Final = stub.DESCRIPTOR_READS.keys() | {"smsw"}
 """SGDT, SIDT, SLDT, STR and SMSW, which CR4.UMIP keeps for CPL 0 (section 3.1.3)."""
@@ -307,27 +311,29 @@ def _execute(l2: L2, kind: str, size: int, address: int, value: int) -> int:
 
 def _sti(l2: L2, kind: str) -> None:
     """STI, and NOP or UD2 behind it: the instruction that follows an STI that sets IF is in its shadow (15.21.5;
-    volume 3, STI), and so is the state that is saved if that one ends L2."""
+    volume 3, STI), and so is the state that is saved if that one ends L2. By a quirk the shadow is gone before."""
     regs = l2.regs
     shadow = not regs.rflags & RFLAGS.IF
     regs.rflags |= RFLAGS.IF
-    regs.rip += length(l2, kind)
+    pending = "interrupt" in l2.state.outside or vmrun.virtual_interrupt(l2.state.vmcb, regs.rflags) is not None
+    lost = kind == "sti" and shadow and pending and l2.state.quirks.has(SHADOW_LOST)
+    regs.rip += _STI_BYTES if lost else length(l2, kind)
     if kind == "stiud":
         if not l2.intercepted(events.UD):
             raise UsageError("an exception in an interrupt shadow that L1 does not intercept is not modelled")
-        l2.in_shadow = shadow or l2.state.quirks.has(STI_ALWAYS_SHADOWS)
+        l2.in_shadow = (shadow or l2.state.quirks.has(STI_ALWAYS_SHADOWS)) and not l2.state.quirks.has(SHADOW_LOST)
         l2.exception(Event.exception(events.UD))
     physical(l2)
     l2.interrupt()
 
 
 def _mov_ss(l2: L2) -> None:
-    """MOV to SS of a null selector, and UD2: the instruction behind it is in its shadow (15.21.5)."""
+    """MOV to SS of a null selector, and UD2: the instruction behind it is in its shadow (15.21.5); but see _sti()."""
     if l2.regs.cpl or not l2.intercepted(events.UD):
         raise UsageError("MOV to SS is modelled at CPL 0, and behind it a #UD that L1 intercepts")
     registers.load_null(l2, "ss", 0)
     l2.regs.rip += length(l2, "movssud")
-    l2.in_shadow = True
+    l2.in_shadow = not l2.state.quirks.has(SHADOW_LOST)
     l2.exception(Event.exception(events.UD))
 
 

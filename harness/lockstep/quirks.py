@@ -78,6 +78,7 @@ INTERRUPT_BEHIND_ANOTHER: Final = "interrupt-behind-another"
 DELIVERY_EMULATED: Final = "delivery-emulated"
 EMULATED_FAULT_PLACE: Final = "emulated-fault-place"
 PUSH_OF_SUPERVISOR: Final = "push-of-supervisor"
+SHADOW_LOST: Final = "shadow-lost"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -306,6 +307,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     DELIVERY_EMULATED: Quirk(),
     EMULATED_FAULT_PLACE: Quirk(),
     PUSH_OF_SUPERVISOR: Quirk(),
+    SHADOW_LOST: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),
@@ -354,6 +356,9 @@ def _of_guest(quirk: Quirk) -> Quirk:
 
 _BELOW: Final = " below a hypervisor"
 QUIRKS.update({name + _BELOW: _of_guest(quirk) for name, quirk in list(QUIRKS.items())})
+
+FLEETING: Final = frozenset({SHADOW_LOST})
+"""Those that show by chance: one explains nothing that comes whenever the scenario is run."""
 
 EMULATED_BELOW: Final = PAE_EMULATED + _BELOW
 """The hypervisor emulates an instruction of L2 in PAE mode, and cannot fetch it."""
