@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -45,7 +46,7 @@ def _command(name: str, about: str, parser: argparse.ArgumentParser) -> Iterator
     yield f"{about[0].upper()}{about[1:]}."
     said = (parser.epilog or "").partition("examples:")[0].strip()
     if said:
-        yield f" {said[0].upper()}{said[1:]}".lstrip()
+        yield from textwrap.wrap(f"{said[0].upper()}{said[1:]}", 120, break_long_words=False, break_on_hyphens=False)
     yield ""
     yield from (line.replace("  ./twinwalk", "    ./twinwalk", 1) for line in usage.examples(name))
     yield ""

@@ -35,7 +35,7 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     ),
     "fuzz": (
         ("--machine tcg --budget 20s", "a short look"),
-        ("--budget 12h --journal night.journal --bundles found", "a campaign: the same command goes on after a stop"),
+        ("--budget 12h --journal night.journal --bundles found", "again after a stop, and it goes on"),
     ),
     "replay": (
         ("found/NAME.twin", "on a machine like the one it was found on"),
@@ -43,9 +43,9 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("found/NAME.twin --export-c test", "a C test of it, which needs nothing of twinwalk"),
     ),
     "explain": (
-        ("found/NAME.twin", "a bundle's finding: both walks, and the VMCB"),
-        ("qmp:vm.qmp 0x3c5a9d7e6000 --vmcb 0x20000", "in a QEMU that is running, by its QMP socket"),
-        ("memory.bin 0x3c5a9d7e6000 --vmcb 0x20000 --svg walk.svg", "an address of L2 in a dump, by its VMCB"),
+        ("found/NAME.twin", "a bundle's finding: walks and VMCB"),
+        ("qmp:vm.qmp 0x3c5a9d7e6000 --vmcb 0x20000", "in a running QEMU, by its QMP socket"),
+        ("memory.bin 0x3c5a9d7e6000 --vmcb 0x20000 --svg walk.svg", "in a dump, by L2's VMCB"),
         ("dump.elf 0x3c5a9d7e6000 --cr3 0x3140002000 --ncr3 0x1000", "by CR3 and nCR3"),
     ),
     "fetch": (
@@ -65,8 +65,8 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("--kernel my-hypervisor.elf --seconds 60", "any image that QEMU's -kernel takes"),
     ),
     "campaign": (
-        ("--scheduler tcp://head:8786 --budget 1000000 --journal fleet.journal", "a million cases, over its workers"),
-        ("--hosts amd-hosts --machine kvm --fuzz 0..999", "workers started over SSH; a thousand seeds of programs too"),
+        ("--scheduler tcp://head:8786 --budget 1000000 --journal fleet.journal", "a million cases"),
+        ("--hosts amd-hosts --machine kvm --fuzz 0..999", "programs of 1,000 seeds"),
     ),
     "doctor": (("", "everything"), ("--kernel build/", "with a kernel of your own")),
     "bench": (("--machine tcg --pairs 10000", "a short one"),),

@@ -37,6 +37,13 @@ def test_some_are_found() -> None:
     assert sum(len(commands(path)) for path in DOCUMENTS) > 40
 
 
+@pytest.mark.parametrize("path", [ROOT / "CHANGELOG.md", *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_width(path: Path) -> None:
+    """What is not a row of a table fits into 120 columns; the notes of the matrix are the command's own."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == [] or path.name == "matrix.md"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(path: Path) -> None:
     """Links to files lead somewhere."""
