@@ -17,7 +17,7 @@ from harness.far import ConnectionLost, FarSession
 from harness.lockstep import errata
 from harness.lockstep.compare import Divergence
 from harness.lockstep.errata import Erratum
-from harness.lockstep.result import Result, Under, Visit
+from harness.lockstep.result import Result, Switch, Told, Under, Visit
 from harness.machine import bootstrap, ssh
 from harness.machine.address import Address, parse
 from harness.machine.ssh import Gone, Unreachable
@@ -50,18 +50,19 @@ class TestPlain:
         walk = Walk(NestedPageFault(0x1_0000_0007, 1 << 51), "nested.write", [("nested", "pte", "final", 8, 1 << 63)],
                     [(8, 32, "page")])
         one = Divergence("a", 1, 0, "C1", "exitinfo1", (1 << 64) - 1, "0x5", "nested.write", walk, (7,), ("WB",), None)
-        result = Result("a", divergences=[one], visits=[Visit(1, 0, 0x400, 7, 1 << 51, Under(4, 1 << 12, 3))])
+        result = Result("a", divergences=[one], visits=[Visit(1, 0, 0x400, 7, 1 << 51, Under(4, 1 << 12, 3))],
+                        switches=[None, Switch(None, (Told(False, "a"),), Told(True, "b"), 2)])
         assert decode(Result, through_json(result)) == result
 
     @pytest.mark.parametrize("value", [
         None, 1, "Result", [], ["Result"], ["Scenario", "a"],
-        ["Result", 1, 0, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0, []],
-        ["Result", "a", True, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0, []],
-        ["Result", "a", 0, 0, 0, [["Popen", "sh"]], None, "", "", 0, 0, 0, 0, 0, 0, []],
-        ["Result", "a", 0, 0, 0, {}, None, "", "", 0, 0, 0, 0, 0, 0, []],
+        ["Result", 1, 0, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0, [], []],
+        ["Result", "a", True, 0, 0, [], None, "", "", 0, 0, 0, 0, 0, 0, [], []],
+        ["Result", "a", 0, 0, 0, [["Popen", "sh"]], None, "", "", 0, 0, 0, 0, 0, 0, [], []],
+        ["Result", "a", 0, 0, 0, {}, None, "", "", 0, 0, 0, 0, 0, 0, [], []],
     ], ids=str)
     def test_anything_else(self, value: Any) -> None:
-        assert len(through_json(Result("a"))) == 16, "the values of this test are of another shape"
+        assert len(through_json(Result("a"))) == 17, "the values of this test are of another shape"
         with pytest.raises(ValueError, match="no Result"):
             decode(Result, value)
 

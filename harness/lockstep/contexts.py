@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, Protocol
 from harness.errors import MachineLost
 from harness.lockstep.compare import Context as Where
 from harness.lockstep.compare import Divergence
-from harness.lockstep.result import Switch
+from harness.lockstep.result import Switch, Told
 from harness.model.mmu_context import PAE_LEVELS, Capability, Context, Maps, Mode, Role, Vcpu
 from harness.model.vmcb import FIELDS, NP_ENABLE, ExitCode
 from harness.model.vmcb import SAVE as SAVE_AT
@@ -97,13 +97,6 @@ class Visit:
     before: InUse | None = None
     """The context of the last entry into L1 that belongs to the visit before."""
 
-    def switch(self) -> Switch:
-        """The contexts of a whole visit."""
-        at = next(index for index, event in enumerate(self.events) if event is self.vmrun)
-        l1 = [event.context for event in self.events[:at] if isinstance(event, Entry)]
-        *inside, behind = (event.context for event in self.events[at:] if isinstance(event, Entry))
-        return Switch(l1[-1] if l1 else self.before, tuple(one for one, _ in groupby(inside)), behind, len(inside))
-
 
 class Contexts:
     """Holds the trace against the model. `visible` is the end of L1's memory: a root beyond it is not
@@ -118,6 +111,7 @@ class Contexts:
         self._visits: deque[Visit] = deque()
         self._now = Visit()
         self._same: dict[tuple[Context, int], tuple[InUse, tuple[_Difference, ...]]] = {}
+        self._words: dict[int, tuple[InUse, Told]] = {}
 
     def ran(self, sink: Sink, where: Where, enter: tuple[bytes, bytes], record: Record) -> None:
         """Note a VMRUN: the VMCB's two areas before it, and the record behind it."""
@@ -210,7 +204,7 @@ class Contexts:
         if not visit.entered and pair.exitcode != ExitCode.SHUTDOWN:
             raise self._lost(f"the trace is out of step: no entry into L2 behind {vmrun}, though L2 ran")
         sink.trace_events += len(visit.events)
-        sink.switches.append(visit.switch())
+        sink.switches.append(self._switch(visit))
         vcpu = Vcpu(self._host, pair.l1).vmrun(pair.l2, pair.np_enable, pair.ncr3)
         told: set[str] = set()
 
@@ -249,6 +243,23 @@ class Contexts:
                 wrong = self._root(vcpu.context, event)
                 if wrong:
                     tell(index, _rule(vcpu.context), *wrong)
+
+    def _switch(self, visit: Visit) -> Switch:
+        at = next(index for index, event in enumerate(visit.events) if event is visit.vmrun)
+        l1 = [event.context for event in visit.events[:at] if isinstance(event, Entry)]
+        before = l1[-1] if l1 else visit.before
+        *inside, behind = (self._told(event.context) for event in visit.events[at:] if isinstance(event, Entry))
+        return Switch(self._told(before) if before is not None else None, tuple(one for one, _ in groupby(inside)),
+                      behind, len(inside))
+
+    def _told(self, seen: InUse) -> Told:
+        """A context is seen thousands of times, and put into words once."""
+        found = self._words.get(id(seen))
+        if found is None:
+            if len(self._words) > _KEPT:
+                self._words.clear()
+            found = self._words[id(seen)] = seen, Told(bool(seen.role.get("direct")), str(seen))
+        return found[1]
 
     def _root(self, context: Context, page: NewPage) -> tuple[str, int, int] | None:
         """A root built for L2 must be one of the table that its context shadows. A root's own table is

@@ -11,7 +11,6 @@ from harness.lockstep.compare import Divergence
 from harness.model.mmu_context import Mode
 from harness.model.vmcb import NP_ENABLE, Group, Vmcb
 from harness.model.vmrun import Host
-from harness.wire.trace import InUse
 
 _READ = Group("np_control", "ncr3", "efer", "cr4", "cr0")
 
@@ -50,14 +49,21 @@ class Visit(NamedTuple):
     under: Under
 
 
-class Switch(NamedTuple):
-    """The MMU contexts that KVM was in around one VMRUN that it did not refuse, as it told: that of L1 `before`, None
-    if the trace begins behind it; L2's, each once as long as it stays, none if L2 could not be entered; that of L1
-    `behind` #VMEXIT. `entries` of the processor were into L2."""
+class Told(NamedTuple):
+    """An MMU context as KVM told it: whether it is a direct map, and all of it in words (harness.wire.trace.InUse)."""
 
-    before: InUse | None
-    inside: tuple[InUse, ...]
-    behind: InUse
+    direct: bool
+    words: str
+
+
+class Switch(NamedTuple):
+    """The MMU contexts that KVM was in around one VMRUN that it did not refuse: that of L1 `before`, None if the trace
+    begins behind it; L2's, each once as long as it stays, none if L2 could not be entered; that of L1 `behind`
+    #VMEXIT. `entries` of the processor were into L2."""
+
+    before: Told | None
+    inside: tuple[Told, ...]
+    behind: Told
     entries: int
 
 

@@ -10,12 +10,11 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from harness.lockstep.exits import was_refused
-from harness.lockstep.result import Result, Switch, Under, Visit
+from harness.lockstep.result import Result, Switch, Told, Under, Visit
 from harness.model.access import ErrorCode
 from harness.model.vmcb import ExitCode
 from harness.report.summary import errata_of, is_new
 from harness.wire.layout import VMRUN_RAISED
-from harness.wire.trace import InUse
 
 LIMIT: Final = 100_000
 """Visits that are shown; behind these only those of scenarios in which something is new, and of so many again."""
@@ -95,9 +94,8 @@ class Timeline:
         key = before, *map(self._context, switch.inside), self._context(switch.behind)
         return self._switches.setdefault(key, len(self._switches))
 
-    def _context(self, context: InUse) -> int:
-        kind = "direct" if context.role.get("direct") else "shadow"
-        return self._contexts.number(kind, str(context))
+    def _context(self, context: Told) -> int:
+        return self._contexts.number("direct" if context.direct else "shadow", context.words)
 
     def _found(self, result: Result) -> dict[int, int]:
         """The note of each visit in which something was found."""

@@ -67,10 +67,12 @@ def test_agreement(world: World, order: list[Scenario], capability: Capability, 
             visit.exitcode & 0xFFFF_FFFF == 0xFFFF_FFFF for visit in result.visits]
         for visit, switch in zip(result.visits, result.switches, strict=True):
             if switch is not None:
-                assert (switch.before, switch.behind.mmu, switch.entries) == (switch.behind, "root_mmu", 2)
+                assert (switch.before, switch.entries) == (switch.behind, 2)
+                assert switch.behind.direct and switch.behind.words.startswith("L1 root_mmu direct, root level ")
                 (inside,) = switch.inside
-                assert inside.guest_mode and (inside.mmu == "guest_mmu") == bool(visit.under.nested)
-                assert not visit.under.nested or inside.root == visit.under.ncr3
+                assert inside.direct != bool(visit.under.nested)
+                shadow = f"L2 guest_mmu shadow of {visit.under.ncr3:#x} "
+                assert inside.words.startswith(shadow if visit.under.nested else "L2 root_mmu direct")
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "pipelined"])
@@ -124,14 +126,13 @@ def test_what_it_was_is_kept_as_it_was(world: World, strict: bool) -> None:
     right, = world.run([one("read a")], Once(0, lambda events: events), strict)
     (usual,) = right.switches
     assert usual is not None and usual.before is not None
-    assert [c.mmu for c in (usual.before, *usual.inside, usual.behind)] == ["root_mmu", "guest_mmu", "root_mmu"]
+    assert [one.direct for one in (usual.before, *usual.inside, usual.behind)] == [True, False, True]
     for change, inside, behind in ((switched(SECOND, L1), (usual.inside[0], usual.before), usual.behind),
                                    (switched(BACK, FIRST), usual.inside, usual.inside[0])):
         (result,) = world.run([one("read a")], Once(0, change), strict)
         (seen,) = result.switches
         assert seen is not None and (seen.before, seen.entries) == (usual.before, 2)
-        assert [c.mmu for c in seen.inside] == [c.mmu for c in inside]
-        assert seen.behind.mmu == behind.mmu and len(result.visits) == 1
+        assert (seen.inside, seen.behind) == (inside, behind) and len(result.visits) == 1
 
 
 BACK, SECOND, FIRST, L1 = -1, -3, -4, 0

@@ -89,7 +89,7 @@ def test_as_they_are_nothing_is_wrong(name: str) -> None:
     for number, sink in enumerate(sinks):
         (one,) = sink.switches
         assert one is not None and (one.before is not None or not number)
-        assert not one.behind.guest_mode and all(seen.guest_mode for seen in one.inside)
+        assert one.behind.words.startswith("L1 ") and all(seen.words.startswith("L2 ") for seen in one.inside)
         assert one.entries + 2 <= sink.contexts + (number > 0)
 
 

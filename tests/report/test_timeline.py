@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.errors import MachineLost
-from harness.lockstep.result import Result, Switch, Under, Visit
+from harness.lockstep.result import Result, Switch, Told, Under, Visit
 from harness.model.memory import Memory
 from harness.model.registers import CR0, CR4, EFER
 from harness.model.vmcb import NP_ENABLE, ExitCode, Vmcb
@@ -22,7 +22,6 @@ from harness.report import html, timeline
 from harness.report.summary import Summary, summarize
 from harness.report.timeline import Timeline
 from harness.wire.layout import VMRUN_RAISED
-from harness.wire.trace import InUse
 from tests.report.browser import SLOW, complaints, needs_browser, texts, unreadable
 from tests.report.cases import NAME, SCENARIO, divergence, erratum
 
@@ -72,13 +71,9 @@ def test_each_visit() -> None:
     assert told["about"] == "" and told["contexts"] == [] and told["switch"] == [0] * 8
 
 
-def in_use(guest_mode: bool, mmu: str, direct: int, root: int = 0, table: int = 0x5000) -> InUse:
-    return InUse(guest_mode, mmu, "nested_mmu" if mmu == "guest_mmu" else "root_mmu", root, table, table,
-                 {"level": 5, "direct": direct, "efer_nx": 1}, {"level": 4})
-
-
-MAP, SHADOW, ANOTHER = (in_use(False, "root_mmu", 1), in_use(True, "guest_mmu", 0, 0x1000),
-                        in_use(True, "guest_mmu", 0, 0x1000, 0x9000))
+MAP = Told(True, "L1 root_mmu direct, root level 5 at 0x5000 efer_nx cr0_wp")
+SHADOW, ANOTHER = (Told(False, f"L2 guest_mmu shadow of 0x1000 (4 levels), root level 5 at {at:#x} efer_nx")
+                   for at in (0x6000, 0x9000))
 SWITCHES = [Switch(None, (SHADOW,), MAP, 1), Switch(MAP, (SHADOW, ANOTHER, MAP, ANOTHER), MAP, 5), None,
             Switch(MAP, (), SHADOW, 0)]
 
@@ -87,7 +82,7 @@ def test_contexts() -> None:
     """In order, by number; an unknown one is -1, and a VMRUN of which KVM told nothing has the empty list. Those that
     belong to no visit are left out."""
     told = timeline.of_results([result(switches=[*SWITCHES, SWITCHES[0]]), result(switches=SWITCHES[:1])]).document()
-    assert told["contexts"] == [("shadow", str(SHADOW)), ("direct", str(MAP)), ("shadow", str(ANOTHER))]
+    assert told["contexts"] == [("shadow", SHADOW.words), ("direct", MAP.words), ("shadow", ANOTHER.words)]
     assert [told["switches"][number] for number in told["switch"]] == [
         (-1, 0, 1), (1, 0, 2, 1, 2, 1), (), (1, 0), (-1, 0, 1), (), (), ()]
     assert told["entries"] == [1, 5, 0, 0, 1, 0, 0, 0] and "shadow" in told["about"]
@@ -187,12 +182,12 @@ def test_contexts_in_words(browser: webdriver.Chrome, tmp_path: Path) -> None:
     assert texts(browser, "#passed li")[0] == "L1: not traced"
     _press(box, "c")
     assert texts(browser, "#passed li") == [
-        str(MAP), "VMRUN    nCR3 1000, 4-level; L2 4-level; 5 entries of the processor into L2", str(SHADOW),
-        str(ANOTHER), str(MAP), str(ANOTHER), "#VMEXIT  VMEXIT_VMMCALL", str(MAP)]
+        MAP.words, "VMRUN    nCR3 1000, 4-level; L2 4-level; 5 entries of the processor into L2",
+        SHADOW.words, ANOTHER.words, MAP.words, ANOTHER.words, "#VMEXIT  VMEXIT_VMMCALL", MAP.words]
     _press(box, "c")
     assert texts(browser, "#passed li") == ["VMRUN    not nested; L2 PAE: KVM refused it, or told nothing"]
     browser.find_element(By.ID, "visit-filter").send_keys("none")
-    assert len(texts(browser, "#visits > div")) == 1 and texts(browser, "#passed li")[-1] == str(SHADOW)
+    assert len(texts(browser, "#visits > div")) == 1 and texts(browser, "#passed li")[-1] == SHADOW.words
     assert complaints(browser) == []
 
 
@@ -240,7 +235,7 @@ def test_a_whole_run_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> 
     """60,000 VMRUNs and 10,000 findings: it opens in seconds, and each key and filter is answered at once, with room
     for a machine that has other things to do."""
     found = divergence(op=1, probe=2, check="C3", field="cr4")
-    tables = [in_use(True, "guest_mmu", 0, 0x1000 * n, 0x7000 * n) for n in range(4000)]
+    tables = [Told(False, f"L2 guest_mmu shadow of {n << 12:#x} (4 levels), root {n:x}") for n in range(4000)]
     many = [result(*([found] if n < 10_000 else []), name=f"many[{n}]",
                    switches=[Switch(MAP, (tables[n % 4000],), MAP, 7), *SWITCHES[1:]]) for n in range(15_000)]
     of = timeline.of_results(many)
