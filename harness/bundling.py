@@ -64,6 +64,7 @@ class Seen(NamedTuple):
                      if one.is_new(strict) and one.signature == wanted), None)
 
     def shows(self, wanted: Signature, strict: bool) -> bool:
+        """Whether it shows the signature `wanted`, or was lost with it; with `strict` errata explain nothing."""
         if self.result.lost is not None:
             return of_loss(self.result.lost) == wanted
         return self.finding(wanted, strict) is not None

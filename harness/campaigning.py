@@ -161,7 +161,8 @@ class Journal:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Returns the exit code: 0 agreed, 1 something new, 3 where shards are left undone."""
+    """Returns the exit code: 0 agreed, 1 something new, 3 where shards are left undone. Raises LaunchFailed where no
+    worker can be started."""
     check_results(options)
     work, merged, screen = plan(options), Merged(), Screen()
     begun = time.monotonic()

@@ -51,6 +51,7 @@ class Link:
             threading.Thread(target=task, daemon=True).start()
 
     def tell(self, **message: Any) -> None:
+        """Send one message, a line of JSON; from any thread."""
         with self._lock:
             self._out.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
             self._out.flush()

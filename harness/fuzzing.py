@@ -106,9 +106,11 @@ class Programs:
 
     @property
     def tallies(self) -> list[Tally]:
+        """The one of all generated programs."""
         return [self._tally]
 
     def batches(self) -> Iterator[tuple[Scenario, ...]]:
+        """See harness.run.Cases: batches of programs until the budget is spent."""
         campaign, left = self._campaign, self._budget.programs
         earlier = _read(self._corpus) if self._corpus and campaign.fresh else []
         self._maker = Maker(guests.load_image(guests.build_l1()), self._seed, campaign.reached, campaign.first, earlier)
@@ -138,6 +140,7 @@ class Programs:
                 output.write(path, writer.text(one))
 
     def took(self, scenario: Scenario, result: Result, strict: bool) -> bool:
+        """Count a result; whether there is more to say of it. A budget in seconds begins with the first."""
         if self._deadline is None and self._budget.seconds is not None:
             self._deadline = time.monotonic() + self._budget.seconds
         self._leave_off(result)
@@ -162,6 +165,7 @@ class Programs:
             self.left_off += 1
 
     def close(self) -> None:
+        """End the process that makes programs."""
         if self._maker is not None:
             self._maker.__exit__(None, None, None)
             self._maker = None
@@ -179,7 +183,7 @@ def _read(corpus: Path) -> list[Scenario]:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Returns the exit code: as that of `run`."""
+    """Returns the exit code: as that of `run`. Raises UsageError."""
     check_results(options)
     if options.corpus:
         try:

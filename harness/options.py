@@ -71,7 +71,7 @@ def targeted(options: argparse.Namespace) -> Target:
 
 
 def local(options: argparse.Namespace) -> Target:
-    """As `targeted`, for what is done on this host alone."""
+    """As `targeted`, for what is done on this host alone. Raises UsageError for another host."""
     target = targeted(options)
     if target.host:
         raise UsageError(f"--machine {target.label}: this is done here only: log in there, and run it there")
@@ -164,7 +164,7 @@ def one_in(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """An option's value: a whole number, 0 included."""
+    """An option's value: a whole number, 0 included. Raises ValueError."""
     number = int(text.replace("_", ""))
     if number < 0:
         raise ValueError
@@ -172,7 +172,7 @@ def count(text: str) -> int:
 
 
 def number(text: str) -> int:
-    """An option's value: an address or another number of at most 64 bits, 0x... for one in hex."""
+    """An option's value: an address or another number of at most 64 bits, 0x... for one in hex. Raises ValueError."""
     value = int(text, 0)
     if not 0 <= value < 1 << 64:
         raise ValueError
@@ -180,7 +180,7 @@ def number(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """An option's value: a whole number above 0."""
+    """An option's value: a whole number above 0. Raises ValueError."""
     if not (number := count(text)):
         raise ValueError
     return number

@@ -52,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    """The machine is gone behind the last test."""
     if machine := config.stash.get(_MACHINE, None):
         machine.close()
 
@@ -89,7 +90,8 @@ class ScenarioItem(pytest.Item):
             self.add_marker(f"needs_{need}")
 
     def runtest(self) -> None:
-        """Passes where `twinwalk run` agrees; raises what it does not, MachineLost, or pytest's own Skipped."""
+        """Passes where `twinwalk run` agrees; raises what it does not, MachineLost, UsageError or pytest's own
+        Skipped."""
         machine = self.config.stash[_MACHINE]
         for done in machine.run(self.scenario):
             result = done.result

@@ -68,6 +68,7 @@ class Outcome:
 
     @property
     def lost(self) -> bool:
+        """Whether a machine was lost."""
         return any(result.lost for result in self.results)
 
     def new(self, strict: bool = False) -> int:

@@ -127,4 +127,5 @@ class Merged:
         return news
 
     def fail(self, shard: Shard, reason: str) -> None:
+        """A shard that has no result, and why."""
         self.failed[shard] = harmless(reason[-_LONGEST:])

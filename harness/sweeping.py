@@ -221,6 +221,7 @@ class Plan:
 
     @property
     def tallies(self) -> list[Tally]:
+        """One for each sweep, in order."""
         return [one.tally for one in self._sweeps.values()]
 
     def batches(self) -> Iterator[tuple[Scenario, ...]]:

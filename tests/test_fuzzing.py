@@ -162,7 +162,7 @@ class TestCampaign:
         fuzz(target, 60, whole)
         journal.write_bytes(whole.read_bytes()[:700])
         assert not journal.read_bytes().endswith(b"\n")
-        before = len(_programs(journal, torn=True))
+        before = len(_programs(journal))
         _, campaign, _ = fuzz(target, 60 - before, journal)
         assert campaign.before == before
         assert sorted(_programs(journal)) == sorted(_programs(whole))
@@ -188,7 +188,8 @@ class TestCampaign:
             fuzz(target, 1, tmp_path / "journal", seed=1)
 
 
-def _programs(journal: Path, torn: bool = False) -> list[str]:
+def _programs(journal: Path) -> list[str]:
+    """Those that are told in whole lines."""
     lines = journal.read_text().split("\n")
     entries = [json.loads(line) for line in lines[1:-1]]
     return [one if isinstance(one, str) else one["program"] for one in entries
@@ -253,7 +254,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     for lines in (20, 60, 110):
         killed = command("--budget", "1000000", "--journal", str(journal), journal=journal, lines=lines)
         assert killed.returncode == -signal.SIGKILL
-    before = len(_programs(journal, torn=True))
+    before = len(_programs(journal))
     assert before < total
     last = command("--budget", str(total - before), "--journal", str(journal), "--json", str(tmp_path / "j"))
     assert last.returncode in (0, 1, 3), last.stdout

@@ -60,6 +60,7 @@ class Divergence(NamedTuple):
     """C4: what the kernel under L1 said around it; C5: the entries of all tables; the one in question marked `>`."""
 
     def explained_by(self, erratum: str) -> Divergence:
+        """The same, explained by the `erratum` of that id, or by ids joined by `+`."""
         return self._replace(erratum=erratum)
 
     def seen_as(self, after: tuple[int, ...], types: tuple[str, ...]) -> Divergence:

@@ -44,7 +44,8 @@ class Trace(Protocol):
     """What the kernel under L1 tells of itself."""
 
     @property
-    def capability(self) -> Capability: ...
+    def capability(self) -> Capability:
+        """What the host can do, as the kernel says."""
 
     def poll(self) -> list[Event]:
         """Events since the last call, in order. Raises MachineLost if any were lost."""

@@ -124,7 +124,7 @@ class Bus:
 
 def deliver(l2: L2, event: Event, walk: Walk | None, next_rip: int | None) -> NoReturn:
     """Through L2's own IDT; its handlers do nothing but leave by HLT. `next_rip` is what goes into the frame where
-    that is not RIP."""
+    that is not RIP. Raises Leave: L2 ends in its handler at the latest; or UsageError for what is not modelled."""
     l2.out.event = event
     l2.first = l2.first or event
     mode, vmcb, bus = l2.state.mode, l2.state.vmcb, Bus(l2, event)
@@ -159,7 +159,8 @@ def _another_is_due(l2: L2, event: Event) -> bool:
 
 def physical(l2: L2) -> None:
     """What is pending for the processor is taken between two instructions, before anything virtual (15.13, 15.21.4): it
-    ends L2 if L1 intercepts it. GIF is 1 in L2; an interrupt wants L1's IF with V_INTR_MASKING, without it L2's."""
+    ends L2 if L1 intercepts it. GIF is 1 in L2; an interrupt wants L1's IF with V_INTR_MASKING, without it L2's. Raises
+    Leave, or UsageError for what is not modelled."""
     vmcb, outside = l2.state.vmcb, l2.state.outside
     if "nmi" in outside:
         if vmcb["interrupt_shadow"] and not l2.begun:

@@ -45,7 +45,8 @@ class Machine(Protocol):
     """What lockstep needs of a machine that is up."""
 
     @property
-    def image(self) -> Image: ...
+    def image(self) -> Image:
+        """Where all is in the guest's memory."""
 
     @property
     def memory(self) -> memoryview:

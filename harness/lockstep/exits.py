@@ -72,6 +72,7 @@ class Exit(NamedTuple):
 
     def found(self, check: str, field: str, expected: int | str, observed: int | str, rule: str,
               walk: Walk | None = None) -> Divergence:
+        """A divergence of this stop, with the entries of `walk` as they are in memory now."""
         after = () if walk is None else tuple(self._entry(step[3], step[4]) for step in walk.trail)
         return Divergence(self.name, self.entered.number, -1, check, field, expected, observed, rule, walk, after)
 

@@ -177,7 +177,7 @@ def _in_pae(l2: L2) -> bool:
 
 
 def end_of_emulation(l2: L2) -> None:
-    """What L2 sees of it: its own code cannot be fetched."""
+    """What L2 sees of it: its own code cannot be fetched. Raises Leave."""
     regs, seen = l2.regs, l2.state.seen
     nested_table = ErrorCode.GUEST_TABLE | ErrorCode.U | ErrorCode.W
     if (seen is not None and seen.next_probe == l2.out.next_probe and seen.exitcode == ExitCode.NPF
@@ -192,7 +192,8 @@ def end_of_emulation(l2: L2) -> None:
 
 
 def string_port(l2: L2, kind: str, size: int, count: int) -> None:
-    """INS or OUTS up to its access of memory: its intercept, and a hypervisor below that has to emulate it."""
+    """INS or OUTS up to its access of memory: its intercept, and a hypervisor below that has to emulate it. Raises
+    Leave if it is intercepted, UsageError for what is not modelled."""
     if l2.regs.cpl > l2.regs.rflags >> 12 & 3:
         raise UsageError("ports at a CPL above IOPL are not modelled")
     if not count:  # neither volume 2 nor 3 says whether one that does nothing asks for its port

@@ -44,10 +44,12 @@ class KeptFormat:
 
     @property
     def format(self) -> Format | None:
+        """The format that L1's nested table is read in; None before the first VMRUN."""
         return self._now.format if self._now is not None else None
 
     @property
     def tells_fetches(self) -> bool:
+        """Whether EXITINFO1 of a nested fault has I/D."""
         return self._now is None or self._now.tells_fetches
 
     @property

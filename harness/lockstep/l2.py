@@ -85,7 +85,7 @@ class L2(Translation):
 
     def interrupt(self) -> None:
         """Between two instructions: take the virtual interrupt that is pending, if it is taken (section 15.21.4); L1
-        may intercept that."""
+        may intercept that. Raises Leave."""
         vmcb = self.state.vmcb
         vector = vmrun.virtual_interrupt(vmcb, self.regs.rflags)
         if vector is None:
@@ -101,7 +101,8 @@ class L2(Translation):
 
     def enter(self) -> None:
         """L2's own accesses: fetch of its code, use of its mailbox. A fault of the first is the
-        scenario's business; one of the others would make L2 itself fault at places nobody names."""
+        scenario's business; one of the others would make L2 itself fault at places nobody names. Raises UsageError for
+        such a fault."""
         state, words = self.state, self.state.memory.words
         code = self.regs.rip + self.base & _MASK64
         key = code, self.step.c, self.regs.cpl
@@ -140,7 +141,8 @@ class L2(Translation):
         return walk
 
     def enter_again(self) -> None:
-        """After a change of translation L2's own pages must still be there for it."""
+        """After a change of translation L2's own pages must still be there for it. Raises UsageError if they are
+        not."""
         for address, access in ((self.page + self.base, _FETCH), (self.step.c, _WRITE)):
             walk = self.walk(address, access[self.regs.cpl])
             if self.state.tlb.changed:
@@ -184,7 +186,7 @@ class L2(Translation):
         return result
 
     def end(self) -> None:
-        """All probes done: L2 leaves by VMMCALL."""
+        """All probes done: L2 leaves by VMMCALL. Raises Leave."""
         self.at("end", 0)
         if not asks(self.state.vmcb, "vmmcall"):
             self.exception(Event.exception(events.UD))
@@ -229,6 +231,8 @@ class L2(Translation):
         return old if size >= 4 else value & ~((1 << 8 * size) - 1) & _MASK64 | old
 
     def read(self, parts: list[tuple[int, int, int]]) -> int:
+        """What is at the `parts` of an operand, each an sPA, its place in the value and its width in bytes. Raises
+        UsageError for an access of a device that is none."""
         for spa, _, width in parts:
             devices.check(spa, width, rmw=self.is_rmw)
         return sum(self.state.memory.read(spa, width) << 8 * at for spa, at, width in parts)
@@ -282,7 +286,8 @@ class L2(Translation):
         return descriptor >> 32 & _LAR_SEES if seen else 0
 
     def second_processor(self, kind: str, value: int) -> int:
-        """L1's second processor does its writes, and may then end L2 by an NMI."""
+        """L1's second processor does its writes, and may then end L2 by an NMI. Raises Leave then; UsageError for what
+        is not modelled."""
         if kind == "remotenmi" and not self.state.vmcb["intercept_misc1"] & MISC1_NMI:
             raise UsageError("L1 must intercept NMI: what one does inside of L2 is not modelled")
         for step in self.state.remote:
@@ -323,7 +328,7 @@ class L2(Translation):
 
     def fault(self, walk: Walk) -> None:
         """A walk faulted: #NPF leaves L2; an exception leaves it if L1 intercepts it, and goes through
-        L2's own IDT if not."""
+        L2's own IDT if not. Raises Leave."""
         match walk.outcome:
             case NestedPageFault(code, gpa):
                 raise Leave(ExitCode.NPF, *devices.place(self, walk, code, gpa), walk, walk.rule)
@@ -339,10 +344,11 @@ class L2(Translation):
                 raise AssertionError(walk.outcome)
 
     def intercepted(self, vector: int) -> bool:
+        """Whether L1 intercepts the exception with that vector (15.12)."""
         return bool(self.state.vmcb["intercept_exceptions"] >> vector & 1)
 
     def exception(self, event: Event, info2: int = 0, walk: Walk | None = None) -> None:
-        """An exception of L2: an exit, or its own handler's business."""
+        """An exception of L2: an exit, or its own handler's business. Raises Leave."""
         own = "exit.privileged" if event.vector == events.GP else "exit.exception"
         rule = walk.rule if walk is not None else own
         if self.intercepted(event.vector):

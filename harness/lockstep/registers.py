@@ -34,7 +34,8 @@ _MET: Final = 0xF
 
 
 def probe(l2: L2, kind: str, address: int, value: int) -> int:
-    """Reads and writes of L2's own registers."""
+    """Reads and writes of L2's own registers. Raises Leave for what is intercepted or faults, UsageError for what is
+    not modelled."""
     regs, vmcb = l2.regs, l2.state.vmcb
     if kind in ("remote", "remotenmi"):
         return l2.second_processor(kind, value)
@@ -93,7 +94,7 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
 
 
 def write(l2: L2, name: str, value: int) -> None:
-    """L2 writes a register that decides over translation."""
+    """L2 writes a register that decides over translation. Raises UsageError for a value that this CPU has not."""
     regs, vmcb = l2.regs, l2.state.vmcb
     lacking = {"cr4": cr4_mbz, "efer": efer_mbz}.get(name)
     if lacking is not None and lacking(value, l2.state.cpu):

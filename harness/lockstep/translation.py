@@ -47,7 +47,7 @@ class Translation:
         return walk
 
     def walk(self, gva: int, access: Access) -> Walk:
-        """Translate, and change nothing."""
+        """Translate, and change nothing. Raises UsageError if the walk leaves L1's memory."""
         quirks = self.state.quirks
         if quirks:
             access = quirks.on_access(access, self.regs.cpl)

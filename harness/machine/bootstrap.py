@@ -46,7 +46,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], zipfile.ZipFile]:
 
 
 def make_folder(needed: int) -> tuple[str, int]:
-    """A folder for us alone, and the descriptor that holds its lock."""
+    """A folder for us alone, and the descriptor that holds its lock. Raises CannotRun."""
     where = tempfile.gettempdir()
     for left in os.scandir(where):
         if left.name.startswith(PREFIX) and left.is_dir(follow_symlinks=False):
@@ -98,7 +98,8 @@ def child(folder: str, head: dict[str, Any], parent: int) -> None:
 
 
 def main() -> int:
-    """Run what comes on stdin; the folder is gone behind it. Returns the exit code."""
+    """Run what comes on stdin; the folder is gone behind it. Returns the exit code; where it cannot run (CannotRun)
+    it tells why."""
     sys.stdout.buffer.write(b"\n" + MAGIC + b"\n")  # whatever a login script printed ends here
     sys.stdout.buffer.flush()
     folder = ""

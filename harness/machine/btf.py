@@ -68,6 +68,7 @@ class Btf:
 
     @classmethod
     def of_module(cls, vmlinux: bytes, module: bytes) -> Self:
+        """The types of a module, which go on from those of the kernel. Raises ValueError for what cannot be read."""
         return cls(module, Btf(vmlinux))
 
     def _index(self) -> None:
@@ -109,7 +110,7 @@ class Btf:
             number = value
 
     def struct(self, name: str) -> int:
-        """The number of a structure or union by its name."""
+        """The number of a structure or union by its name. Raises KeyError."""
         at: Btf | None = self
         while at is not None:
             if name in at._named:
@@ -134,7 +135,7 @@ class Btf:
 
     def member(self, name: str, path: str) -> Member:
         """A member by its path in the structure `name`: `arch.mmu`, `root.hpa`. A step through a pointer
-        is none: ask for the structure it points to."""
+        is none: ask for the structure it points to. Raises KeyError, naming it."""
         number, bit = self.struct(name), 0
         found = Member(0, 0, number)
         for step in path.split("."):

@@ -68,6 +68,7 @@ class Files:
         self._copier: subprocess.Popen[bytes] | None = None
 
     def read(self, path: str) -> bytes:
+        """See harness.machine.trace.Files. Raises Unobservable where only root may read."""
         try:
             return Path(path).read_bytes()
         except PermissionError as reason:
@@ -75,6 +76,7 @@ class Files:
                                f"({reason.strerror})") from None
 
     def write(self, path: str, text: str) -> None:
+        """See harness.machine.trace.Files."""
         # truncating kprobe_events would take away the probes of others
         _write(path, text, os.O_APPEND if path.endswith("kprobe_events") else os.O_TRUNC)
 
@@ -87,6 +89,7 @@ class Files:
         )
 
     def close(self) -> None:
+        """End the copy, and give back its memory."""
         if self._copier is not None:
             self._copier.kill()
             self._copier.wait()

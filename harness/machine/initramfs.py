@@ -120,7 +120,7 @@ def l0_qemu() -> str:
 
 
 def busybox(say: Callable[[str], None]) -> Path:
-    """A static busybox: the host's, or the distribution's package."""
+    """A static busybox: the host's, or the distribution's package. Raises LaunchFailed."""
     if (found := shutil.which("busybox")) and _is_static(Path(found)):
         return Path(found)
     packages = Packages(say)

@@ -58,7 +58,7 @@ class Inside:
             self._transport.close()
 
     def start(self, command: str) -> paramiko.Channel:
-        """A command that runs on; its input and its output are the channel's."""
+        """A command that runs on; its input and its output are the channel's. Raises NoAnswer."""
         assert self._transport is not None
         try:
             channel = self._transport.open_session(timeout=self._timeout)
@@ -69,7 +69,8 @@ class Inside:
         return channel
 
     def run(self, command: str, data: bytes = b"") -> bytes:
-        """What a command prints that is given `data`; it must end with status 0."""
+        """What a command prints that is given `data`; it must end with status 0. Raises NoAnswer if it does not, or not
+        in time."""
         with self.start(command) as channel:
             try:
                 channel.sendall(data)

@@ -32,6 +32,7 @@ class KvmMachine(LocalMachine):
     """L1 in QEMU on this host's KVM."""
 
     def start(self) -> None:
+        """Boot L1. Raises LaunchFailed."""
         self.boot(_BOOT_TIMEOUT * here.SLOWER)
         self.channel.spare()
 

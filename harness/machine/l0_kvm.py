@@ -30,7 +30,8 @@ _STITCHED: Final = ("pae_root", "pml4_root", "pml5_root")
 class Shell(Protocol):
     """See harness.machine.l0.L0."""
 
-    def try_run(self, script: str) -> tuple[int, bytes, bytes]: ...
+    def try_run(self, script: str) -> tuple[int, bytes, bytes]:
+        """Exit status, stdout and stderr of a script of shell."""
 
 
 class L0Kvm:

@@ -43,6 +43,7 @@ class OnKvm(Foreign):
     holds = True
 
     def how_it_ended(self) -> str:
+        """How the QEMU in L0 ended, in words; empty while it runs. Raises MachineLost if L0 itself is gone."""
         if (status := self._process.exit_status()) is not None:
             raise self._process.lost(f"L0 panicked, or QEMU below it ended with status {status}")
         match = re.search(rf"{_ENDED} (\d+)", self._process.log_tail())

@@ -30,12 +30,14 @@ class PacedChannel(Channel):
         self._stop, self._go_on, self._stopped = stop, go_on, False
 
     def post(self, ops: bytes) -> int:
+        """See Channel.post."""
         end = super().post(ops)
         if self._stopped and self._words[self._record_posted] - self._checked <= _FEW:
             self._resume()
         return end
 
     def next_record(self, idle: Callable[[float], None]) -> Record:
+        """See Channel.next_record."""
         posted = self._words[self._record_posted]
         ahead = posted - self._checked
         if self._stopped:
@@ -51,6 +53,7 @@ class PacedChannel(Channel):
             self._pause()
 
     def skip_to(self, slot: int, idle: Callable[[float], None], see: Callable[[Record], None]) -> None:
+        """See Channel.skip_to."""
         self._resume()
         super().skip_to(slot, idle, see)
 

@@ -28,7 +28,7 @@ def view(file: int, size: int, pages: Iterable[tuple[int, int]]) -> memoryview:
 
 def of_runs(file: int, size: int, runs: Iterable[tuple[int, int, int]]) -> memoryview:
     """The same of `runs` of pages: where each begins in memory, how many bytes it has, and where it begins in
-    `file`."""
+    `file`. Raises LaunchFailed."""
     whole = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(whole))
     for start, length, offset in runs:

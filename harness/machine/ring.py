@@ -67,7 +67,8 @@ class Format:
 
 
 def data_size(header_page: str) -> tuple[int, int]:
-    """From events/header_page: where a page's events begin, and how many bytes there is room for."""
+    """From events/header_page: where a page's events begin, and how many bytes there is room for. Raises ValueError for
+    a layout that is not known."""
     fields = {m["name"]: (int(m["offset"]), int(m["size"])) for m in _FIELD.finditer(header_page)}
     if "data" not in fields or fields.get("timestamp") != (0, 8) or fields.get("commit") != (8, 8):
         raise ValueError(f"a ring page that this reader does not know: {header_page!r}")

@@ -34,11 +34,13 @@ class TcgMachine(LocalMachine):
         self.channel = self._paced = PacedChannel(self.memory, image, process.stop, process.go_on)
 
     def start(self) -> None:
+        """Boot L1 on a CPU that has what it needs. Raises LaunchFailed."""
         check_cpu(self._process, self.identity.cpu_model)
         self.identity = replace(self.identity, microcode=self._process.microcode())
         self.boot(_BOOT_TIMEOUT)
 
     def rest(self) -> None:
+        """There is nothing to do for a while: L1 sleeps."""
         self._paced.rest()
 
 

@@ -69,6 +69,7 @@ class Bits(NamedTuple):
 
     @classmethod
     def of(cls, types: Btf, name: str) -> Bits:
+        """Those of the structure or union `name`. Raises KeyError if there is none."""
         members = types.members(types.struct(name))
         return cls(tuple((n, m.bit, (1 << m.width) - 1) for n, m in members.items() if m.width < 32))
 
@@ -190,7 +191,6 @@ class Trace:
         self._lost = lost
         self._at = self._freed = 0
         self.capability = capability(files)
-        self.events_read = 0
         try:
             probe = Probe(_types(files), self.capability.tdp_usable, place.group)
         except KeyError as missing:
@@ -256,7 +256,6 @@ class Trace:
                 raise self._lost(f"the trace cannot be read: {reason}") from None
         if self._at - self._freed > _KEPT:
             self._free()
-        self.events_read += len(out)
         return out
 
     def _free(self) -> None:

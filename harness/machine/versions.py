@@ -40,6 +40,7 @@ class Available(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Of its folder in the cache."""
         return _folder_name(self.kind, self.offer.version)
 
 
@@ -57,6 +58,7 @@ def is_name(text: str) -> bool:
 
 
 def dotted(version: Version) -> str:
+    """As text: `7.2.22`."""
     return ".".join(map(str, version))
 
 

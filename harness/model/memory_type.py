@@ -19,12 +19,6 @@ from harness.model.access import Reached
 from harness.model.entries import PAT_4K, PAT_LARGE, PCD, PWT, Format
 from harness.model.walk import GUEST, Paging, Walk
 
-BY_PAT: Final = "type.pat"
-COMBINED: Final = "type.combined"
-BY_MTRR: Final = "type.mtrr"
-DISABLED: Final = "type.disabled"
-"""The rules behind `of_index`, `combine`, `with_mtrr` and `effective`."""
-
 UC: Final = "UC"
 UC_MINUS: Final = "UC-"
 WC: Final = "WC"
@@ -71,7 +65,8 @@ class Caching(NamedTuple):
 
 
 def of_index(pat: int, index: int) -> str:
-    """The type in field `index` (0 to 7) of a PAT register (section 7.8.1). Raises KeyError for an illegal one."""
+    """Rule type.pat: the type in field `index` (0 to 7) of a PAT register (section 7.8.1). Raises KeyError for an
+    illegal one."""
     return _ENCODED[pat >> 8 * index & 0xFF]
 
 
@@ -86,17 +81,17 @@ def index_of_page(leaf: int, shift: int) -> int:
 
 
 def combine(guest: str, host: str) -> str:
-    """Table 15-19."""
+    """Rule type.combined: table 15-19."""
     return _COMBINED[guest][_HOST_TYPES.index(host)]
 
 
 def with_mtrr(pat: str, mtrr: str) -> str:
-    """Table 15-20; where `pat` is of one dimension, table 7-11."""
+    """Rule type.mtrr: table 15-20; where `pat` is of one dimension, table 7-11."""
     return _EFFECTIVE[pat][MTRR_TYPES.index(mtrr)]
 
 
 def effective(pat: str, caching: Caching) -> str:
-    """With the MTRRs, and with caches disabled: cacheable memory is of type CD then (section 7.4)."""
+    """With the MTRRs; rule type.disabled: with caches disabled cacheable memory is of type CD (section 7.4)."""
     found = with_mtrr(pat, caching.mtrr)
     return CD if caching.disabled and found in _CACHEABLE else found
 

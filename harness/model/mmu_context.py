@@ -91,6 +91,7 @@ class Context(NamedTuple):
 
     @property
     def direct_map(self) -> bool:
+        """Whether its table maps L1-physical memory, and shadows nobody's."""
         return self.maps is Maps.L1_PHYSICAL
 
     def __str__(self) -> str:

@@ -21,10 +21,12 @@ def formats(cpu: Cpu, nxe: bool = True) -> list[Format]:
 
 
 def pairs(cpu: Cpu) -> Iterator[tuple[Format | None, Format | None]]:
+    """Every guest format under every nested one, None for paging off, or no nested paging."""
     return product((*formats(cpu), None), (*formats(cpu), None))
 
 
 def name_of(fmt: Format | None) -> str:
+    """As the manual calls it; empty for None."""
     return fmt.name if fmt is not None else ""
 
 

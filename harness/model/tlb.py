@@ -56,6 +56,7 @@ class Tlb:
         return self.log, len(self.log), self.changed, len(self.past)
 
     def rewind(self, mark: Mark) -> None:
+        """Forget what came behind `mark`."""
         self.log, length, self.changed, past = mark
         del self.log[length:], self.past[past:]
 

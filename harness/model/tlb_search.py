@@ -107,7 +107,7 @@ class Search:
         words: Words, caches: Caches, faults: bool, shared: Shared,
     ) -> None:
         self.log, self.load = log, load
-        self._writes, self._words, self._caches = writes, words, caches
+        self._writes, self._words = writes, words
         self._shared = shared
         self._now, self._current = moments[-1]
         self.paging = self._current.paging

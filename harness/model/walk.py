@@ -83,6 +83,7 @@ class Walk(NamedTuple):
 
     @property
     def steps(self) -> list[Step]:
+        """The entries that were read, in order."""
         return [Step(*step) for step in self.trail]
 
 

@@ -67,6 +67,7 @@ class About:
 
     @property
     def signature(self) -> Signature:
+        """Of the finding: check, field and rule."""
         return Signature(self.check, self.field, self.rule)
 
 

@@ -42,6 +42,7 @@ class Hunt:
 
     @property
     def findings(self) -> int:
+        """How many signatures were caught."""
         return len(self.catches)
 
 

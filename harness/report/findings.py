@@ -43,6 +43,7 @@ class Finding:
 
     @cached_property
     def walk(self) -> Walk | None:
+        """The model's walk that it is about; None if it is about none."""
         return next((d.walk for d in self.divergences if d.walk is not None), None)
 
     @cached_property

@@ -37,6 +37,7 @@ Cell = Sequence[Span]
 
 
 def line(text: str, style: str = PLAIN) -> Line:
+    """A line of one span."""
     return (Span(text, style),)
 
 

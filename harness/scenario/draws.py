@@ -89,6 +89,7 @@ class Ground:
 
     @property
     def long(self) -> bool:
+        """Whether L2 begins in long mode."""
         return self.world.mode.long
 
 
@@ -106,9 +107,11 @@ class Draw:
     """Pages that lead to a device, or did."""
 
     def one(self, values: Sequence[T]) -> T:
+        """One of `values`, each as likely."""
         return values[int(self.random.random() * len(values))]
 
     def chance(self, probability: float) -> bool:
+        """True with that probability, 0 to 1."""
         return self.random.random() < probability
 
     # --- what L1 changes --------------------------------------------------------------------------

@@ -182,6 +182,7 @@ class File:
         return start + 1
 
     def error(self, op: int | None, key: str, reason: str) -> UsageError:
+        """Wrong use, with the file and the line of `key` in op number `op`, None for what stands above all ops."""
         return UsageError(f"{self.source}:{self.line(op, key)}: {reason}")
 
     def check(self, table: Mapping[str, Any], known: Mapping[str, Any], op: int | None) -> None:

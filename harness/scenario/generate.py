@@ -23,6 +23,7 @@ _LONGEST: Final = 30
 
 
 def scenario(name: str, key: Key, ops: list[Op]) -> Scenario:
+    """A generated program with its name, in the world of `key`."""
     guest, nested, guest_page, nested_page, table_page = key
     return Scenario(name, TITLE, MANUAL, SHOWS, tuple(ops), guest, nested, guest_page, nested_page,
                     table_page=table_page)

@@ -38,14 +38,17 @@ class Mode:
 
     @cached_property
     def long(self) -> bool:
+        """Whether EFER.LME is 1."""
         return bool(self.efer & EFER.LME)
 
     @property
     def real(self) -> bool:
+        """Whether CR0.PE is 0."""
         return not self.cr0 & CR0.PE
 
     @property
     def paging(self) -> bool:
+        """Whether CR0.PG is 1."""
         return bool(self.cr0 & CR0.PG)
 
     @cached_property

@@ -33,6 +33,7 @@ class Constraint(NamedTuple):
     holds: Callable[[tuple[Label, ...]], bool]
 
     def label(self, axis: int, value: int) -> Label:
+        """What value number `value` of `axis`, which is one of its axes, is called."""
         return self.labels[self.axes.index(axis)][value]
 
 

@@ -31,6 +31,7 @@ class Arena:
         return self.words.get(address & ~7, 0) >> (address & 7) * 8 & (1 << 8 * width) - 1
 
     def write(self, address: int, value: int, width: int) -> None:
+        """Set the entry of `width` bytes (4 or 8) at sPA `address`."""
         mask = (1 << 8 * width) - 1 << (address & 7) * 8
         self.words[address & ~7] = self.words.get(address & ~7, 0) & ~mask | value << (address & 7) * 8
 
@@ -65,7 +66,7 @@ class Tables:
 
         Tables that are missing on the way are taken from `tables`, by the kind of address that entries
         hold, and from the arena when that is exhausted (then such an address is an sPA); their entries
-        get `upper`. Entries are named `name`.LEVEL.
+        get `upper`. Entries are named `name`.LEVEL. Raises ValueError for a size of page that `fmt` has not.
         """
         supply = iter(tables)
         table = self.root

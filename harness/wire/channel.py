@@ -67,6 +67,7 @@ class Channel:
 
     @property
     def is_sparing(self) -> bool:
+        """Whether L1 spares exits: it reads its own registers only where they may have changed."""
         return bool(self._words[self._image.shared + _AT["sparing"] >> 3])
 
     def has_room(self, slots: int) -> bool:

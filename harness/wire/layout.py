@@ -66,6 +66,7 @@ class Struct:
 
     @cached_property
     def size(self) -> int:
+        """In bytes, without padding behind the last field."""
         return sum(_size_align(f.type)[0] * f.count for f in self.fields)
 
     @cached_property

@@ -31,6 +31,7 @@ class Step(NamedTuple):
 
     @property
     def slots(self) -> int:
+        """Of the op ring, 32 bytes each."""
         return 1 + len(self.probes)
 
 

@@ -51,6 +51,7 @@ class Record:
 
     @property
     def exitcode(self) -> int:
+        """EXITCODE, all 64 bits."""
         return int(_RESULT.unpack_from(self.data, _CONTROL + _EXITCODE)[0])
 
     @property
@@ -93,6 +94,7 @@ class Record:
         return dict(zip(REGS.names, REGS.packer.unpack_from(self.data, _REGS), strict=True))
 
     def result(self, probe: int) -> int:
+        """The 64-bit result of that probe, by its index in the run."""
         return int(_RESULT.unpack_from(self.data, _RESULTS + 8 * probe)[0])
 
     @property
