@@ -290,8 +290,8 @@ class File:
             except ValueError as reason:
                 raise self.error(index, "run", str(reason)) from None
         cpl = self.number(index, table, "cpl") or 0
-        if cpl not in (0, 3):
-            raise self.error(index, "cpl", f"cpl must be 0 or 3, not {cpl}")
+        if cpl not in range(4):
+            raise self.error(index, "cpl", f"cpl must be 0, 1, 2 or 3, not {cpl}")
         expect = self.strings(index, table, "expect")
         if expect and len(expect) != len(probes):
             raise self.error(index, "expect", f"{len(expect)} expectations for {len(probes)} probes")

@@ -46,8 +46,9 @@ _HOST_FLAGS: Final = (RFLAGS.STATUS | RFLAGS.IF | RFLAGS.DF | RFLAGS.IOPL | RFLA
 _USUAL_BITS: Final = 40
 _USUAL: Final = frozenset(["nx", "page1g", "smep", "smap", "pku", "la57", "umip", "fsgsbase", "xsave", "lmsle",
                               "second"])
-_USER_ATTRIB: Final = 0x60
-"""DPL 3 in the attributes of a segment."""
+_DPL_SHIFT: Final = 5
+_DPL: Final = 3 << _DPL_SHIFT
+"""The DPL in the attributes of a segment."""
 
 VMCB_BITS: Final = {name: BITS | REGISTER_BITS[name] for name in ("cr0", "cr4", "efer", "rflags")} | {
     "intercept_exceptions": BITS | {"gp": 1 << 13, "pf": 1 << 14, "ud": 1 << 6, "df": 1 << 8}
@@ -302,8 +303,8 @@ class _Body:
             self.cpl = op.cpl
             self._write(index, "cpl", op.cpl)
             for segment in ("cs", "ss", "ds", "es"):
-                attrib = self.vmcb[f"{segment}.attrib"] & ~_USER_ATTRIB
-                self._write(index, f"{segment}.attrib", attrib | (_USER_ATTRIB if user else 0))
+                attrib = self.vmcb[f"{segment}.attrib"] & ~_DPL
+                self._write(index, f"{segment}.attrib", attrib | op.cpl << _DPL_SHIFT)
                 self._write(index, f"{segment}.selector", self.vmcb[f"{segment}.selector"] & ~3 | op.cpl)
         entry = self.world.code[user] + self.image.stubs[self.world.mode.stub].labels["entry"]
         self._write(index, "rip", entry)

@@ -48,6 +48,12 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "SMEP ignored": Mutant(
         "model.walk", "if fetch and paging.smep:", "if False:",
         (one('vmcb = "cr4"\nset = ["smep"]', ALL),), "C1", "outcome"),
+    "SMEP with CR0.WP alone": Mutant(
+        "model.walk", "if fetch and paging.smep:", "if fetch and paging.smep and paging.wp:",
+        ("controls/smep-wp-off",), "C1", "outcome"),
+    "CPL 1 and 2 are users": Mutant(
+        "lockstep.l2", "_FETCH[self.regs.cpl], index, lambda", "_FETCH[3 if self.regs.cpl else 0], index, lambda",
+        ("controls/rings",), "C1", "outcome"),
     "SMAP ignored": Mutant(
         "model.walk", "if paging.smap and not fetch and (implicit or not paging.ac):", "if False:",
         (one('vmcb = "cr4"\nset = ["smap"]', ALL),), "C1", "outcome"),

@@ -98,7 +98,7 @@ GOOD = run("read a")
         (text(GOOD, 'run = "read a"'), 10, "'run' must be a list"),
         (text(GOOD, "run = [1]"), 10, "'run' must be a list of strings"),
         (text(GOOD, 'run = ["red a"]'), 10, "'red a' is not a probe"),
-        (text(GOOD, run("read a", cpl=1)), 11, "cpl must be 0 or 3, not 1"),
+        (text(GOOD, run("read a", cpl=4)), 11, "cpl must be 0, 1, 2 or 3, not 4"),
         (text(GOOD, 'run = ["read a"]\ncpl = "x"'), 11, "'cpl' must be a number"),
         (text(GOOD, 'run = ["read a"]\nexpect = ["ok", "ok"]'), 11, "2 expectations for 1 probes"),
         (text(GOOD, 'run = ["read a"]\nexpect = "ok"'), 11, "'expect' must be a list"),

@@ -74,8 +74,8 @@ def test_vmcb_and_host(compiler: Compiler) -> None:
 
 
 def test_cpl(compiler: Compiler) -> None:
-    """CPL 3: the CPL, the segments' DPL and RPL, and L2's code and mailbox of that side; back again for 0."""
-    program = compiler.compile(one(run("read a", 3), run("read a", 0)))
+    """CPL 3: the CPL, the segments' DPL and RPL, and L2's code and mailbox of that side; back again for 2."""
+    program = compiler.compile(one(run("read a", 3), run("read a", 2)))
     user, supervisor = steps(program, "RUN")
     world, entry = program.world, compiler.image.stubs["long"].labels["entry"]
     assert (user.b, user.c) == (world.code[1] + entry, world.mailbox[1])
@@ -83,10 +83,10 @@ def test_cpl(compiler: Compiler) -> None:
     split = program.steps.index(user)
     up = {field(program, s): s.b for s in program.steps[:split]}
     down = {field(program, s): s.b for s in program.steps[split:] if s.code == "WRITE"}
-    assert up["cpl"] == 3 and down["cpl"] == 0
+    assert up["cpl"] == 3 and down["cpl"] == 2
     for segment in ("cs", "ss"):
-        assert up[f"{segment}.attrib"] >> 5 & 3 == 3 and down[f"{segment}.attrib"] >> 5 & 3 == 0
-        assert up[f"{segment}.selector"] & 3 == 3 and down[f"{segment}.selector"] & 3 == 0
+        assert up[f"{segment}.attrib"] >> 5 & 3 == 3 and down[f"{segment}.attrib"] >> 5 & 3 == 2
+        assert up[f"{segment}.selector"] & 3 == 3 and down[f"{segment}.selector"] & 3 == 2
 
 
 def test_probes(compiler: Compiler) -> None:

@@ -141,7 +141,7 @@ def test_names_are_cases() -> None:
         ("cpl = [0, 3]", 'cpl = ["a b", "c"]', 11, "has no blanks"),
         ("cpl = [0, 3]", "cpl = 3", 11, "must be a list of values"),
         ("cpl = [0, 3]", "cpl = [0, 3]\nspare = [1, 2]", 12, "no op uses the axis 'spare'"),
-        ("cpl = [0, 3]", "cpl = [0, 1]", 36, "cpl must be 0 or 3, not 1"),
+        ("cpl = [0, 3]", "cpl = [0, 3, 4]", 36, "cpl must be 0, 1, 2 or 3, not 4"),
         ('nx = { set = ["nx"] }', "nx = { sat = [] }", 16, "'sat' is unknown"),
         ('nx = { set = ["nx"] }', "nx = 3", 16, "must be a text, or a table"),
         ('read = "read a+0x20"', 'read = "red a"', 35, "'red a' is not a probe"),
