@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from harness.lockstep.quirks import NESTED_FORMAT_BY_L2, QUIRKS, Quirk
+from harness.lockstep.quirks import NESTED_FORMAT_BY_L2, QUIRKS, Quirk, is_below
 from harness.model.access import Access
 from harness.model.entries import Format
 from harness.model.vmcb import Vmcb
@@ -56,8 +56,9 @@ class Active:
 
     @contextmanager
     def by_software(self, paging: Paging) -> Iterator[Paging]:
-        """`paging` while a hypervisor below L1 walks L2's own tables itself."""
-        hardware = self._of_paging
+        """`paging` while a hypervisor below L1 walks L2's own tables itself, by none of the CPU's habits."""
+        hardware, its_walks = self._of_paging, self._on_walk
+        self._on_walk = [one for one in its_walks if not is_below(one[0])]
         for name, quirk in self._quirks:
             new = quirk.by_software(paging)
             if new != paging:
@@ -66,7 +67,7 @@ class Active:
         try:
             yield paging
         finally:
-            self._of_paging = hardware
+            self._of_paging, self._on_walk = hardware, its_walks
 
     def on_access(self, access: Access, cpl: int) -> Access:
         """`access` as this machine makes it, at that CPL."""

@@ -100,7 +100,7 @@ def string(l2: L2, kind: str, size: int, address: int, count: int, index: int) -
     """INS and OUTS (volume 3): the port is asked for before memory. Returns what rDI, or rSI, is behind it: with DF it
     goes down. Those that repeat do it `count` times, and a fault leaves them where they are (volume 3, REP)."""
     ins, repeated = kind in ("ins", "repins"), kind in REPEATED
-    left, base = count if repeated else 1, _fs(l2) if kind == "outsfs" else 0
+    left, base = count if repeated else 1, _base(l2, kind[4:]) if kind in ("outsfs", "outsgs") else 0
     at = address
     _stands(l2, ins, address, at, left, repeated)
     instructions.string_port(l2, kind, size, left)
@@ -126,12 +126,12 @@ def _stands(l2: L2, ins: bool, address: int, at: int, left: int, repeated: bool)
         l2.registers |= {"rcx": left, "rdi": at if ins else address}
 
 
-def _fs(l2: L2) -> int:
-    """The base of FS; of legacy mode's segments only flat ones are modelled."""
+def _base(l2: L2, segment: str) -> int:
+    """The base of FS or GS; of legacy mode's segments only flat ones are modelled."""
     vmcb = l2.state.vmcb
-    if not l2.state.mode.long and (vmcb["fs.attrib"], vmcb["fs.limit"]) != (_FLAT, 0xFFFF_FFFF):
-        raise UsageError("OUTS through an FS that is not a flat data segment is not modelled")
-    return vmcb["fs.base"]
+    if not l2.state.mode.long and (vmcb[f"{segment}.attrib"], vmcb[f"{segment}.limit"]) != (_FLAT, 0xFFFF_FFFF):
+        raise UsageError(f"OUTS through an {segment.upper()} that is not a flat data segment is not modelled")
+    return vmcb[f"{segment}.base"]
 
 
 def _ins(l2: L2, size: int, address: int, index: int) -> None:

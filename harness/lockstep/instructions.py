@@ -8,6 +8,7 @@ from harness.errors import UsageError
 from harness.lockstep import registers, stub
 from harness.lockstep.delivery import Leave, physical
 from harness.lockstep.hazards import PAE_STEPPED_OVER, PAE_SYSENTER, STEPPED_OVER
+from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import (
     BREAKPOINT_AS_SOFTWARE,
     CR4_HIGH_DROPPED,
@@ -37,7 +38,7 @@ from harness.model.illegal import is_illegal
 from harness.model.intercepts import FIRST, INTERCEPTS
 from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import NP_ENABLE, ExitCode, VIntr
-from harness.scenario.ops import ADDRESSED, STRINGS
+from harness.scenario.ops import ADDRESSED, STEPPED, STRINGS
 from harness.wire.layout import STRING_PORT
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ _OF_AN_OVERFLOW: Final = RFLAGS.OF | RFLAGS.SF | RFLAGS.AF | RFLAGS.PF
 def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     """A probe that is no access to memory: exceptions for what the instruction is, its intercept, and what it does.
     Returns its result."""
+    if kind in STEPPED:
+        return _stepped(l2, kind, value)
     quirks = l2.state.quirks
     cpl_first = kind == "xsetbv" and l2.regs.cpl and quirks.has(XSETBV_CPL_FIRST)
     asked_first = kind == "xsetbv" and intercepts.asks(l2.state.vmcb, kind) and quirks.has(XSETBV_INTERCEPT_FIRST)
@@ -119,6 +122,25 @@ def do(l2: L2, kind: str, size: int, address: int, value: int) -> int:
     if kind in OTHERS:
         return _execute(l2, kind, size, address, value)
     return registers.probe(l2, kind, address, value)
+
+
+def _stepped(l2: L2, kind: str, value: int) -> int:
+    """POPF, and an instruction right behind it: with TF the trap comes behind that one (13.1.4), with the stack pointer
+    where POPF left it."""
+    if intercepts.asks(l2.state.vmcb, "wrflags") or not l2.intercepted(events.DB):
+        raise UsageError(f"{kind}: L1 must intercept #DB, and must not intercept POPF")
+    regs, begun = l2.regs, l2.regs.rsp
+    registers.pop_flags(l2, value)
+    regs.rip = l2.page + l2.state.stub.labels[f"second_{kind}"]
+    regs.rsp = l2.step.c + 0x1000 & l2.mask
+    result = do(l2, STEPPED[kind], 0, 0, 0)
+    if regs.rflags & RFLAGS.TF:
+        regs.rax = result
+        if kind == "popfcpuid":
+            l2.undefined["rax"] = WHOLE
+        l2.single_step(f"next_{kind}")
+    regs.rsp = begun
+    return result
 
 
 def _refuse(l2: L2, name: str, value: int) -> None:

@@ -41,6 +41,8 @@ _LAR_SEES = 0x00F0_FF00
 """What LAR returns of a descriptor's upper half (volume 3, LAR)."""
 _MASK64 = (1 << 64) - 1
 _MAX_ENTERED = 100
+_RULES = {events.GP: "exit.privileged", events.DB: "exit.debug"}
+"""Of exceptions that instructions raise; `exit.exception` of the others."""
 
 
 class L2(Translation):
@@ -349,8 +351,7 @@ class L2(Translation):
 
     def exception(self, event: Event, info2: int = 0, walk: Walk | None = None) -> None:
         """An exception of L2: an exit, or its own handler's business. Raises Leave."""
-        own = "exit.privileged" if event.vector == events.GP else "exit.exception"
-        rule = walk.rule if walk is not None else own
+        rule = walk.rule if walk is not None else _RULES.get(event.vector, "exit.exception")
         if self.intercepted(event.vector):
             raise Leave(ExitCode.EXCEPTION + event.vector, event.error or 0, info2, walk, rule)
         self.deliver(event, walk)

@@ -367,3 +367,8 @@ EMULATED_BELOW: Final = PAE_EMULATED + _BELOW
 def below(name: str) -> str:
     """The quirk `name` of the CPU that a hypervisor which runs L1 is on itself."""
     return name if QUIRKS[name] == Quirk() else name + _BELOW
+
+
+def is_below(name: str) -> bool:
+    """Whether the quirk is one of how such a CPU walks."""
+    return name.endswith(_BELOW)

@@ -65,12 +65,7 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
         return sum(vmcb[f"{s}.selector"] << 16 * n for n, s in enumerate(("es", "cs", "ss", "ds")))
     if what == "flags":
         if kind == "wrflags":
-            regs.rflags = vmrun.popped(regs, value)
-            l2.paging = l2.state.paging(regs)
-            l2.ran()
-            own = not vmcb["v_intr"] & VIntr.MASKING and regs.rflags & RFLAGS.IF
-            if vmrun.virtual_interrupt(vmcb, regs.rflags) is not None or (own and "interrupt" in l2.state.outside):
-                raise UsageError("an interrupt that POPF lets in, while it has L2's stack elsewhere, is not modelled")
+            pop_flags(l2, value)
             if regs.rflags & RFLAGS.TF:
                 l2.single_step("after_wrflags")
             return value
@@ -91,6 +86,17 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
     else:
         vmcb[name] = value
     return value
+
+
+def pop_flags(l2: L2, value: int) -> None:
+    """POPF. Raises UsageError where that lets an interrupt in."""
+    regs, vmcb = l2.regs, l2.state.vmcb
+    regs.rflags = vmrun.popped(regs, value)
+    l2.paging = l2.state.paging(regs)
+    l2.ran()
+    own = not vmcb["v_intr"] & VIntr.MASKING and regs.rflags & RFLAGS.IF
+    if vmrun.virtual_interrupt(vmcb, regs.rflags) is not None or (own and "interrupt" in l2.state.outside):
+        raise UsageError("an interrupt that POPF lets in, while it has L2's stack elsewhere, is not modelled")
 
 
 def write(l2: L2, name: str, value: int) -> None:

@@ -254,7 +254,7 @@ class Twin(State):
         elif leave.event.free:
             out.free.setdefault("exitintinfo", leave.event.free << 32)
         if not self.mode.long:
-            out.free["rax"] = ~0xFFFF_FFFF  # legacy mode has no upper halves
+            out.free["rax"] = out.free.get("rax", 0) | ~0xFFFF_FFFF  # legacy mode has no upper halves
         if code == ExitCode.NPF or code & ~0x1F == ExitCode.EXCEPTION:
             # 15.5.1 and 15.7.1 leave open whether a fault saves it set
             out.free["rflags"] = out.free.get("rflags", 0) | RFLAGS.RF

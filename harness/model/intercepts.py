@@ -39,7 +39,8 @@ INTERCEPTS: Final[dict[str, Intercept]] = (
 INTERCEPTS.update({
     "rdgdtl": INTERCEPTS["rdgdtr"], "rdidtl": INTERCEPTS["rdidtr"], "smsw": INTERCEPTS["rdcr0"],
     "lmsw": INTERCEPTS["wrcr0"], "clts": INTERCEPTS["wrcr0"], "rdmsr": INTERCEPTS["msr"], "wrmsr": INTERCEPTS["msr"],
-    **dict.fromkeys(("in", "out", "inimm", "outimm", "ins", "outs", "repins", "repouts", "outsfs"), INTERCEPTS["ioio"]),
+    **dict.fromkeys(("in", "out", "inimm", "outimm", "ins", "outs", "repins", "repouts", "outsfs", "outsgs"),
+                    INTERCEPTS["ioio"]),
 })
 
 FIRST: Final = frozenset({"rdflags", "wrflags", "iret", "rsm", "intn", "vmmcall", "xsetbv"})
@@ -48,7 +49,7 @@ FIRST: Final = frozenset({"rdflags", "wrflags", "iret", "rsm", "intn", "vmmcall"
 _STRING: Final = 1 << 2
 _REPEATED: Final = 1 << 3
 _DS: Final = 3
-_FS: Final = 4
+_OVERRIDDEN: Final = {"outsfs": 4, "outsgs": 5}
 
 _MSR_RANGES: Final = ((0, 0), (0xC000_0000, 0x800), (0xC001_0000, 0x1000))
 _MSRS: Final = 0x2000
@@ -94,9 +95,9 @@ def ioio_info(number: int, size: int, read: bool, address_bits: int) -> int:
 
 
 def string_info(number: int, size: int, kind: str, address_bits: int) -> int:
-    """The same of INS and OUTS, with the effective segment: ES for INS; DS, or FS (section 15.10.3)."""
+    """The same of INS and OUTS, with the effective segment: ES for INS; DS, FS or GS (section 15.10.3)."""
     read, repeated = kind.endswith("ins"), kind.startswith("rep")
-    segment = 0 if read else _FS if kind == "outsfs" else _DS
+    segment = 0 if read else _OVERRIDDEN.get(kind, _DS)
     return ioio_info(number, size, read, address_bits) | _STRING | (_REPEATED if repeated else 0) | segment << 10
 
 

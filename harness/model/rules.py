@@ -120,6 +120,9 @@ _EXIT: Final = (
          "UD2, DIV by 0, INT3 and INTO raise #UD, #DE, #BP and #OF, and so does, with #UD, what is not there: VMMCALL "
          "that L1 does not intercept, RDPKRU while CR4.PKE=0; the RIP that L1 finds is the "
          "instruction's."),
+    Rule("exit.debug", "13.1.4, 15.12.2",
+         "RFLAGS.TF has #DB come behind the instruction that begins with it set, and DR6.BS says so; L1 finds the DR6 "
+         "that a handler would."),
     Rule("exit.intercept", "15.9, 15.10, 15.11",
          "An instruction that L1 intercepts does nothing: L2 leaves with the state as it was before it; MSRs and ports "
          "are intercepted one by one, by the permission maps."),

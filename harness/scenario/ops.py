@@ -141,7 +141,7 @@ class Scenario:
 
 PORTS: Final = frozenset({"in", "out"})
 SIZED: Final = frozenset({"read", "write", "rmw"}) | PORTS
-STRINGS: Final = frozenset({"ins", "outs", "repins", "repouts", "outsfs"})
+STRINGS: Final = frozenset({"ins", "outs", "repins", "repouts", "outsfs", "outsgs"})
 VM_STATE: Final = frozenset({"vmload", "vmsave"})
 """Probes whose value is the sPA that rAX has for them, 0 if there is none."""
 REPEATED: Final = frozenset({"repins", "repouts"})
@@ -151,6 +151,8 @@ REQUESTS: Final = frozenset({"remote", "remotenmi"})
 """Probes by which L2 asks L1's second processor to do its writes."""
 STORES: Final = frozenset({"write", "rmw", "push", "out"})
 """Probes that write a value of their own where none is given."""
+STEPPED: Final = {"popfcpuid": "cpuid", "popfrdcr4": "rdcr4"}
+"""Probes that are POPF, of their value, and another right behind it."""
 ADDRESSED: Final = VM_STATE | {"vmrun"}
 """Probes whose value is rAX, a VMCB's address; 0 where none is given."""
 _PROBE: Final = re.compile(
@@ -176,7 +178,8 @@ def parse_probe(text: str) -> Probe:
     needs_target = kind in MEMORY | PORTS or kind.endswith("msr")
     if needs_target != bool(match["target"]):
         raise ValueError(f"{text!r}: {kind} {'needs a' if needs_target else 'takes no'} target")
-    takes_value = kind in STORES | REPEATED | ADDRESSED or kind.startswith("wr") or kind in ("lar", "lmsw")
+    takes_value = (kind in STORES | REPEATED | ADDRESSED | STEPPED.keys() or kind.startswith("wr")
+                   or kind in ("lar", "lmsw"))
     if match["value"] and not takes_value:
         raise ValueError(f"{text!r}: {kind} takes no value")
     if takes_value and not match["value"] and kind not in STORES | ADDRESSED:

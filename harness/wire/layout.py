@@ -289,7 +289,7 @@ PROBES = {
     "invlpga": 72, "skinit": 73, "monitor": 74, "mwait": 75, "xsetbv": 76, "iret": 77, "rsm": 78, "icebp": 79,
     "clts": 80, "smsw": 81, "lmsw": 82, "in": 83, "out": 84, "lldt": 85, "ltr": 86, "vmmcall": 87,
     "sti": 56, "stiud": 57,  # STI; NOP, and STI; UD2
-    "repins": 58, "repouts": 59, "outsfs": 60,  # INS and OUTS, repeated; OUTS through FS
+    "repins": 58, "repouts": 59, "outsfs": 60, "outsgs": 61,  # INS and OUTS, repeated; OUTS through FS and GS
     "remote": 53, "remotenmi": 54,  # L1's second processor does its writes; and then ends L2 by an NMI
     "intn": 88, "breakpoint": 89, "overflow": 90, "undefined": 91, "divide": 92,
     "ins": 93, "outs": 94,  # 4 bytes, from and to port STRING_PORT
@@ -297,6 +297,7 @@ PROBES = {
     "rddr4": 104, "rddr5": 105, "wrdr4": 106, "wrdr5": 107,
     "inimm": 108, "outimm": 109,  # 1 byte, from and to port IMMEDIATE_PORT
     "movssud": 110,  # MOV to SS, which becomes null; UD2
+    "popfcpuid": 112, "popfrdcr4": 113,  # POPF, and CPUID or MOV from CR4 behind it
 }
 
 FEATURES = ("nx", "page1g", "smep", "smap", "pku", "la57", "pcid", "umip", "lbrv", "nrips", "gmet",

@@ -17,6 +17,7 @@ from harness.lockstep.quirks import (
     SOFTWARE_WALK_FAULT,
     STRING_WRITE_HALVES,
     V_TPR_OVERWRITTEN,
+    below,
 )
 from harness.lockstep.twin import Twin
 from harness.model import local_apic
@@ -60,7 +61,7 @@ def test_df_goes_down(twin: Twin, compiler: Compiler) -> None:
 
 @pytest.mark.parametrize(("probe", "info1"), [
     ("ins a", 0xCF8_0245), ("outs a", 0xCF8_0E44), ("repins a = 2", 0xCF8_024D), ("repouts a = 2", 0xCF8_0E4C),
-    ("outsfs a", 0xCF8_1244),
+    ("outsfs a", 0xCF8_1244), ("outsgs a", 0xCF8_1644),
 ])
 def test_intercepted_before_memory(probe: str, info1: int, twin: Twin, compiler: Compiler) -> None:
     """15.10.3 and figure 15-2: STR, SZ32, A64; the segment is ES for INS and DS for OUTS."""
@@ -123,6 +124,16 @@ def test_the_first_half_of_a_string_write(entry: str, twin: Twin, compiler: Comp
     assert twin.memory.read(a, 8) == tag(a) & (1 << 48) - 1 | 0x3344 << 48
 
 
+@pytest.mark.parametrize(("probe", "code"), [("ins a", 0xB), ("write a", 0xA)])
+def test_the_cpus_habits_are_none_of_a_hypervisors_walk(probe: str, code: int, twin: Twin, compiler: Compiler) -> None:
+    """A CPU that reports reserved bits without P has no part in string I/O, which the hypervisor carries out."""
+    program = compiler.compile(one('entry = "guest.a.pte"\nset = ["bit51"]', run(f"out4 0xcf8; {probe}")))
+    _predict(twin, program)
+    assert twin.vmcb["exitinfo1"] == 0xB
+    _predict(twin, program, [below("reserved-without-p")])
+    assert twin.vmcb["exitinfo1"] == code
+
+
 @pytest.mark.parametrize("probe", ["outs b", "read4 a+0x310", "write4 a+0x310 = 0x1000000"])
 def test_pae_and_a_hypervisor_below(probe: str, twin: Twin, compiler: Compiler) -> None:
     """By the quirk the hypervisor cannot fetch the instruction that it has to carry out."""
@@ -178,9 +189,10 @@ def test_nothing_to_repeat_asks_for_no_port(twin: Twin, compiler: Compiler) -> N
 
 
 @pytest.mark.parametrize("guest", ["4-level", "32-bit"])
-def test_fs_adds_its_base(guest: str, twin: Twin, compiler: Compiler) -> None:
-    program = compiler.compile(one('vmcb = "fs.base"\nvalue = 0x1000', run("outsfs a+8; ins d; read4 d"),
-                                   head=f'guest = "{guest}"\n'))
+@pytest.mark.parametrize("segment", ["fs", "gs"])
+def test_fs_and_gs_add_their_base(segment: str, guest: str, twin: Twin, compiler: Compiler) -> None:
+    probes = run(f"outs{segment} a+8; ins d; read4 d")
+    program = compiler.compile(one(f'vmcb = "{segment}.base"\nvalue = 0x1000', probes, head=f'guest = "{guest}"\n'))
     out = _predict(twin, program)
     assert out.results[0] == program.world.gva["a"] + 12
     assert out.results[2] & 0xFFFF_FFFF == tag(program.world.spa["b"] + 8) & 0xFFFF_FFFF

@@ -65,6 +65,26 @@ def test_with_de_there_are_none(probe: str, twin: Twin, compiler: Compiler) -> N
         _predict(twin, compiler, _DE, run(probe, cpl=3))
 
 
+@pytest.mark.parametrize("probe", ["popfcpuid", "popfrdcr4"])
+def test_a_trap_comes_behind_the_instruction_behind_popf(probe: str, twin: Twin, compiler: Compiler) -> None:
+    labels = twin.stub.labels
+    out = _predict(twin, compiler, run(f"{probe} = 0x146"))
+    assert (out.exitcode, out.rule) == (ExitCode.EXCEPTION + 1, "exit.debug")
+    assert twin.vmcb["rip"] & 0xFFF == labels[f"next_{probe}"] and twin.vmcb["rsp"] & 0xFFF == 0
+    assert twin.vmcb["dr6"] >> 14 & 1 and twin.vmcb["rflags"] & 0x100
+    assert _predict(twin, compiler, run(f"{probe} = 0x46")).exitcode == ExitCode.VMMCALL
+    intercepted = 'vmcb = "intercept_misc1"\nset = ["bit18"]', 'vmcb = "intercept_cr"\nset = ["bit4"]'
+    assert _predict(twin, compiler, *intercepted, run(f"{probe} = 0x146")).exitcode in (4, 0x72)
+    assert twin.vmcb["rip"] & 0xFFF == labels[f"second_{probe}"]
+
+
+@pytest.mark.parametrize("op", ['vmcb = "intercept_misc1"\nset = ["bit17"]',
+                                'vmcb = "intercept_exceptions"\nvalue = 0xfffffffd'])
+def test_what_of_it_is_not_modelled(op: str, twin: Twin, compiler: Compiler) -> None:
+    with pytest.raises(UsageError, match="POPF"):
+        _predict(twin, compiler, op, run("popfcpuid = 0x146"))
+
+
 @pytest.mark.parametrize("probe", ["movssud", "stiud"])
 def test_an_exception_in_a_shadow_saves_it(probe: str, twin: Twin, compiler: Compiler) -> None:
     out = _predict(twin, compiler, run(probe))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.scenario.ops import MEMORY, PORTS, REPEATED, SIZED, STORES, Change, Probe, parse_probe
+from harness.scenario.ops import MEMORY, PORTS, REPEATED, SIZED, STEPPED, STORES, Change, Probe, parse_probe
 from harness.wire.layout import PROBES
 
 
@@ -94,7 +94,7 @@ def test_bad(text: str, reason: str) -> None:
 )
 def test_written_and_read_again(kind: str, size: int, target: str, offset: int, value: int) -> None:
     target = target if kind in MEMORY | PORTS or kind.endswith("msr") else ""
-    valued = kind.startswith("wr") or kind in STORES | REPEATED | {"lar", "lmsw"}
+    valued = kind.startswith("wr") or kind in STORES | REPEATED | STEPPED.keys() | {"lar", "lmsw"}
     probe = Probe(kind, target, offset if target else 0, size if kind in SIZED else 0, value if valued else None)
     assert parse_probe(str(probe)) == probe
 
