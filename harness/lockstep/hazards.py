@@ -132,6 +132,8 @@ STEPPED_OVER: Final = frozenset({"cpuid", "invd", "wbinvd", "rdmsr", "wrmsr"})
 
 DELIVERY_IN_SHADOW: Final = "delivery-in-shadow"
 """An event that is no interrupt is delivered, by a table of L2's in a page that is also one of L1's nested tables."""
+OTHER_PAGING: Final = "other-paging"
+"""L2 leaves with paging off, and its CR4 is of another kind of paging than L1's."""
 BUSY_TSS: Final = "busy-tss"
 """An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
 
@@ -147,6 +149,7 @@ HAZARDS: Final = {
     "nested-nx-at-table": Hazard(_any, walk=_nested_nx_at_table),
     "vmrun-unchecked": Hazard(_any, refused=True),
     DELIVERY_IN_SHADOW: Hazard(_shares_nested_tables, peril=DELIVERY_IN_SHADOW),
+    OTHER_PAGING: Hazard(_any, peril=OTHER_PAGING),
     BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
     PAE_STEPPED_OVER: Hazard(_steps_in_pae, peril=PAE_STEPPED_OVER),

@@ -8,6 +8,7 @@ from harness.errors import UsageError
 from harness.lockstep import stub
 from harness.lockstep.active import Active
 from harness.lockstep.delivery import Leave, physical
+from harness.lockstep.hazards import OTHER_PAGING
 from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import (
@@ -28,9 +29,10 @@ from harness.model import consistency, events, speculation, vmrun
 from harness.model.access import ErrorCode
 from harness.model.events import EVENT_VALID, Event
 from harness.model.intercepts import INTERCEPTS
-from harness.model.registers import CR0, EFER, RFLAGS
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.tlb_events import CONTROL, Left
 from harness.model.vmcb import NP_ENABLE, SAVE, STATE, ExitCode, Group, VIntr, Vmcb
+from harness.model.vmrun import Host
 from harness.wire.image import PAGE
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES, VMRUN_RAISED
 from harness.wire.program import Step
@@ -229,6 +231,8 @@ class Twin(State):
         out.exitcode, out.rule, out.paging = code, leave.rule, l2.paging
         if leave.walk is not None:
             out.walks[out.next_probe] = leave.walk
+        if not l2.regs.cr0 & CR0.PG and _other_paging(self.host_at_vmrun(), l2.regs.cr4):
+            out.perils.add(OTHER_PAGING)
         self.tlb.add(Left())
         vmrun.save(vmcb, l2.regs)
         vmcb["exitcode"], vmcb["exitinfo1"], vmcb["exitinfo2"] = code, leave.info1, leave.info2
@@ -312,3 +316,9 @@ class Twin(State):
         for address, value in observed.items():
             self.touch(address)
             words[address >> 3] = value
+
+
+def _other_paging(host: Host, cr4: int) -> bool:
+    """Whether L1's tables would be walked otherwise with `cr4` in place of its own."""
+    legacy = CR4.PAE if host.cr4 & CR4.PAE else CR4.PAE | CR4.PSE
+    return bool((host.cr4 ^ cr4) & (CR4.LA57 if host.efer & EFER.LMA else legacy))

@@ -54,6 +54,10 @@ class Identity:
     """The host that it was on, where that is another one than this."""
 
 
+WITHOUT_NPT: Final = "kvm-without-npt"
+"""The layer of a KVM that gives L1 no nested paging, having none itself."""
+
+
 class L1Machine:
     """A booted L1, ready for programs; `liberties` are those that the machine takes."""
 
@@ -79,6 +83,9 @@ class L1Machine:
             self.identity, maxphyaddr=hello["maxphyaddr"], svm_revision=hello["svm_revision"], asids=hello["asids"],
             svm_features=hello["svm_features"], features=features,
         )
+        under = self.identity.layers[:1]
+        if under and under[0].name == "kvm" and not hello["svm_features"] & 1:
+            self.identity = replace(self.identity, layers=(*self.identity.layers, Layer(WITHOUT_NPT, under[0].version)))
         self.cpu = Cpu(hello["maxphyaddr"], "page1g" in features, hello["asids"], frozenset(features),
                        npt=bool(hello["svm_features"] & 1), vgif=bool(hello["svm_features"] >> 16 & 1))
         for region in (self.image.data, self.image.low_data):

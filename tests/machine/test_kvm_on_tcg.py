@@ -9,10 +9,11 @@ import pytest
 from harness.errors import LaunchFailed
 from harness.lockstep.contexts import Contexts
 from harness.lockstep.driver import Lockstep
-from harness.lockstep.errata import Erratum, of_layers
+from harness.lockstep.errata import Erratum, Known, explain, of_layers
 from harness.lockstep.result import Result
 from harness.lockstep.twin import Twin
 from harness.machine import kernel, kvm_on_tcg
+from harness.machine.l1 import WITHOUT_NPT
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 from harness.scenario.program import Compiler
@@ -155,3 +156,19 @@ def test_a_fault_that_is_planted_is_found(kvm: kvm_on_tcg.KvmOnTcgMachine, errat
     (result,) = lockstep.run([spoilt])
     twin.apply = original  # type: ignore[method-assign]
     assert any(d.check == "C1" and d.erratum is None for d in result.divergences)
+
+
+def test_without_nested_paging(errata: list[Erratum]) -> None:
+    """L0's KVM has none: what L1 finds in its CR4 then is an erratum of such a KVM, and of no other."""
+    try:
+        kernel.find(None, None)
+    except LaunchFailed as reason:
+        pytest.skip(f"no kernel for L0: {reason}")
+    light = files.load([LIBRARY], lambda name: name in ("contexts/guests[none,off]", "contexts/guests[none,PAE]"))
+    with kvm_on_tcg.start(options=kvm_on_tcg.Options(parameters=("npt=0",))) as machine:
+        assert not machine.cpu.npt and machine.identity.layers[-1].name == WITHOUT_NPT
+        pae, off = sorted(check(machine, light, errata), key=lambda result: result.scenario)
+    assert not pae.divergences and pae.vmruns
+    assert {(one.field[:6], one.erratum) for one in off.divergences} == {("l1.cr4", "kvm-cr4-without-npt")}
+    others = Known(one for one in errata if one.machine == "kvm")
+    assert {one.erratum for one in explain([one._replace(erratum=None) for one in off.divergences], others)} == {None}
