@@ -169,6 +169,7 @@ def test_without_nested_paging(errata: list[Erratum]) -> None:
         assert not machine.cpu.npt and machine.identity.layers[-1].name == WITHOUT_NPT
         pae, off = sorted(check(machine, light, errata), key=lambda result: result.scenario)
     assert not pae.divergences and pae.vmruns
-    assert {(one.field[:6], one.erratum) for one in off.divergences} == {("l1.cr4", "kvm-cr4-without-npt")}
+    found = [one for one in off.divergences if one.op >= 0]  # a session runs again what shows at the end
+    assert {(one.field, one.erratum) for one in found} == {("l1.cr4", "kvm-cr4-without-npt")}
     others = Known(one for one in errata if one.machine == "kvm")
-    assert {one.erratum for one in explain([one._replace(erratum=None) for one in off.divergences], others)} == {None}
+    assert {one.erratum for one in explain([one._replace(erratum=None) for one in found], others)} == {None}
