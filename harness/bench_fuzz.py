@@ -13,8 +13,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-from harness.campaign import Campaign
 from harness.errors import TwinwalkError
+from harness.fuzz_journal import FuzzJournal
 from harness.fuzzing import Budget, Programs
 from harness.lockstep.errata import Erratum
 from harness.lockstep.result import Result
@@ -66,12 +66,12 @@ def _checked(target: Target, errata: Sequence[Erratum], mode: str) -> Measured:
             return super().took(scenario, result, strict)
 
     busy = time.process_time()
-    with Campaign(None, _SEED, "") as campaign:
-        programs = Timed(campaign, _SEED, Budget(programs=PROGRAMS))
+    with FuzzJournal(None, _SEED, "") as log:
+        programs = Timed(log, _SEED, Budget(programs=PROGRAMS))
         outcome = run(target, [], errata, mode == "pipelined", sweeps=programs, jobs=1)
     busy = time.process_time() - busy
     (tally,) = programs.tallies
-    found = f"{len(campaign.catches)} new findings" if campaign.catches else "nothing new"
+    found = f"{len(log.catches)} new findings" if log.catches else "nothing new"
     seconds = times[-1] - times[0]
     return Measured(f"programs fuzzed, {mode}", (len(times) - 1) / seconds, "programs/s",
                     f"{tally.done:,} programs, {found}; {busy / len(times) * 1e3:.1f} ms of the checker's processor "

@@ -20,11 +20,11 @@ from harness.lockstep.errata import Erratum
 from harness.lockstep.result import Result
 from harness.machine.l1 import Identity
 from harness.model.coverage import Cell
-from harness.plain import decode, encode
 from harness.report.styled import harmless
 from harness.scenario.ops import Scenario
 from harness.session import Done, Session, Unit
 from harness.target import Target
+from harness.typed_json import decode, encode
 
 if TYPE_CHECKING:
     from harness.machine.ssh import Far

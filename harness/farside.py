@@ -24,10 +24,10 @@ from harness.lockstep.errata import Erratum
 from harness.machine import kvm_on_tcg
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
-from harness.plain import decode, encode
 from harness.scenario.ops import Scenario
 from harness.session import Session, Unit
 from harness.target import Target
+from harness.typed_json import decode, encode
 
 BEAT: Final = 5.0
 """Seconds between two signs of life, in both directions."""

@@ -12,15 +12,14 @@ from typing import Any, Final
 
 from harness import bundling, places
 from harness.bundling import Setup
-from harness.campaign import Campaign
 from harness.errors import TwinwalkError, UsageError
+from harness.fuzz_journal import FuzzJournal
 from harness.lockstep import errata as errata_files
 from harness.lockstep.compare import Divergence
 from harness.lockstep.result import Result
 from harness.lockstep.signature import of_loss
 from harness.lockstep.tally import Tally
 from harness.machine import guests
-from harness.maker import Batch, End, Maker
 from harness.model.coverage import Cell
 from harness.model.registers import Cpu
 from harness.model.universe import universe
@@ -36,6 +35,7 @@ from harness.options import (
     screen,
     targeted,
 )
+from harness.program_maker import Batch, End, Maker
 from harness.report import catches, html, output, table, terminal
 from harness.report.catches import Hunt
 from harness.report.findings import findings
@@ -94,15 +94,15 @@ class Programs:
     made_for: Cpu | None = CPU
 
     def __init__(
-        self, campaign: Campaign, seed: int, budget: Budget, corpus: Path | None = None, kept: int = _KEPT
+        self, log: FuzzJournal, seed: int, budget: Budget, corpus: Path | None = None, kept: int = _KEPT
     ) -> None:
-        self._campaign, self._seed, self._budget, self._corpus = campaign, seed, budget, corpus
+        self._log, self._seed, self._budget, self._corpus = log, seed, budget, corpus
         self._kept = kept
         self._tally = Tally(NAME, 0)
         self._deadline: float | None = None
         self._maker: Maker | None = None
         self.left_off = 0
-        self.cells: set[Cell] = set(campaign.reached)
+        self.cells: set[Cell] = set(log.reached)
 
     @property
     def tallies(self) -> list[Tally]:
@@ -111,19 +111,19 @@ class Programs:
 
     def batches(self) -> Iterator[tuple[Scenario, ...]]:
         """See harness.run.Cases: batches of programs until the budget is spent."""
-        campaign, left = self._campaign, self._budget.programs
-        earlier = _read(self._corpus) if self._corpus and campaign.fresh else []
-        self._maker = Maker(guests.load_image(guests.build_l1()), self._seed, campaign.reached, campaign.first, earlier)
+        log, left = self._log, self._budget.programs
+        earlier = _read(self._corpus) if self._corpus and log.fresh else []
+        self._maker = Maker(guests.load_image(guests.build_l1()), self._seed, log.reached, log.first, earlier)
         self._maker.__enter__()
         for item in self._maker.made():
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 return
             if isinstance(item, End):
-                campaign.block(item.block, item.programs, item.cells)
+                log.block(item.block, item.programs, item.cells)
                 continue
             self.cells |= item.cells
             self._keep(item)
-            todo = tuple(one for one in item.programs if one.name not in campaign.done)[:left]
+            todo = tuple(one for one in item.programs if one.name not in log.done)[:left]
             if left is not None:
                 left -= len(todo)
             if todo:
@@ -151,10 +151,10 @@ class Programs:
         elif found:
             signature, what = found[0].signature, kind(found[0])
         else:
-            self._campaign.agreed(scenario.name)
+            self._log.agreed(scenario.name)
             return more
-        self._campaign.caught(scenario, signature, what)
-        return self._campaign.catches[signature].count <= self._kept
+        self._log.caught(scenario, signature, what)
+        return self._log.catches[signature].count <= self._kept
 
     def _leave_off(self, result: Result) -> None:
         """A machine that went another way by a known erratum may come where the model does not follow: that the rest
@@ -194,8 +194,8 @@ def command(options: argparse.Namespace) -> int:
     errata = errata_files.load(LIBRARY / files.ERRATA_FOLDER)
     outcome, shown, timeline = Outcome(), screen(options), Timeline()
     interrupted: BaseException | None = None
-    with Campaign(options.journal, options.seed, " ".join(target.arguments())) as campaign:
-        programs = Programs(campaign, options.seed, options.budget, options.corpus)
+    with FuzzJournal(options.journal, options.seed, " ".join(target.arguments())) as log:
+        programs = Programs(log, options.seed, options.budget, options.corpus)
         try:
             with terminal.Watch([], screen=shown) as watch:
                 def take(result: Result) -> None:
@@ -211,8 +211,8 @@ def command(options: argparse.Namespace) -> int:
     (tally,) = programs.tallies
     summary = summarize(outcome.identity, outcome.cases.values(), outcome.results, errata, outcome.seconds,
                         cells=outcome.coverage.cells, sweeps=[tally])
-    hunt = Hunt(options.seed, tally.done, campaign.before, programs.left_off, tally.skipped, len(programs.cells),
-                len(universe(CPU).reachable), tuple(campaign.catches.values()))
+    hunt = Hunt(options.seed, tally.done, log.before, programs.left_off, tally.skipped, len(programs.cells),
+                len(universe(CPU).reachable), tuple(log.catches.values()))
     table.show(summary, shown, catches.table(hunt, shown.width))
     if options.bundles and not isinstance(interrupted, KeyboardInterrupt):
         setup = Setup(target, errata, is_pipelined(options, target), False)

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from harness.lockstep.signature import Signature
 from harness.model.coverage import Cell
-from harness.plain import decode
 from harness.report.styled import harmless
+from harness.typed_json import decode
 
 WORTH: Final = 4_000
 """Scenarios and cases in a shard, where nobody says how many shards: many times what a boot costs."""

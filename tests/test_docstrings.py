@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
@@ -71,9 +72,26 @@ def test_they_are_looked_at() -> None:
     assert len(public()) > 1000
 
 
-@pytest.mark.parametrize("package", ["model", "wire", "machine", "scenario", "lockstep", "report"])
-def test_each_package_is_told(package: str) -> None:
-    """What it is, in its modules' first lines."""
-    for path in (ROOT / "harness" / package).glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert not text or ast.get_docstring(ast.parse(text)), f"{path} does not say what it is"
+@pytest.mark.parametrize("folder", ["lockstep", "machine", "model", "report", "scenario", "wire"])
+def test_a_package_tells_its_modules(folder: str) -> None:
+    """Each once, at the beginning of a line of its list."""
+    package = ROOT / "harness" / folder
+    text = (package / "__init__.py").read_text(encoding="utf-8")
+    told = [name for names in re.findall(r"^ {4}((?:\w+, )*\w+) {2}", text, re.MULTILINE) for name in names.split(", ")]
+    assert sorted(told) == sorted(path.stem for path in package.glob("*.py") if path.stem != "__init__")
+
+
+def test_contributing_tells_the_faces() -> None:
+    """Each module right under harness/, but those that are open to all."""
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.partition("|")[2] for line in text.partition("## A rule")[0].splitlines() if "|" in line)
+    told = set(re.findall(r"`(\w+)`", rows))
+    faces = {path.stem for path in (ROOT / "harness").glob("*.py")} - {"__init__", "errors", "places"}
+    assert faces == told - {"list", "coverage"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_module_is_told(path: Path) -> None:
+    """It begins by saying what it is for."""
+    source = path.read_text(encoding="utf-8")
+    assert not source.strip() or ast.get_docstring(ast.parse(source))

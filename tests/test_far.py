@@ -24,11 +24,11 @@ from harness.machine.ssh import Gone, Unreachable
 from harness.model.access import NestedPageFault
 from harness.model.walk import Walk
 from harness.options import place
-from harness.plain import decode, encode
 from harness.scenario import files
 from harness.scenario.ops import Scenario
 from harness.session import Done, Unit
 from harness.target import Target
+from harness.typed_json import decode, encode
 from tests.conftest import LIBRARY
 
 SCENARIOS = tuple(files.load([LIBRARY / "first-light.toml", LIBRARY / "ad"]))[:4]

@@ -1,4 +1,4 @@
-"""`twinwalk fuzz` on machines without QEMU; and a campaign that is killed, on a real one."""
+"""`twinwalk fuzz` on machines without QEMU; and a run that is killed, on a real one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from harness import fuzzing
-from harness.campaign import Campaign
 from harness.errors import UsageError
+from harness.fuzz_journal import FuzzJournal
 from harness.fuzzing import Budget, Programs
 from harness.lockstep.compare import Divergence
 from harness.lockstep.result import Result
@@ -43,12 +43,12 @@ def target(image: Image, cpu: Cpu) -> FakeTarget:
 def fuzz(
     target: Target, programs: int, journal: Path | None = None, pipelined: bool = False, seed: int = 0,
     corpus: Path | None = None, kept: int = 20,
-) -> tuple[Outcome, Campaign, Programs]:
-    with Campaign(journal, seed, "a target") as campaign:
-        source = Programs(campaign, seed, Budget(programs=programs), corpus, kept)
+) -> tuple[Outcome, FuzzJournal, Programs]:
+    with FuzzJournal(journal, seed, "a target") as log:
+        source = Programs(log, seed, Budget(programs=programs), corpus, kept)
         outcome = Outcome()
         run(target, [], (), pipelined, outcome=outcome, sweeps=source, max_lost=fuzzing.MAX_LOST)
-    return outcome, campaign, source
+    return outcome, log, source
 
 
 both = pytest.mark.parametrize("pipelined", [False, True], ids=["strict", "pipelined"])
@@ -56,9 +56,9 @@ both = pytest.mark.parametrize("pipelined", [False, True], ids=["strict", "pipel
 
 @both
 def test_a_machine_that_does_as_it_should(target: FakeTarget, pipelined: bool) -> None:
-    outcome, campaign, programs = fuzz(target, 150, pipelined=pipelined)
+    outcome, log, programs = fuzz(target, 150, pipelined=pipelined)
     (tally,) = programs.tallies
-    assert (tally.done, outcome.new(), campaign.catches, tally.skipped, programs.left_off) == (150, 0, {}, 0, 0)
+    assert (tally.done, outcome.new(), log.catches, tally.skipped, programs.left_off) == (150, 0, {}, 0, 0)
     assert tally.vmruns > 500
     assert len(target.boots) == 1
 
@@ -69,11 +69,11 @@ LOST_RIGHT = field("exitinfo1", lambda value: value & ~4, ExitCode.NPF)
 @both
 def test_a_fault_is_told_once(target: FakeTarget, pipelined: bool) -> None:
     target.plants[0] = _Fault(None, LOST_RIGHT)
-    outcome, campaign, programs = fuzz(target, 150, pipelined=pipelined, kept=3)
-    rules = {signature.rule for signature in campaign.catches}
-    assert {(s.check, s.field) for s in campaign.catches} == {("C1", "exitinfo1")}
+    outcome, log, programs = fuzz(target, 150, pipelined=pipelined, kept=3)
+    rules = {signature.rule for signature in log.catches}
+    assert {(s.check, s.field) for s in log.catches} == {("C1", "exitinfo1")}
     assert rules > {"nested.present"} and all(rule.startswith("nested.") for rule in rules)
-    assert sum(one.count for one in campaign.catches.values()) > 20
+    assert sum(one.count for one in log.catches.values()) > 20
     kept = Counter(next(one.rule for one in result.divergences) for result in outcome.results)
     assert max(kept.values()) == 3
     assert programs.tallies[0].done == 150
@@ -85,8 +85,8 @@ def test_the_same_findings_whatever_machine(image: Image, cpu: Cpu) -> None:
     plants: tuple[Plant, ...] = (Plant(), _Fault(None, LOST_RIGHT))
     for plant in plants:
         target = FakeTarget(image=image, of=cpu, plants=[plant])
-        with Campaign(None, 3, "") as campaign:
-            programs = Programs(campaign, 3, Budget(programs=60))
+        with FuzzJournal(None, 3, "") as log:
+            programs = Programs(log, 3, Budget(programs=60))
             seen: list[Result] = []
             run(target, [], on_result=seen.append, sweeps=programs)
         names.append({result.scenario for result in seen})
@@ -95,9 +95,9 @@ def test_the_same_findings_whatever_machine(image: Image, cpu: Cpu) -> None:
 
 def test_a_machine_that_dies_is_a_finding_and_a_boot(image: Image, cpu: Cpu) -> None:
     target = FakeTarget(image=image, of=cpu, plants=[Loses(70), Loses(90), Plant()])
-    outcome, campaign, programs = fuzz(target, 100)
+    outcome, log, programs = fuzz(target, 100)
     assert len(target.boots) == 3
-    (catch,) = campaign.catches.values()
+    (catch,) = log.catches.values()
     assert (catch.signature.check, catch.count) == (LOST, 2)
     assert programs.tallies[0].done == 100
     assert outcome.exit_code() == 3
@@ -106,30 +106,30 @@ def test_a_machine_that_dies_is_a_finding_and_a_boot(image: Image, cpu: Cpu) -> 
 def test_another_cpu_is_asked_first(image: Image, cpu: Cpu) -> None:
     """What it cannot run is skipped and counted."""
     small = cpu._replace(features=cpu.features - {"la57", "second"})
-    _, campaign, programs = fuzz(FakeTarget(image=image, of=small, plants=[Plant()]), 120)
+    _, log, programs = fuzz(FakeTarget(image=image, of=small, plants=[Plant()]), 120)
     (tally,) = programs.tallies
     assert tally.skipped > 10 and tally.done + tally.skipped == 120
-    assert not campaign.catches
+    assert not log.catches
 
 
 def test_what_cannot_be_followed_behind_an_erratum_is_no_finding(image: Image) -> None:
     one = Divergence("x", 0, 0, "C1", "outcome", "sPA", "done", "nested.present", erratum="known")
     course = Divergence("x", 1, -1, "C1", "course", "one that can be followed", "why", "lockstep")
-    with Campaign(None, 0, "") as campaign:
-        programs = Programs(campaign, 0, Budget(programs=1))
+    with FuzzJournal(None, 0, "") as log:
+        programs = Programs(log, 0, Budget(programs=1))
         (scenario,) = files.parse('title = "t"\nmanual = "1"\nshows = "s"\n[[op]]\nrun = ["read a"]\n', "x", "x")
         assert not programs.took(scenario, Result("x", divergences=[one, course]), False)
-        assert programs.left_off == 1 and not campaign.catches
+        assert programs.left_off == 1 and not log.catches
         assert programs.took(scenario, Result("x", divergences=[one._replace(erratum=None), course]), False)
-        assert programs.left_off == 1 and len(campaign.catches) == 1
+        assert programs.left_off == 1 and len(log.catches) == 1
 
 
 class TestCampaign:
     def test_a_full_disk(self, tmp_path: Path) -> None:
         def done() -> None:
-            with Campaign(tmp_path / "j", 3, "a target") as campaign:
-                campaign._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the campaign closes it)
-                campaign.agreed("fuzz[3,0,0,1]")
+            with FuzzJournal(tmp_path / "j", 3, "a target") as log:
+                log._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the journal closes it)
+                log.agreed("fuzz[3,0,0,1]")
 
         with pytest.raises(UsageError, match="make room, and start the same command again"):
             done()
@@ -163,8 +163,8 @@ class TestCampaign:
         journal.write_bytes(whole.read_bytes()[:700])
         assert not journal.read_bytes().endswith(b"\n")
         before = len(_programs(journal))
-        _, campaign, _ = fuzz(target, 60 - before, journal)
-        assert campaign.before == before
+        _, log, _ = fuzz(target, 60 - before, journal)
+        assert log.before == before
         assert sorted(_programs(journal)) == sorted(_programs(whole))
 
     @pytest.mark.parametrize(("text", "says"), [

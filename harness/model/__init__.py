@@ -3,24 +3,28 @@
 Pure: no I/O, no clock, no logging, the standard library only. Sections cited are those of the
 AMD64 Architecture Programmer's Manual, volume 2 (publication 24593).
 
-    registers  control-register bits, and what a CPU can do
+    registers, illegal   control-register bits, what a CPU can do; what cannot be written to a register
     entries    page-table entries and the formats of the tables they stand in
     access     what is asked of the MMU, and what may come of it
     walk       the one- and the two-dimensional walk
-    dirty      writing accessed and dirty bits back
+    dirty, speculation   writing accessed and dirty bits back; those of accesses that are never made
     vmcb       the VMCB's fields
     vmrun      what VMRUN loads, and the state after #VMEXIT
     consistency  which VMCBs VMRUN refuses
+    intercepts   what L1 asks to have intercepted
+    events, legacy_events   exceptions and interrupts through L2's IDT, in long mode and outside of it
+    local_apic   memory that is no RAM
     memory_type  PAT, MTRRs and CR0.CD: computed, compared with nothing
     tlb        in which ways an access may be translated other than by the tables as they are
-    tlb_events  what happens that matters to it
+    tlb_events, tlb_search   what happens that matters to it; the search for what it may hold
     liberties  what the manual leaves to the machine
+    mmu_context  KVM's MMU contexts, and what switches them
     ranges     L1's nested table, walked by ranges
     backing    what lies under L1's memory in L0
     shadow     whether the tables that KVM built are justified
     rules      every rule by its id, with the manual's section
     coverage   the cases of rules that a walk is one of
-    universe   all the cases that there are
+    universe, specimens   all the cases that there are; the small tables that they are computed with
     memory     system-physical memory
     given      a translation by CR3 and nCR3, or by a VMCB, of which there is a dump
 

@@ -1,6 +1,6 @@
-"""A campaign: a fuzzing run that can be killed at any moment and goes on where it was.
+"""The journal of a fuzzing run, which can be killed at any moment and goes on where it was.
 
-Its journal has one line for each program, written as soon as that is checked: that it was done, and what was found in
+It has one line for each program, written as soon as that is checked: that it was done, and what was found in
 it, at once. So nothing found is lost, and no program is done twice; half a line, of a run that was killed while it
 wrote, is of a program that is done again. Behind each block stands what its programs reached, from which the blocks
 behind it are made.
@@ -27,7 +27,7 @@ from harness.steering import VERSION
 _KIND: Final = "twinwalk fuzz"
 
 
-class Campaign:
+class FuzzJournal:
     """A context manager. `target` is what is tested, in words; a journal is of one seed and one target. `path` None
     keeps no journal. `done` are programs that were checked before, `catches` what was found by them; the blocks from
     `first` on are still to be made, of which `reached` is what was reached before it."""
