@@ -97,7 +97,21 @@ l1_vectors:
 	.set vector, vector + 1
 	.endr
 
+/* One that L2 should have had, and that a hypervisor gives L1 right behind VMRUN, is noted; L1 goes on. */
 l1_panic:
+	push %rax
+	lea l1_vmrun_behind(%rip), %rax
+	cmp %rax, 24(%rsp)
+	jne 1f
+	cmpl $0, l1_exception_taken(%rip)
+	jne 1f
+	mov 8(%rsp), %eax
+	inc %eax
+	mov %eax, l1_exception_taken(%rip)
+	pop %rax
+	add $16, %rsp
+	iretq
+1:	pop %rax
 	lea tw_shared_page(%rip), %rdi
 	pop %rax
 	pop %rcx
@@ -113,6 +127,10 @@ l1_panic:
 	jmp 1b
 
 	.section .data
+	.globl l1_exception_taken
+	.balign 4
+l1_exception_taken:			/* its vector plus one */
+	.long 0
 	.balign 16
 	.globl l1_gdt
 l1_gdt:

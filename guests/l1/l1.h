@@ -77,5 +77,5 @@ uint64_t features(void);			/* of this CPU: TW_FEATURE_* */
 /* pending.c: an NMI or an interrupt that L1 sends itself. */
 void pending_begin(void);
 void pending_set(uint32_t is_nmi, uint32_t value);	/* 1: send it; 0: take it, if it is pending */
-uint32_t pending_early(void);				/* what L1 has taken though GIF was 0: 1 the NMI, 2 the interrupt */
+uint32_t pending_early(void);				/* what L1 has taken that is none of its own: `early` of tw_host */
 void pending_settle(uint64_t exit_code, uint32_t takes_nmi);	/* behind a #VMEXIT */

@@ -15,6 +15,7 @@ enum {
 
 extern struct { uint16_t low, selector, type, middle; uint32_t high, zero; } l1_idt[];
 extern volatile uint8_t l1_nmi_taken, l1_interrupt_taken;
+extern volatile uint32_t l1_exception_taken;
 void l1_nmi(void);
 void l1_interrupt(void);
 
@@ -84,7 +85,11 @@ static void let_nmi_in(void)
 
 uint32_t pending_early(void)
 {
-	return (nmi_is_sent && l1_nmi_taken ? 1 : 0) | (interrupt_is_sent && l1_interrupt_taken ? 2 : 0);
+	uint32_t exception = l1_exception_taken;
+
+	l1_exception_taken = 0;
+	return (nmi_is_sent && l1_nmi_taken ? 1 : 0) | (interrupt_is_sent && l1_interrupt_taken ? 2 : 0)
+		| (exception ? 4 | (exception - 1) << 8 : 0);
 }
 
 /*

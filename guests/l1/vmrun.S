@@ -84,7 +84,8 @@ l1_vmrun:
 	.globl l1_vmrun_instruction
 l1_vmrun_instruction:
 	vmrun %rax
-
+	.globl l1_vmrun_behind
+l1_vmrun_behind:
 	mov %rax, l1_host_after + TW_AT_HOST_RAX(%rip)
 	mov %rsp, l1_host_after + TW_AT_HOST_RSP(%rip)
 	mov low_stack(%rip), %rsp

@@ -214,6 +214,8 @@ def _state(one: Divergence, who: str, probe: Probe | None) -> str:
     name, why = one.field, _why(one)
     if name.endswith(" before VMRUN"):
         return f"Before VMRUN the VMCB's {name.removeprefix('vmcb.').removesuffix(' before VMRUN')} was wrong{why}."
+    if name == "l1.early" and isinstance(one.observed, int) and one.observed & 4:
+        return f"L1 took exception {one.observed >> 8} behind the #VMEXIT: nothing of its own raised it."
     if name == "l1.early":
         return "L1 took an NMI or an interrupt while GIF was 0."
     if name.startswith("l1."):

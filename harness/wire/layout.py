@@ -135,7 +135,9 @@ HOST = _declare(
     )),
     *(Field(n, "u16") for n in ("es", "cs", "ss", "ds", "gdt_limit", "idt_limit")),
     Field("all_read", "u16"),  # behind VMRUN: whether CR4, DR6, DR7, EFER and PAT were read, or are left out
-    Field("early", "u16"),  # behind VMRUN: what L1 has taken though GIF is 0: an NMI (1), an interrupt (2)
+    # behind VMRUN: what L1 has taken though GIF is 0, an NMI (1), an interrupt (2); an exception right behind it (4),
+    # with its vector in bits 15:8
+    Field("early", "u16"),
     Field("gdt_base"),
     Field("idt_base"),
 )

@@ -97,6 +97,10 @@ def test_outcomes(expected: str, observed: str, faults: bool, sentence: str) -> 
         ({"check": "C2", "rule": "ad", "field": "entry at sPA 0x9000 at the end", "expected": 7, "observed": 0x27,
           "probe": -1},
          "The entry at sPA 0x9000 at the end is wrong: A must not be set; manual 5.4.2, 15.25.5."),
+        ({"check": "C3", "field": "l1.early", "expected": 0, "observed": 2, "rule": "exit.host", "probe": -1},
+         "L1 took an NMI or an interrupt while GIF was 0; manual 15.6."),
+        ({"check": "C3", "field": "l1.early", "expected": 0, "observed": 0xD04, "rule": "exit.host", "probe": -1},
+         "L1 took exception 13 behind the #VMEXIT: nothing of its own raised it; manual 15.6."),
     ],
 )
 def test_state(values: dict[str, Any], sentence: str) -> None:
