@@ -129,7 +129,7 @@ def _titled(small: Scenario, scenario: Scenario, finding: Finding | None, wanted
 def _walks(seen: Seen, finding: Finding | None, small: Scenario, wanted: Signature, repeated: Repeated) -> str:
     text = f"{wanted}\n{repeated}\n\n"
     if finding is not None:
-        others = [one for one in findings(seen.result.divergences) if one is not finding]
+        others = [one for one in findings(seen.result.divergences) if one != finding]
         return text + "\n\n".join(plain(draw(one, small, MAX_WIDTH)) for one in (finding, *others[:9])) + "\n"
     if seen.result.lost is not None:
         return text + harmless(str(seen.result.lost)) + "\n"

@@ -177,20 +177,25 @@ def _of_bundle(
             return Finding("", -1, -1, ())
     if not bundle.about.divergences:
         raise UsageError(f"{path}: its machine was lost: there is no walk in it")
-    walk = _walk_in(path, bundle, options.gva, access)
+    walk, after = _walk_in(path, bundle, options.gva, access)
     if options.gva is None:
-        return _finding(bundle, walk)
+        return _finding(bundle, walk, after)
     finding = by_itself(walk)
     screen.show(alone(finding, screen.width))
     return finding
 
 
-def _walk_in(path: Path, bundle: Bundle, gva: int | None, access: Access) -> Walk:
-    """The walk of the finding's probe; of `gva` in the tables as that VMRUN leaves them."""
+def _walk_in(path: Path, bundle: Bundle, gva: int | None, access: Access) -> tuple[Walk, tuple[int, ...]]:
+    """The walk of the finding's probe, or of `gva` in the tables as that VMRUN leaves them; and its entries after it,
+    by the quadword."""
     op, probe = bundle.about.divergences[0]["op"], max(0, bundle.about.divergences[0]["probe"])
     compiler, twin = models(path, bundle)
     runs = iter([n for n, one in enumerate(bundle.scenario.ops) if isinstance(one, RunOp)])
-    now, found = -1, []
+    now = -1
+    found: list[tuple[Walk, tuple[int, ...]]] = []
+
+    def take(walk: Walk) -> None:
+        found.append((walk, tuple(twin.memory.words[step.address >> 3] for step in walk.steps)))
 
     def see(prediction: Prediction) -> None:
         nonlocal now
@@ -198,11 +203,12 @@ def _walk_in(path: Path, bundle: Bundle, gva: int | None, access: Access) -> Wal
         if now != op or not prediction.first_probe <= probe <= prediction.next_probe:
             return
         if gva is None:
-            found.extend([prediction.walks[probe]] if probe in prediction.walks else [])
+            if probe in prediction.walks:
+                take(prediction.walks[probe])
             return
         paging: Paging | None = prediction.under[probe][0] if probe in prediction.under else prediction.paging
         if paging is not None:
-            found.append(translate(paging, twin.memory.words, gva, access))
+            take(translate(paging, twin.memory.words, gva, access))
 
     rehearse(twin, compiler.compile(bundle.scenario), see, expectations=False)
     if not found:
@@ -210,10 +216,11 @@ def _walk_in(path: Path, bundle: Bundle, gva: int | None, access: Access) -> Wal
     return found[0]
 
 
-def _finding(bundle: Bundle, walk: Walk) -> Finding:
-    """That of the bundle, with the model's walk."""
+def _finding(bundle: Bundle, walk: Walk, after: tuple[int, ...]) -> Finding:
+    """That of the bundle, with the model's walk. What the machine had otherwise in its entries is among what differs;
+    the rest it left as the model does."""
     made = [Divergence(bundle.scenario.name, one["op"], one["probe"], str(one.get("check")), one["field"],
-                       _value(one.get("expected")), _value(one.get("observed")), str(one.get("rule")), walk)
+                       _value(one.get("expected")), _value(one.get("observed")), str(one.get("rule")), walk, after)
             for one in bundle.about.divergences]
     return findings(made)[0]
 

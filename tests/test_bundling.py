@@ -50,6 +50,7 @@ def test_a_bundle(target: FakeTarget, tmp_path: Path) -> None:
     assert found.records[1]["vmcb"]["exitcode"] == "0x81" and found.records[1]["results"].keys() == {"0"}
     assert found.walks.startswith("C1 value, rule exit.vmmcall\nstable\n\nshort: `read a+0x450` returned a wrong ")
     assert "entry" in found.walks and "outcome" in found.walks
+    assert found.walks.count("short: `read a+0x450` returned a wrong ") == 1, "told once, before what else there is"
 
 
 def test_of_a_loss(target: FakeTarget, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -154,7 +155,10 @@ class TestBundle:
         path = tmp_path / "walk.svg"
         text = explained(capsys, bundle, "--svg", path)
         assert text[0] == "both walks" and "VMCB EXIT  ncr3 0x1234000" in text
-        assert "0x100000007" in path.read_text() and "on the machine: #NPF 0x100000005" in path.read_text()
+        drawn = path.read_text()
+        assert "0x100000007" in drawn and "on the machine: #NPF 0x100000005" in drawn
+        rights = re.findall(">(P RW US.*?|P US.*?)<", drawn)
+        assert len(rights) == 24 and all(" A" in one for one in rights), "entries are as the walk leaves them"
 
     def test_an_address(self, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """What is not canonical, and L2's own page, which its scenario has made read-only."""
