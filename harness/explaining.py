@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.errors import UsageError
+from harness.lockstep import audited
 from harness.lockstep.compare import Divergence
 from harness.lockstep.observe import judge_again
 from harness.lockstep.prediction import Prediction
@@ -22,7 +23,7 @@ from harness.model.vmrun import Host, load, paging
 from harness.model.walk import Paging, Walk, translate
 from harness.options import count, number
 from harness.replay import models
-from harness.report import output, stops, svg, terminal
+from harness.report import audits, output, stops, svg, terminal
 from harness.report.bundle import MANIFEST, Bundle, read
 from harness.report.findings import Finding, findings
 from harness.report.styled import harmless, line, wrap
@@ -75,6 +76,8 @@ def _explain(options: argparse.Namespace) -> int:
         raise UsageError("--vcpu is for a live machine: qmp:PATH")
     elif stops.is_one(options.source):
         finding = _of_stops(options.source, stops.read(options.source), options, access, screen)
+    elif audits.is_one(options.source):
+        finding = _of_audit(options.source, audits.read(options.source), options, screen)
     elif (options.source / MANIFEST).exists() or options.source.is_dir():
         finding = _of_bundle(options.source, read(options.source), options, access, screen)
     else:
@@ -140,11 +143,7 @@ def _of_stops(
         raise UsageError("--vmcb, --cr3 and --ncr3 are for dumps: a bundle has its own")
     about, evidence = bundle.about, bundle.evidence
     if options.gva is None:
-        screen.show([line(text) for text in harmless(bundle.walks).splitlines()])
-        found = findings(judge_again(about.observed, evidence, bundle.cpu))
-        same = next((one for one in found if one.signature == (about.check, about.field, about.rule)), None)
-        other = f"another finding: {found[0].signature}" if found else "nothing"
-        screen.show([line(""), line(f"judged again by the model alone: {'the same finding' if same else other}")])
+        same = _again(about, bundle.walks, judge_again(about.observed, evidence, bundle.cpu), screen)
         if same is None and options.svg:
             raise UsageError(f"{path}: this version's model does not find it any more: there is nothing to draw")
         return same or Finding("", -1, -1, ())
@@ -159,6 +158,31 @@ def _of_stops(
     finding = by_itself(walk)
     screen.show(alone(finding, screen.width))
     return finding
+
+
+def _again(about: stops.About, walks: str, judged: list[Divergence], screen: terminal.Screen) -> Finding | None:
+    """Show a finding as it was told, and whether it is among those that the model judges now."""
+    screen.show([line(text) for text in harmless(walks).splitlines()])
+    signature = about.check, about.field, about.rule
+    found = [one for every in judged for one in findings([every])]
+    same = next((one for one in found if one.signature == signature), None)
+    other = f"another finding: {found[0].signature}" if found else "nothing"
+    screen.show([line(""), line(f"judged again by the model alone: {'the same finding' if same else other}")])
+    return same
+
+
+def _of_audit(path: Path, bundle: audits.Audited, options: argparse.Namespace, screen: terminal.Screen) -> Finding:
+    """A finding in the tables of the KVM under L1, judged once more."""
+    if options.gva is not None or options.vmcb is not None or options.cr3 is not None or options.ncr3 is not None:
+        raise UsageError(f"{path}: it is about an entry of KVM's tables, and has what leads to that alone: no address, "
+                         "--vmcb, --cr3 and --ncr3 go with it")
+    if options.svg:
+        raise UsageError(f"{path}: it is about an entry of KVM's tables, and no walk of L2's: there is nothing to draw")
+    try:
+        judged = audited.judge_again(bundle.about.observed, bundle.evidence, bundle.cpu)
+    except (ValueError, IndexError) as reason:
+        raise UsageError(f"{path}: what it says of KVM makes no sense: {reason}") from None
+    return _again(bundle.about, bundle.walks, judged, screen) or Finding("", -1, -1, ())
 
 
 def _of_bundle(

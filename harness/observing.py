@@ -34,7 +34,7 @@ from harness.options import (
     positive,
     screen,
 )
-from harness.report import html, jsonfile, stops, styled, table
+from harness.report import audits, html, jsonfile, stops, styled, table
 from harness.report.bundle import check_folder
 from harness.report.findings import Finding, findings
 from harness.report.headline import headline
@@ -206,8 +206,8 @@ def _watch(observer: Observer, machine: Foreign, life: Life | None, options: arg
                 if one.is_new(options.strict) and signature(one.first) not in shown:
                     shown.add(signature(one.first))
                     screen.show(_told(one, screen))
-                    if options.bundles and one.first.check != "C5":  # L0's memory is not in a bundle
-                        path = stops.write(options.bundles, _bundle(machine, one, observer))
+                    if options.bundles:
+                        path = _bundle(options.bundles, machine, one, observer)
                         screen.show([line(f"bundle: {path}"), line("")])
             if screen.volume > Volume.QUIET and time.monotonic() - told > _TOLD:
                 told = time.monotonic()
@@ -230,10 +230,14 @@ def _told(one: Finding, screen: Screen) -> list[styled.Line]:
     return [*draw(one, None, screen.width, screen.height), line("")]
 
 
-def _bundle(machine: Foreign, finding: Finding, observer: Observer) -> stops.Observed:
+def _bundle(folder: Path, machine: Foreign, finding: Finding, observer: Observer) -> Path:
+    """Write it. Raises TwinwalkError."""
     about = stops.About(*finding.signature, observer.name, identity_of(machine.identity) or {},
                         shlex.join(sys.argv[1:]), our_version())
-    return stops.Observed(about, observer.evidence(), machine.cpu, plain(draw(finding, None, MAX_WIDTH)) + "\n")
+    text = plain(draw(finding, None, MAX_WIDTH)) + "\n"
+    if finding.first.check == "C5":
+        return audits.write(folder, audits.Audited(about, observer.audited(finding.first), machine.cpu, text))
+    return stops.write(folder, stops.Observed(about, observer.evidence(), machine.cpu, text))
 
 
 def _progress(stop: Stop, seen: Seen, seconds: float, strict: bool) -> styled.Line:

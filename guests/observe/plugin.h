@@ -73,6 +73,10 @@ WEAK int qemu_plugin_read_register(struct reg *handle, struct bytes *out);
 WEAK void *qemu_get_cpu(int index);
 WEAK int x86_cpu_gdb_read_register(void *cpu, struct bytes *out, int number);
 
+/* The clocks of the machine: TSC, and what its timers go by */
+WEAK void cpu_disable_ticks(void);
+WEAK void cpu_enable_ticks(void);
+
 unsigned g_array_get_element_size(struct array *array);
 struct bytes *g_byte_array_new(void);
 struct bytes *g_byte_array_set_size(struct bytes *array, unsigned length);

@@ -22,10 +22,10 @@ enum { VCPUS = 64, SITES = 1024, STACK = 14 /* a kernel's is 16 KiB, so aligned 
 __attribute__((visibility("default"))) int qemu_plugin_version = API;
 
 /* A vCPU between a VMRUN and its #VMEXIT: where it comes back, and its registers that it then has again. Below L1, of L0:
-   `stack` is that of the thread that has L1's vCPU. */
+   `stack` is that of the thread that has L1's vCPU; `leaves`: the processor has begun with #VMEXIT. */
 struct inside {
 	uint64_t at, behind, rax, cr3, stack;
-	bool on;
+	bool on, leaves;
 	unsigned switches;
 };
 
@@ -45,9 +45,10 @@ enum { WANTED = sizeof(wanted) / sizeof(*wanted) };
 
 static int channel = -1;
 static bool below, copies, several;
-static unsigned running, switches; /* the vCPU that runs (one thread has all), and how often it was another one */
+static unsigned running, switches; /* the vCPU of L1's that runs (one thread has all), and how often it was another one */
 static struct inside under[VCPUS], observed[VCPUS];
-static bool armed[VCPUS];
+static bool armed[VCPUS]; /* those of L1's whose L2 has made no access yet */
+static unsigned all_armed;
 static uint64_t threads[VCPUS];
 static struct site {
 	uint64_t vmrun, behind;
@@ -111,8 +112,7 @@ static struct tw_stop look(unsigned kind, unsigned vcpu, uint64_t pc)
 	return stop;
 }
 
-/* Tell it, and wait for the answer: TW_ANSWER_...; 0 once nobody listens. */
-static unsigned tell(const struct tw_stop *stop)
+static unsigned ask(const struct tw_stop *stop)
 {
 	unsigned char answer = 0;
 	ssize_t done = 0;
@@ -133,6 +133,21 @@ static unsigned tell(const struct tw_stop *stop)
 	return 0;
 }
 
+/* Tell it, and wait for the answer: TW_ANSWER_...; 0 once nobody listens. The machine's clocks stand still meanwhile, or its
+   guests would have nothing to do but their timers. */
+static unsigned tell(const struct tw_stop *stop)
+{
+	bool still = cpu_disable_ticks && cpu_enable_ticks;
+	unsigned answer;
+
+	if (still)
+		cpu_disable_ticks();
+	answer = ask(stop);
+	if (still)
+		cpu_enable_ticks();
+	return answer;
+}
+
 /* The number of the vCPU of L1's that runs: the processor's or, where L0 is a kernel that L1 runs under, that of the thread
    of L0's which has it. Not to be asked while L0 itself runs. VCPUS where there are too many. */
 static unsigned of_l1(unsigned vcpu)
@@ -149,6 +164,18 @@ static unsigned of_l1(unsigned vcpu)
 	}
 	give_up();
 	return VCPUS;
+}
+
+static void runs(unsigned number)
+{
+	switches += number != running;
+	running = number;
+}
+
+static void arm(unsigned number, bool on)
+{
+	all_armed += on - armed[number];
+	armed[number] = on;
 }
 
 static bool is_back(const struct inside *one, uint64_t pc, const struct tw_stop *now)
@@ -168,7 +195,8 @@ static void at_vmrun(unsigned vcpu, void *data)
 		return;
 	stop = look(TW_STOP_ENTER, vcpu, site->vmrun);
 	if (below && !under[vcpu].on) {
-		under[vcpu] = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, stop.rsp, true, 0 };
+		under[vcpu] = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, stop.rsp, .on = true };
+		runs(of_l1(vcpu));
 		return;
 	}
 	stop.vcpu = of_l1(vcpu);
@@ -179,8 +207,9 @@ static void at_vmrun(unsigned vcpu, void *data)
 	if (one->on && !is_back(one, behind, &stop))
 		return;
 	answer = tell(&stop);
-	*one = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, 0, answer == TW_ANSWER_ENTERED, switches };
-	armed[vcpu] = one->on && !below;
+	*one = (struct inside){ site->vmrun, behind, stop.rax, stop.cr3, .on = answer == TW_ANSWER_ENTERED,
+				.switches = switches };
+	arm(stop.vcpu, one->on);
 }
 
 static void at_site(unsigned vcpu, void *data)
@@ -203,7 +232,8 @@ static void at_site(unsigned vcpu, void *data)
 	if (below && is_back(&under[vcpu], pc, &stop)) {
 		under[vcpu].on = false;
 	} else if (is_back(one, pc, &stop)) {
-		one->on = armed[vcpu] = false;
+		one->on = false;
+		arm(number, false);
 		tell(&stop);
 	}
 }
@@ -226,33 +256,42 @@ static void at_invlpga(unsigned vcpu, void *data)
 
 static void at_access(unsigned vcpu, uint32_t info, uint64_t gva, void *data)
 {
+	struct inside *l2;
 	struct hwaddr *at;
 	struct tw_stop stop;
+	unsigned number;
 	uint64_t spa;
 
+	if (!all_armed || channel < 0 || (below && !under[vcpu].on))
+		return;
+	number = of_l1(vcpu);
+	if (number == VCPUS || !armed[number])
+		return;
+	l2 = below ? &under[vcpu] : &observed[number];
 	/* VMRUN's own accesses, where its block was translated while another vCPU was inside, are not L2's */
-	if (!armed[vcpu] || channel < 0 || observed[vcpu].at == (uint64_t)data)
+	if (l2->leaves || l2->at == (uint64_t)data)
 		return;
 	at = qemu_plugin_get_hwaddr(info, gva);
 	if (!at || qemu_plugin_hwaddr_is_io(at))
 		return;
-	armed[vcpu] = false;
 	spa = qemu_plugin_hwaddr_phys_addr(at);
-	if ((spa ^ observed[vcpu].rax) >> 12 == 0) /* the VMCB: that is #VMEXIT itself, in its instruction's name */
+	l2->leaves = (spa ^ l2->rax) >> 12 == 0; /* the VMCB: that is #VMEXIT itself, in its instruction's name */
+	if (l2->leaves)
 		return;
+	arm(number, false);
 	stop = look(TW_STOP_ACCESS, vcpu, (uint64_t)data);
+	stop.vcpu = number;
 	stop.gva = gva;
 	stop.spa = spa;
 	stop.write = qemu_plugin_mem_is_store(info);
-	stop.others = switches != observed[vcpu].switches;
+	stop.others = switches != observed[number].switches;
 	tell(&stop);
 }
 
 static void at_block(unsigned vcpu, void *data)
 {
 	(void)data;
-	switches += vcpu != running;
-	running = vcpu;
+	runs(vcpu);
 }
 
 /* Whether the instruction is 0F 01 and that byte, behind prefixes at most. */
@@ -264,6 +303,14 @@ static bool is(const unsigned char *bytes, size_t size, unsigned char last)
 		if (!strchr("\x26\x2E\x36\x3E\x64\x65\x66\x67\xF2\xF3", bytes[at]) && bytes[at] >> 4 != 4)
 			return false;
 	return true;
+}
+
+/* Whether that processor of L0's is with a vCPU of L1's that is behind its VMRUN. */
+static bool runs_l2(unsigned vcpu)
+{
+	unsigned number = of_l1(vcpu);
+
+	return number < VCPUS && observed[number].on;
 }
 
 static struct site *site_before(uint64_t pc)
@@ -294,8 +341,8 @@ static void translate(struct block *block)
 	if (several)
 		qemu_plugin_register_vcpu_tb_exec_cb(block, at_block, NO_REGS, NULL);
 	/* #VMEXIT is noticed once the block behind VMRUN is executed, after it was translated */
-	for (unsigned vcpu = 0; vcpu < VCPUS && !below && !site_before(qemu_plugin_tb_vaddr(block)); vcpu++)
-		of_l2 |= observed[vcpu].on;
+	for (unsigned vcpu = 0; vcpu < VCPUS && !site_before(qemu_plugin_tb_vaddr(block)); vcpu++)
+		of_l2 |= below ? under[vcpu].on && runs_l2(vcpu) : observed[vcpu].on;
 	for (size_t index = 0; index < count; index++) {
 		struct insn *insn = qemu_plugin_tb_get_insn(block, index);
 		uint64_t pc = qemu_plugin_insn_vaddr(insn);

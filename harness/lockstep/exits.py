@@ -16,17 +16,19 @@ from harness.lockstep.prediction import WHOLE
 from harness.lockstep.result import Under
 from harness.model.access import Access, ErrorCode, NestedPageFault, Outcome, PageFault, Reached
 from harness.model.dirty import NESTED_TABLE
+from harness.model.entries import FRAME, P
 from harness.model.events import EVENT_VALID, EXCEPTION, INTERRUPT, NMI, SOFTWARE
-from harness.model.memory import Memory
+from harness.model.memory import Memory, Words
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.vmcb import SAVE, SEGMENT_L, STATE, ExitCode, VIntr, Vmcb
 from harness.model.vmrun import LOADED, Host, Registers, load, paging
 from harness.model.walk import FINAL, Fault, Paging, Trail, Walk, translate, walk_nested
 from harness.wire.layout import CONTROL_BYTES, SAVE_BYTES
-from harness.wire.stop import Stop
+from harness.wire.stop import NOWHERE, Stop
 
 _PF: Final = ExitCode.EXCEPTION + 14
 _TABLE: Final = Access(write=True, user=True)
+_PAGE_SHIFT: Final = 12
 _LONGEST: Final = 15
 """Bytes of an instruction."""
 _BY_INSTRUCTION: Final = frozenset((*range(0x40), *range(0x65, 0x7D), *range(0x80, 0x8F)))
@@ -147,7 +149,37 @@ def _nested_fault(it: Exit, quirks: Active, translation: Paging) -> Iterator[Div
     except Fault as fault:
         came, rule = fault.outcome, fault.rule
     walk = quirks.on_walk(translation, Walk(came, rule, trail, []))
-    yield from _compare(it, walk, NestedPageFault(code, gpa))
+    found = list(_compare(it, walk, NestedPageFault(code, gpa)))
+    yield from found
+    if table and not found and not has_table(translation, it.memory.words, gpa):
+        final = code ^ ErrorCode.GUEST_TABLE | ErrorCode.FINAL
+        yield it.found("C1", "exitinfo1", final, code, walk.rule, walk)
+
+
+def has_table(translation: Paging, words: Words, gpa: int) -> bool:
+    """Whether L2 has a table of its own in the page of `gpa`, that its walks can come to."""
+    guest = translation.guest
+    if guest is None or translation.nested is None:
+        return False
+    todo, seen = [(translation.gcr3 & guest.root_mask, 0)], set[tuple[int, int]]()
+    while todo:
+        table, depth = todo.pop()
+        if not (table ^ gpa) >> _PAGE_SHIFT:
+            return True
+        level = guest.levels[depth]
+        if level.leaf == P or (table, depth) in seen:
+            continue
+        seen.add((table, depth))
+        try:
+            spa = walk_nested(translation, translation.nested, words, table, _TABLE, level.name, [], [])
+        except Fault:
+            continue  # nor can the processor read it
+        entries = min(guest.index_mask + 1, 1 << guest.address_bits - level.shift)
+        for at in range(spa, spa + (entries << guest.entry_shift), 1 << guest.entry_shift):
+            entry = words[at >> 3] >> (at & (1 << 3 - guest.entry_shift) - 1 << guest.entry_shift) * 8
+            if entry & P and not entry & level.leaf:
+                todo.append((entry & FRAME & (1 << (8 << guest.entry_shift)) - 1, depth + 1))
+    return False
 
 
 def _fetch_fault(it: Exit, quirks: Active, translation: Paging, regs: Registers) -> Iterator[Divergence]:
@@ -218,7 +250,11 @@ def accessed(it: Exit, quirks: Active, stop: Stop) -> Iterator[Divergence]:
              for access in (usual, Access(stop.write, implicit=True))]
     same = [one for one in walks if isinstance(one.outcome, Reached) and one.outcome.spa == stop.spa]
     if not same:
-        yield it.found("C1", "outcome", str(walks[0].outcome), f"sPA {stop.spa:#x}", walks[0].rule, walks[0])
+        reached = walks[0].outcome
+        if stop.spa == NOWHERE and isinstance(reached, Reached) and reached.spa >= len(it.memory.bytes):
+            raise IndexError
+        observed = "memory that is none of L1's" if stop.spa == NOWHERE else f"sPA {stop.spa:#x}"
+        yield it.found("C1", "outcome", str(reached), observed, walks[0].rule, walks[0])
         return
     for address, bits, kind in same[0].updates:
         shift = (address & 4) * 8

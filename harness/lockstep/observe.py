@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from harness.lockstep import exits
+from harness.lockstep import audited, exits
 from harness.lockstep.active import Active
 from harness.lockstep.audit import Audit
 from harness.lockstep.compare import Context, Divergence
@@ -271,6 +271,12 @@ class Observer:
         then[before.vmcb] = exits.page(before)
         now = {spa: data for spa, data in now.items() if then[spa] != data}
         return Evidence(len(self._memory.bytes), (Moment(before.stop, then), Moment(stop, now)))
+
+
+    def audited(self, of: Divergence) -> audited.Evidence:
+        """The same of a finding in the tables of the KVM under L1."""
+        assert self._audit is not None
+        return self._audit.evidence(of)
 
 
 def judge_again(name: str, evidence: Evidence, cpu: Cpu) -> list[Divergence]:

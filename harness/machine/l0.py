@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import LaunchFailed, MachineLost
+from harness.machine import tsc
 from harness.machine.qemu import Qemu
 from harness.machine.tcg import check_cpu
 
@@ -107,7 +108,7 @@ def start(binary: str, cpu_model: str, kernel: Path, root: Path, extra: Sequence
         stack.callback(os.close, trace)
         args = [
             "-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", cpu_model, "-smp", "1",
-            "-kernel", str(kernel), "-initrd", str(root), "-append", _COMMAND_LINE,
+            "-kernel", str(kernel), "-initrd", str(root), "-append", " ".join([_COMMAND_LINE, *tsc.known()]),
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=control,fd={theirs.fileno()}",
             "-device", "virtserialport,chardev=control,name=twinwalk.control",

@@ -13,8 +13,8 @@ from typing import Final, Protocol
 
 from harness.machine.btf import Btf
 from harness.machine.trace import TRACEFS, Bits, Unobservable
-from harness.model.backing import Kvm, Slot, Table, look_up
-from harness.model.entries import FRAME, Format, long_mode
+from harness.model.backing import Kvm, Shape, Slot, Table, look_up
+from harness.model.entries import FRAME
 from harness.model.memory import Memory
 
 _EVENT: Final = "vcpu"
@@ -40,8 +40,8 @@ class L0Kvm:
 
     def __init__(self, host: Shell, memory: Memory, maxphyaddr: int, levels: int, begin: str = "") -> None:
         self.memory = memory
-        self.host_format: Format = long_mode(52, True, la57=levels == 5)
-        self.shadow_format: Format = long_mode(maxphyaddr, True, la57=levels == 5)
+        self.shape = Shape(maxphyaddr, levels)
+        self.shadow_format, self.host_format = self.shape.formats()
         try:
             kvm, amd = _types(host)
             places = {name: kvm.member("kvm", path).offset for name, path in (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from harness.machine import dropbear, guests, initramfs, kernel
+from harness.machine import dropbear, guests, initramfs, kernel, tsc
 from harness.machine.cpio import Archive
 
 LINE: Final = "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off tsc=reliable no_timer_check"
@@ -40,7 +40,8 @@ def build(say: Callable[[str], None]) -> Images:
         **_modules(found, _MODULES),
     }
     paths = initramfs.qemu_files(initramfs.l0_qemu()) | dropbear.files(say)
-    return Images(found.image, initramfs.archive("linux", files, paths), LINE, _l2(found, busybox))
+    return Images(found.image, initramfs.archive("linux", files, paths), " ".join([LINE, *tsc.known()]),
+                  _l2(found, busybox))
 
 
 def _modules(found: kernel.Kernel, names: tuple[str, ...]) -> dict[str, bytes]:

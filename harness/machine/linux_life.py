@@ -21,6 +21,8 @@ from harness.machine.line import Line, NoAnswer
 
 _PATIENCE: Final = 600.0
 """Seconds for one thing: a machine that others share, and each stop of which is looked at, is slow."""
+_POLL: Final = 1.0
+"""Seconds between two questions, each of which is work for L1."""
 _MIB: Final = 1 << 20
 _MEMORY: Final = 128
 _SMALL: Final = 80
@@ -158,4 +160,4 @@ class Monitor:
         while self.tell("query-balloon")["actual"] != size * _MIB:
             if time.monotonic() > end:
                 raise NoAnswer(f"L2's balloon does not come to {size} MiB")
-            time.sleep(0.2)
+            time.sleep(_POLL)

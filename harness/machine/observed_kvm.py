@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from harness.machine.l1 import Identity, Layer
 from harness.machine.line import Line
 from harness.machine.observed import Foreign, Options, check_files, cpu_of, no_plugins, plugin, wired
 from harness.wire.image import PAGE
+from harness.wire.stop import ACCESS, NOWHERE, Stop
 
 MAX_MEMORY: Final = 1536
 """MiB of L1: with L0's own they are RAM in one range."""
@@ -28,6 +29,8 @@ MAX_MEMORY: Final = 1536
 _ASIDS: Final = 8
 """That KVM tells its guests of (svm_set_cpu_caps() and cpuid.c, all versions so far)."""
 _FILE: Final = "/dev/hugepages/l1"
+_LARGE: Final = 21
+"""The shift of its pages."""
 _SMP: Final = "-smp"
 _DISKS: Final = ("-hda", "-hdb", "-hdc", "-hdd", "-cdrom")
 _PORT: Final = "twinwalk.line"
@@ -41,6 +44,12 @@ class OnKvm(Foreign):
     """Nothing is asked of L0 once L1 runs: its processor may be waiting. It tells the end on its console."""
 
     holds = True
+    _frames: Mapping[int, int]
+
+    def lies(self, frames: Sequence[int]) -> None:
+        """Where in L0's memory each page of L1's is, which L0 has in large pages: what L2 comes to is told by that."""
+        step = (1 << _LARGE) // PAGE
+        self._frames = {frame >> _LARGE: number for number, frame in enumerate(frames[::step])}
 
     def how_it_ended(self) -> str:
         """How the QEMU in L0 ended, in words; empty while it runs. Raises MachineLost if L0 itself is gone."""
@@ -52,6 +61,13 @@ class OnKvm(Foreign):
         if match[1] != "0":
             raise self.lost(f"the QEMU in L0 ended with status {match[1]}")
         return "it reset the machine, by a triple fault perhaps, or switched it off"
+
+    def _at(self, stop: Stop, plausible: Callable[[Stop], bool]) -> Iterator[Stop]:
+        if stop.kind == ACCESS:
+            frame = self._frames.get(stop.spa >> _LARGE)
+            inside = stop.spa & (1 << _LARGE) - 1
+            stop = stop._replace(spa=NOWHERE if frame is None else frame << _LARGE | inside)
+        yield from super()._at(stop, plausible)
 
 
 @contextmanager
@@ -99,6 +115,7 @@ def start(options: Options, host: kvm_on_tcg.Options, say: Callable[[str], None]
             machine.run(_WIRED)
         foreign = OnKvm(machine.process, ours, memory, cpu, identity, options.wait, options.lines)
         foreign.alone = _SMP not in options.args
+        foreign.lies(frames)
         command = _command(options, inside)
         if host.audit:
             try:

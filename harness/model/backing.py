@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from harness.model.entries import FRAME, RW, Format, P
-from harness.model.memory import Memory, Words
+from harness.model.entries import FRAME, RW, Format, P, long_mode
+from harness.model.memory import Room, Words
 
 PAGE: Final = 4096
 _WINDOW_SHIFT: Final = 21
 _WINDOW: Final = 1 << _WINDOW_SHIFT
 """What one of L0's tables of PTEs maps."""
+
+
+_HOST_BITS: Final = 52
+"""Bits of a physical address that the kernel's own tables may have, whatever the processor has."""
+
+
+class Shape(NamedTuple):
+    """Of the tables that L0 builds: its physical address bits, and how many levels they have, 4 or 5."""
+
+    maxphyaddr: int
+    levels: int
+
+    def formats(self) -> tuple[Format, Format]:
+        """That of its KVM's tables, and that of its own."""
+        la57 = self.levels == 5
+        return long_mode(self.maxphyaddr, True, la57=la57), long_mode(_HOST_BITS, True, la57=la57)
 
 
 class Slot(NamedTuple):
@@ -78,7 +94,7 @@ class Backing:
     as long as the tables that said so have the same bytes: in `frames`, by the number of a page of L1's, its hPA, with
     RW if L0 lets it be written."""
 
-    def __init__(self, memory: Memory, host: Format) -> None:
+    def __init__(self, memory: Room, host: Format) -> None:
         self._bytes, self._words, self._host = memory.bytes, memory.words, host
         self._slots: tuple[Slot, ...] = ()
         self._root = 0

@@ -16,6 +16,24 @@ class Words(Protocol):
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
+class Bytes(Protocol):
+    """Memory by bytes, a slice of it at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: slice, /) -> memoryview: ...
+
+
+class Room(Protocol):
+    """Memory that is read."""
+
+    @property
+    def words(self) -> Words: ...
+
+    @property
+    def bytes(self) -> Bytes: ...
+
+
 class Memory:
     """`size` bytes of sparse memory. `words` is the same memory by quadwords, `bytes` by bytes."""
 

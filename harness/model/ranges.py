@@ -24,6 +24,10 @@ _PHYSICAL_BITS: Final = 52
 _ENTRIES: Final = struct.Struct("<512Q")
 
 
+Before = Callable[[int], int | None]
+"""What was in a quadword (sPA) at an earlier moment, None for what was the same."""
+
+
 class Reach(NamedTuple):
     """How far the walk of a range has come: to the table at `base` (sPA) of the level with the number `depth`; with
     IS_PAGE, to the page of 1 << `shift` bytes there. `rights` are those of RIGHTS that all entries so far have, `nx` is
@@ -97,11 +101,11 @@ class Identity:
 
 
 class NestedTable:
-    """L1's nested table at `ncr3`, in the format of L1's mode at VMRUN; `words` are L0's memory. `before` says what was
-    in a quadword (sPA) at an earlier moment, None for what was the same."""
+    """L1's nested table at `ncr3`, in the format of L1's mode at VMRUN; `words` are L0's memory. `before` is of an
+    earlier moment, if it is wanted as it was then."""
 
     def __init__(self, fmt: Format, ncr3: int, backing: Backing, words: Words,
-                 before: Callable[[int], int | None] | None = None) -> None:
+                 before: Before | None = None) -> None:
         self.format, self.ncr3, self.reserved = fmt, ncr3, fmt.levels[-1].reserved_leaf
         self._backing, self._words, self._before = backing, words, before
 

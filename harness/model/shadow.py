@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from harness.model.backing import PAGE, Backing, Kvm, Table
 from harness.model.entries import ALL_RIGHTS, FRAME, NX, PAT_4K, PCD, PWT, RW, US, A, D, Format, Level, P
-from harness.model.memory import Memory
+from harness.model.memory import Room
 from harness.model.memory_type import index_of_page
 from harness.model.ranges import IS_NOTHING, IS_PAGE, RIGHTS, Identity, NestedTable, Reach, Source
 
@@ -94,12 +94,14 @@ class _Node(NamedTuple):
 
 class Auditor:
     """Audits tables in `memory`, which is all of L0's. `shadow` is the format of those that KVM builds for the
-    processor, `host` that of L0's own. `leaves` counts what was held against L1's table, or found to be as before."""
+    processor, `host` that of L0's own. `leaves` counts what was held against L1's table, or found to be as before.
+    `was` has pages of tables, by hPA, that are others than at the last audit, as they were then."""
 
-    def __init__(self, memory: Memory, shadow: Format, host: Format) -> None:
+    def __init__(self, memory: Room, shadow: Format, host: Format) -> None:
         self.backing = Backing(memory, host)
         self.leaves = 0
-        self._bytes, self._format = memory.bytes, shadow
+        self._bytes, self.format = memory.bytes, shadow
+        self.was: dict[int, bytes] = {}
         self._nodes: dict[_Way, _Node] = {}
         self._last: dict[tuple[int, int], _Node] = {}
         self._kvm = Kvm(0, 0, 0, (), {})
@@ -111,30 +113,31 @@ class Auditor:
     def begin(self, kvm: Kvm) -> None:
         """An audit begins, of what KVM has now."""
         self._kvm = kvm
+        self.was.clear()
         if not self.backing.is_current(kvm) or len(self._nodes) > _MOST:
             self._nodes.clear()
             self._last.clear()
         tracked = {table.gfn for table in kvm.tables.values() if table.tracked}
-        self._tracked = {level.shift: {gfn >> level.shift - 12 for gfn in tracked} for level in self._format.levels}
+        self._tracked = {level.shift: {gfn >> level.shift - 12 for gfn in tracked} for level in self.format.levels}
 
-    def direct(self, root: int) -> Iterator[Breach]:
-        """What is wrong with the direct map whose root is at `root` (hPA)."""
+    def direct(self, root: int, only: int | None = None) -> Iterator[Breach]:
+        """What is wrong with the direct map whose root is at `root` (hPA); `only` in tables that translate that gPA."""
         self._source, self._earlier = Identity(), None
-        return self._walk(root, synced=False)
+        return self._walk(root, False, only)
 
     def shadow(self, root: int, nested: NestedTable, earlier: NestedTable | None = None, synced: bool = False,
-               ) -> Iterator[Breach]:
+               only: int | None = None) -> Iterator[Breach]:
         """What is wrong with the shadow of `nested` whose root is at `root`. `earlier` is the same table as it was at
         the last flush, if it was written since: that is permitted too. With `synced` tables that KVM has marked as out
         of step are left out, as they are brought in step at L1's next VMRUN."""
         self._source, self._earlier = nested, earlier
-        return self._walk(root, synced)
+        return self._walk(root, synced, only)
 
     @property
     def _is_direct(self) -> bool:
         return isinstance(self._source, Identity)
 
-    def _walk(self, root: int, synced: bool) -> Iterator[Breach]:
+    def _walk(self, root: int, synced: bool, only: int | None) -> Iterator[Breach]:
         todo = [(root, _Way(root, 0, 0, self._source.root(), RIGHTS, 0))]
         while todo:
             address, way = todo.pop()
@@ -153,7 +156,10 @@ class Auditor:
             for shift, pages in node.writable.items():
                 for page in self._tracked[shift] & pages.keys():
                     yield self._untold(way, node, pages[page], page << shift)
-            todo += node.below
+            todo += node.below if only is None else [one for one in node.below if self._leads_to(one[1], only)]
+
+    def _leads_to(self, way: _Way, gpa: int) -> bool:
+        return not (way.gpa ^ gpa) >> self.format.levels[way.depth].shift + 9
 
     def _is_current(self, table: int, node: _Node) -> bool:
         at = node.beside
@@ -162,7 +168,7 @@ class Auditor:
 
     def _read(self, way: _Way) -> _Node:
         """Hold each entry of a table against L1's."""
-        level = self._format.levels[way.depth]
+        level = self.format.levels[way.depth]
         shadow = self._bytes[way.table : way.table + PAGE].tobytes()
         beside = self._source.read_at(way.reach, level.shift)
         nested = b"" if beside is None else self._bytes[beside : beside + PAGE].tobytes()
@@ -170,6 +176,10 @@ class Auditor:
         below: list[tuple[int, _Way]] = []
         breaches: list[Breach] = []
         writable: dict[int, dict[int, int]] = {}
+        if before is not None:
+            self.was[way.table] = before.shadow
+            if before.beside is not None:
+                self.was[before.beside] = before.nested
         self._leant = False
         entries = _ENTRIES.unpack(shadow)
         leaves, left = self._quickly(way, level, entries, nested, writable)
@@ -272,7 +282,7 @@ class Auditor:
 
     def _untold(self, way: _Way, node: _Node, index: int, spa: int) -> Breach:
         """A leaf through which L1's table at `spa`, or in the large page there, can be written."""
-        shift = self._format.levels[way.depth].shift
+        shift = self.format.levels[way.depth].shift
         entry = int.from_bytes(node.shadow[_ENTRY * index : _ENTRY * index + _ENTRY], "little")
         return Breach("shadow.tracked", way.gpa + (index << shift), shift, way.table + _ENTRY * index, entry,
                       "no writes, as L1's table there is in step", "RW", spa, self._is_direct)
@@ -283,7 +293,7 @@ class Auditor:
         is_there = way.table + PAGE <= len(self._bytes)
         if is_there and (self._is_direct or way.reach.depth == IS_NOTHING):
             return None  # of the latter every leaf is told
-        known, shift = self._kvm.tables.get(way.table), self._format.levels[way.depth].shift + 9
+        known, shift = self._kvm.tables.get(way.table), self.format.levels[way.depth].shift + 9
         wanted = self._kept_for(way, way.reach)
         if is_there:
             kept = known and known._replace(unsync=False, passthrough=False)
@@ -299,5 +309,5 @@ class Auditor:
 
     def _kept_for(self, way: _Way, reach: Reach) -> Table:
         """What KVM keeps a table for, where L1's walk is at `reach`."""
-        level = len(self._format.levels) - way.depth
+        level = len(self.format.levels) - way.depth
         return Table(reach.at(way.gpa) >> 12, level, direct=reach.depth == IS_PAGE, unsync=False)

@@ -55,18 +55,22 @@ class Observed:
 
 def is_one(path: Path) -> bool:
     """Whether that folder is such a bundle, whole or not, and not one of a scenario."""
+    return says(path, FORMAT)
+
+
+def says(path: Path, form: str) -> bool:
+    """Whether that folder says of itself that it is a bundle of that format."""
     try:
-        return f'"format": "{FORMAT}"' in (path / MANIFEST).read_text(errors="replace")[:200]
+        return f'"format": "{form}"' in (path / MANIFEST).read_text(errors="replace")[:200]
     except OSError:
         return False
 
 
 def write(folder: Path, bundle: Observed) -> Path:
     """The bundle in `folder`, under a name that is not there yet. Raises TwinwalkError if it cannot be written."""
-    about, cpu, evidence = bundle.about, bundle.cpu, bundle.evidence
-    content = asdict(about) | {"memory": evidence.memory, "cpu": {
-        "maxphyaddr": cpu.maxphyaddr, "asids": cpu.asids, "features": sorted(cpu.features)}}
-    pages = [{f"{spa:#x}": data.hex() for spa, data in sorted(one.pages.items())} for one in evidence.moments]
+    about, evidence = bundle.about, bundle.evidence
+    content = asdict(about) | {"memory": evidence.memory, "cpu": of_cpu(bundle.cpu)}
+    pages = [of_pages(one.pages) for one in evidence.moments]
     parts = {STOPS: json.dumps([one.stop._asdict() for one in evidence.moments], indent=1) + "\n",
              MEMORY: json.dumps(pages, indent=0) + "\n", WALKS: bundle.walks}
     return store(folder, file_name(about.observed, about.check, about.field, about.rule), FORMAT, content, parts)
@@ -78,13 +82,10 @@ def read(path: Path) -> Observed:
     parts = load_parts(path, content, {STOPS, MEMORY, WALKS})
     try:
         about = About(**{name: content[name] for name in About.__dataclass_fields__})
-        size, given = content["memory"], content["cpu"]
-        features = frozenset(given["features"])
-        cpu = Cpu(given["maxphyaddr"], "page1g" in features, given["asids"], features)
+        size, cpu = content["memory"], to_cpu(content["cpu"])
         stops = [_stop(one) for one in parsed(path / STOPS, parts[STOPS])]
-        pages = [_pages(one, size) for one in parsed(path / MEMORY, parts[MEMORY])]
-        if not (0 < size <= _MOST_MEMORY and size % PAGE == 0 and len(stops) == len(pages) == 2
-                and 32 <= cpu.maxphyaddr <= 52 and 0 < cpu.asids < 1 << 32 and features <= set(FEATURES)):
+        pages = [to_pages(one, size) for one in parsed(path / MEMORY, parts[MEMORY])]
+        if not (0 < size <= _MOST_MEMORY and size % PAGE == 0 and len(stops) == len(pages) == 2):
             raise ValueError("a value that cannot be")
     except (KeyError, TypeError, ValueError, AttributeError) as reason:
         raise UsageError(f"{path}: it is damaged, or was not written by this version: {reason}") from None
@@ -100,7 +101,26 @@ def _stop(given: Mapping[str, Any]) -> Stop:
     return stop
 
 
-def _pages(given: Mapping[str, str], size: int) -> dict[int, bytes]:
+def of_cpu(cpu: Cpu) -> dict[str, Any]:
+    """A processor in plain values."""
+    return {"maxphyaddr": cpu.maxphyaddr, "asids": cpu.asids, "features": sorted(cpu.features)}
+
+
+def to_cpu(given: Mapping[str, Any]) -> Cpu:
+    """That processor. Raises ValueError, KeyError and TypeError for what is none."""
+    features = frozenset(given["features"])
+    if not (32 <= given["maxphyaddr"] <= 52 and 0 < given["asids"] < 1 << 32 and features <= set(FEATURES)):
+        raise ValueError("no processor")
+    return Cpu(given["maxphyaddr"], "page1g" in features, given["asids"], features)
+
+
+def of_pages(pages: Mapping[int, bytes]) -> dict[str, str]:
+    """Pages of memory in plain values."""
+    return {f"{at:#x}": data.hex() for at, data in sorted(pages.items())}
+
+
+def to_pages(given: Mapping[str, str], size: int) -> dict[int, bytes]:
+    """Those pages, of a memory of so many bytes. Raises ValueError and AttributeError for what is none."""
     pages = {int(spa, 16): bytes.fromhex(data) for spa, data in given.items()}
     if not all(spa % PAGE == 0 and 0 <= spa < size and len(data) == PAGE for spa, data in pages.items()):
         raise ValueError("a page out of memory, or of another size")

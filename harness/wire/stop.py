@@ -14,6 +14,9 @@ ACCESS: Final = "access"
 HOST: Final = ("rax", "rsp", "eflags", "cs", "ss", "ds", "es", "cr0", "cr3", "cr4", "efer")
 """Registers that are read at each stop, by gdb's names. RFLAGS has no flags of arithmetic: TCG computes them late."""
 
+NOWHERE: Final = (1 << 64) - 1
+"""In place of an sPA: memory that is none of L1's."""
+
 _KINDS: Final = dict(zip(STOPS.values(), (ENTER, EXIT, INVLPGA, ACCESS), strict=True))
 
 
@@ -21,8 +24,8 @@ class Stop(NamedTuple):
     """One vCPU at a VMRUN that it is about to execute (ENTER), at the instruction behind it (EXIT), at an INVLPGA, or
     behind a memory access of L2 (ACCESS). `host` are its registers HOST; RAX is the sPA of the VMCB at ENTER and EXIT.
     `rip` is a linear address. `alone`: there is no other vCPU, which could have changed memory meanwhile. INVLPGA has
-    the page `gva` and the ASID; ACCESS has the `gva`, the `spa` that the machine made of it, and whether `others` have
-    run since VMRUN, of the vCPUs."""
+    the page `gva` and the ASID; ACCESS has the `gva`, the `spa` that the machine made of it (or NOWHERE), and whether
+    `others` have run since VMRUN, of the vCPUs."""
 
     kind: str
     vcpu: int

@@ -14,7 +14,7 @@ from harness.model.entries import FRAME, A, P
 from harness.model.registers import CR0, CR4, EFER, Cpu
 from harness.model.vmcb import ExitCode, Vmcb
 from harness.wire.stop import ACCESS, ENTER, EXIT, INVLPGA, Stop
-from tests.model.tables import FETCH, GVA, READ, Space
+from tests.model.tables import FETCH, GVA, READ, TABLE_OFFSET, Space
 
 E = ErrorCode
 CODE = GVA
@@ -93,6 +93,13 @@ class World:
             return new
 
         self.vmcb["ncr3"] = copy(space.ncr3, 0)
+
+    def unmapped_table(self) -> int:
+        """The gPA of L2's PTE for DATA, in a page that L1 maps no more."""
+        steps = self.space.walk(DATA, READ).steps
+        pte = next(s.address for s in reversed(steps) if s.dimension == "guest")
+        self.space.change([s.address for s in steps if s.purpose == "pte"][-1], clear=P)
+        return pte + TABLE_OFFSET
 
     def entry(self, gva: int = CODE) -> int:
         """The sPA of the nested PTE of a page of L2's."""

@@ -10,8 +10,8 @@ import pytest
 from harness.errors import MachineLost
 from harness.lockstep.audit import Audit
 from harness.lockstep.compare import Context, Divergence
-from harness.model.backing import Kvm
-from harness.model.entries import RW, Format, P
+from harness.model.backing import Kvm, Shape
+from harness.model.entries import RW, P
 from harness.model.memory import Memory
 from harness.model.registers import CR0, CR4, EFER, Cpu
 from harness.model.vmcb import FIELDS, ExitCode
@@ -49,12 +49,8 @@ class L0:
         return self.world.memory
 
     @property
-    def shadow_format(self) -> Format:
-        return self.world.l0
-
-    @property
-    def host_format(self) -> Format:
-        return self.world.l0
+    def shape(self) -> Shape:
+        return Shape(40, len(self.world.l0.levels))
 
     def look(self) -> Kvm:
         return self.world.kvm()._replace(**self.changes)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from harness.lockstep.errata import Erratum
+from harness.lockstep.exits import has_table
 from harness.lockstep.observe import KEPT
 from harness.lockstep.result import Under, Visit
-from harness.model.entries import RW, A, P
+from harness.model.entries import PS, RW, US, A, Format, P, legacy, long_mode, pae
+from harness.model.memory import Memory
 from harness.model.vmcb import ExitCode
+from harness.model.walk import Paging
 from harness.wire.stop import ENTER, EXIT, Stop
 from tests.lockstep.observed import CODE, DATA, HOLE, E, World, fault
 from tests.model.tables import USER
@@ -36,8 +39,9 @@ class TestRight:
         assert world.enter() == [] and world.npf() == []
 
     def test_a_nested_fault_for_a_guest_table(self, world: World) -> None:
+        gpa = world.unmapped_table()
         world.enter()
-        assert world.npf(E.GUEST_TABLE | E.W | E.U) == []
+        assert world.npf(E.GUEST_TABLE | E.W | E.U, gpa) == []
 
     def test_a_page_fault(self, world: World) -> None:
         world.enter()
@@ -159,3 +163,25 @@ def test_errata_explain(errata: list[Erratum]) -> None:
     assert [one.erratum for one in world.leave(0xFFFF_FFFF)] == ["qemu-tcg-invalid-high-half"]
 
 
+
+
+@pytest.mark.parametrize(
+    "guest", [legacy(40, True), pae(40, True), long_mode(40, True), long_mode(40, True, la57=True)],
+    ids=lambda fmt: fmt.name)
+def test_where_l2_has_tables(guest: Format) -> None:
+    """In each format: those that its walks come to, and no others. The nested table maps 2M to themselves."""
+    memory = Memory(2 << 20)
+    for at, entry in ((0x1000, 0x2000), (0x2000, 0x3000), (0x3000, PS)):
+        memory.write(at, entry | P | RW | US, 8)
+    tables = [0x10000 + 0x1000 * number for number, _ in enumerate(guest.levels)]
+    size = 1 << guest.entry_shift
+    for table, below in zip(tables, [*tables[1:], 0x30000], strict=True):
+        memory.write(table + 2 * size, below | P, size)
+        memory.write(table + 3 * size, 0x40000, size)  # not present
+        memory.write(table + size, 0x50000 | (PS if below not in (tables[1], 0x30000) else 0) | P, size)
+    paging = Paging(guest, tables[0], True, False, False, False, True, long_mode(40, True), 0x1000)
+    found = [page for page in range(0, 2 << 20, 0x1000) if has_table(paging, memory.words, page + 2 * size)]
+    assert found == sorted({*tables, 0x50000})
+    memory.write(0x3000, 0, 8)
+    assert has_table(paging, memory.words, tables[0]) and not has_table(paging, memory.words, tables[1])
+    assert not has_table(paging._replace(guest=None), memory.words, tables[0])

@@ -164,6 +164,7 @@ FAULTS = {
     "#NPF with neither bit 32 nor 33": (fault(E.U), "C1", "exitinfo1", "nested.present"),
     "#NPF with both": (fault(E.FINAL | E.GUEST_TABLE | E.U | E.W), "C1", "exitinfo1", "nested.present"),
     "#NPF of a table, no write": (fault(E.GUEST_TABLE | E.U), "C1", "exitinfo1", "nested.present"),
+    "#NPF of a table, where L2 has none": (fault(E.GUEST_TABLE | E.U | E.W), "C1", "exitinfo1", "nested.present"),
     "#NPF of what is mapped": (no_fault, "C1", "outcome", "reached"),
     "#NPF of a fetch, not where RIP is": (fetch_elsewhere, "C1", "outcome", "reached"),
     "#PF with P": (fault(E.P, 0x7000, 0x4E), "C1", "exitinfo1", "guest.present"),

@@ -12,12 +12,14 @@ from harness.errors import MachineLost
 from harness.lockstep.audit import Audit
 from harness.lockstep.errata import Erratum, of_layers
 from harness.lockstep.observe import Observer, Seen
+from harness.lockstep.signature import signature
 from harness.machine import kvm_on_tcg, observed_kvm
 from harness.machine.observed import Options
 from harness.model.backing import look_up
 from harness.model.memory import Memory
 from harness.model.vmcb import Vmcb
-from harness.wire.stop import ENTER, EXIT
+from harness.report import audits, stops
+from harness.wire.stop import ACCESS, ENTER, EXIT
 from tests.machine.foreign_l1 import build, disk
 from tests.machine.processes import gone, unique
 
@@ -47,6 +49,7 @@ def test_all_of_it(foreign: Path, errata: list[Erratum]) -> None:
     seen = observer.seen
     assert [(one.check, one.field, one.op) for one in seen.divergences] == [("C3", "tsc_offset", 8)]
     assert seen.vmruns == 5 * ROUNDS and not seen.unpaired and not seen.elsewhere
+    assert seen.accesses == 3 * ROUNDS
     assert seen.exits == {"VMEXIT_NPF": 2 * ROUNDS, "VMEXIT_CPUID": ROUNDS, "VMEXIT_#PF": ROUNDS,
                           "VMEXIT_VMMCALL": ROUNDS}
     assert machine.ended.startswith("it reset") and [one.name for one in machine.identity.layers] == ["kvm", "qemu-tcg"]
@@ -67,6 +70,7 @@ def test_several_processors(foreign: Path, errata: list[Erratum]) -> None:
     """The second one counts meanwhile, in a thread of its own on L0's one processor."""
     seen, ended = watched(Options(foreign, append="s", memory=MEMORY, wait=60, args=("-smp", "2")), errata)
     assert seen.divergences == [] and seen.vmruns == 5 * ROUNDS and not seen.unpaired and ended.startswith("it reset")
+    assert seen.accesses + seen.disturbed == 3 * ROUNDS
 
 
 def test_both_processors_run_guests(foreign: Path, errata: list[Erratum]) -> None:
@@ -78,9 +82,12 @@ def test_both_processors_run_guests(foreign: Path, errata: list[Erratum]) -> Non
         vmcbs: dict[int, set[int]] = {}
         for stop in machine.stops(observer.plausible):
             observer.stop(stop)
-            vmcbs.setdefault(stop.vcpu, set()).add(stop.host["rax"])
+            if stop.kind != ACCESS:
+                vmcbs.setdefault(stop.vcpu, set()).add(stop.host["rax"])
     assert len(vmcbs) == 2 and all(len(one) == 1 for one in vmcbs.values())
-    assert observer.seen.divergences == [] and observer.seen.vmruns == 9 * ROUNDS and not observer.seen.unpaired
+    seen = observer.seen
+    assert seen.divergences == [] and seen.vmruns == 9 * ROUNDS and not seen.unpaired
+    assert seen.accesses + seen.disturbed == 7 * ROUNDS
 
 
 def test_a_disk(tmp_path: Path, errata: list[Erratum]) -> None:
@@ -103,8 +110,10 @@ def test_arguments_for_disks(tmp_path: Path) -> None:
                        "-drive", f"if=virtio,snapshot=on,file={other},format=qcow2"]
 
 
-def test_its_tables_are_audited(foreign: Path, errata: list[Erratum]) -> None:
-    """At each stop of an L1 that nobody scripted; a page that L2's shadow leads to is changed, and told at once."""
+def test_its_tables_are_audited(foreign: Path, errata: list[Erratum], tmp_path: Path,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    """At each stop of an L1 that nobody scripted; a page that L2's shadow leads to is changed, and told at once. What
+    was gathered of it is enough for the model alone."""
     options = Options(foreign, append="x", memory=MEMORY, wait=60)
     with observed_kvm.start(options, kvm_on_tcg.Options(audit=1)) as machine:
         assert machine.kvm is not None
@@ -119,12 +128,44 @@ def test_its_tables_are_audited(foreign: Path, errata: list[Erratum]) -> None:
                 look_up(words, machine.kvm.shadow_format, machine.kvm.look().l2_root, _CODE, trail)
                 _, spoilt, entry = trail[-1]
                 words[spoilt >> 3] = entry ^ 1 << 21
-            observer.stop(stop)
+            found = observer.stop(stop)
             if spoilt and stop.kind == EXIT and seen.vmruns == 9:
+                about = stops.About(*signature(found[0]), "foreign", {}, "", "")
+                path = audits.write(tmp_path, audits.Audited(about, observer.audited(found[0]), machine.cpu, ""))
                 words[spoilt >> 3] = entry
+    assert cli.main(["explain", str(path)]) == 0
+    assert "judged again by the model alone: the same finding" in capsys.readouterr().out
     assert [(one.check, one.rule, one.op) for one in seen.divergences] == [("C5", "shadow.frame", 8)]
     assert f"hPA {spoilt:#x}" in "\n".join(seen.divergences[0].events)
     assert seen.shadow_audits == 2 * seen.vmruns == 10 * ROUNDS and seen.shadow_leaves > seen.shadow_audits
+
+
+def test_an_access_that_went_elsewhere(foreign: Path, errata: list[Erratum]) -> None:
+    """L2 reads its letter each round, by an entry of the shadow that is there by then: changed, it leads L2 to the next
+    page of L1's, and to one of L0's own."""
+    options = Options(foreign, append="x", memory=MEMORY, wait=60)
+    with observed_kvm.start(options, kvm_on_tcg.Options(audit=1)) as machine:
+        assert machine.kvm is not None
+        words = machine.kvm.memory.words
+        observer = Observer("foreign", machine.memory, machine.cpu, of_layers(errata, machine.identity.layers),
+                            machine.holds)
+        seen, letter, spoilt, entry = observer.seen, 0, 0, 0
+        for stop in machine.stops(observer.plausible):
+            observer.stop(stop)
+            if stop.kind == ACCESS and not seen.vmruns % 5:
+                letter = stop.gva
+                if spoilt:
+                    words[spoilt >> 3], spoilt = entry, 0
+            elif stop.kind == ENTER and seen.vmruns in (20, 45):
+                trail: list[tuple[str, int, int]] = []
+                look_up(words, machine.kvm.shadow_format, machine.kvm.look().l2_root, letter, trail)
+                name, spoilt, entry = trail[-1]
+                assert name == "pte"
+                words[spoilt >> 3] = entry ^ 0x1000 if seen.vmruns == 20 else entry & 0xFFF
+    assert [(one.check, one.field, one.rule, one.op) for one in seen.divergences] == [
+        ("C1", "outcome", "reached", 19), ("C1", "outcome", "reached", 44)]
+    assert seen.divergences[0].observed == f"sPA {letter ^ 0x1000:#x}"
+    assert seen.divergences[1].observed == "memory that is none of L1's"
 
 
 def test_command(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
