@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 from harness.lockstep.errata import Erratum
 from harness.lockstep.signature import Signature
 from harness.model.access import Reached
-from harness.model.coverage import Cell
+from harness.model.coverage import BOTH, Cell
 from harness.model.entries import FRAME
 from harness.model.rules import RULES
 from harness.model.walk import FINAL, GUEST, NESTED
@@ -35,6 +35,8 @@ _DRAWN: Final = 500
 _EACH: Final = 3
 """Walks that are drawn: so many in all, and of each signature so many at least. Others are like them."""
 _SEARCHED: Final = 400
+_DIMENSIONS: Final = ("", "guest", "nested table", "nested page", BOTH)
+_LEVELS: Final = ("", "pml5e", "pml4e", "pdpte", "pde", "pte")
 _BEFORE: Final = 40
 """Ops of a scenario that are told before the one that a finding is of."""
 
@@ -188,11 +190,23 @@ def _coverage(summary: Summary, errata: Iterable[Erratum]) -> dict[str, Any]:
     merged = coverage.merge([coverage.Covered.made(summary.machine, summary.cells)], errata)
     of = Counter((cell.rule, _column(cell)) for cell in merged.reachable)
     reached = Counter((cell.rule, _column(cell)) for cell in merged.reached)
-    columns = sorted({column for _, column in of})
+    columns = sorted({column for _, column in of}, key=_in_order)
     rules = [rule for rule in RULES if any(name == rule for name, _ in of)]
     return {"columns": columns, "rows": [
         [rule, *([reached[rule, column], of[rule, column]] for column in columns)] for rule in rules]}
 
 
-def _column(cell: Cell) -> str:
-    return " ".join(filter(None, (cell.dimension, cell.level)))
+def _column(cell: Cell) -> tuple[str, str]:
+    """Dimension and level; where both dimensions decide, pairs of their page sizes are too many for a column each."""
+    return cell.dimension, "" if cell.dimension == BOTH else cell.level
+
+
+def _in_order(column: tuple[str, str]) -> tuple[int, int, str]:
+    """As a walk comes by them: the guest's tables, the nested walks for these, that for the page; levels from the
+    root."""
+    dimension, level = column
+    return _place(_DIMENSIONS, dimension), _place(_LEVELS, level.partition(" ")[0]), level
+
+
+def _place(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else len(names)

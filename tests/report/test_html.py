@@ -18,11 +18,14 @@ from harness.errors import MachineLost
 from harness.lockstep.result import Result
 from harness.model.access import Access
 from harness.model.entries import RW
+from harness.model.registers import Cpu
+from harness.model.universe import FEATURES, universe
 from harness.report import html, matrix
 from harness.report.summary import Summary, summarize
 from tests.report.browser import SLOW, complaints, needs_browser, texts, unreadable
 from tests.report.cases import NAME, SCENARIO, Case, divergence, erratum, extra_d, missing_a, result, went_through
 from tests.report.test_matrix import MATRIX
+from tests.report.test_summary import Identity
 
 WRITE = Access(write=True)
 
@@ -203,3 +206,26 @@ def test_tables_and_the_program_in_a_browser(browser: webdriver.Chrome, summary:
 def test_it_can_be_read(scheme: str, browser: webdriver.Chrome, summary: Summary, tmp_path: Path) -> None:
     html.write(tmp_path / "page.html", summary)
     assert unreadable(browser, scheme, (tmp_path / "page.html").as_uri()) == []
+
+
+@needs_browser
+def test_coverage_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """A rule a row; dimensions in the order of a walk, each above its levels from the root; a cell says what it is."""
+    identity = Identity(features=("nx", "page1g", *FEATURES))
+    cells = [one for one in universe(Cpu(40, True, 16, frozenset(identity.features))).reachable
+             if one.rule == "guest.present" and one.level == "pde"]
+    made = summarize(identity, [SCENARIO], [result()], [], 1.0, cells=cells)
+    told = html.document(made)["coverage"]
+    dimensions = [dimension for dimension, _ in told["columns"]]
+    assert list(dict.fromkeys(dimensions)) == ["", "guest", "nested table", "nested page", "both"]
+    assert [level for dimension, level in told["columns"] if dimension == "guest" and level][:3] == [
+        "pml5e", "pml4e", "pdpte"] and dimensions.count("both") == 1
+    html.write(tmp_path / "page.html", made)
+    browser.get((tmp_path / "page.html").as_uri())
+    spans = [(one.text, int(one.get_attribute("colspan") or 1))
+             for one in browser.find_elements(By.CSS_SELECTOR, ".heat tr:first-child th")[1:]]
+    assert spans == [(dimension or "no walk", dimensions.count(dimension)) for dimension in dict.fromkeys(dimensions)]
+    filled = [one.get_attribute("title") for one in browser.find_elements(By.CSS_SELECTOR, ".heat td[title]")
+              if not (one.text or "0/").startswith("0/")]
+    assert filled == [f"guest.present, guest pde: {len(cells)} of {len(cells)} cells reached"]
+    assert complaints(browser) == []

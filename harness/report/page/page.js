@@ -245,13 +245,20 @@ if (data.coverage.rows.length) {
 	by("coverage").hidden = false;
 	const heat = by("heat");
 	heat.className = "heat";
-	const head = heat.appendChild(make("tr"));
-	for (const text of ["rule", ...data.coverage.columns]) head.appendChild(make("th", text));
+	const heads = [make("tr"), make("tr")], { columns } = data.coverage;
+	heads[0].appendChild(make("th", "rule")).rowSpan = 2;
+	columns.forEach(([dimension, level], n) => {  // a dimension stands above its levels
+		if (!n || dimension !== columns[n - 1][0])
+			heads[0].appendChild(make("th", dimension || "no walk")).colSpan = columns.filter(one => one[0] === dimension).length;
+		heads[1].append(make("th", level));
+	});
+	heat.append(...heads);
 	for (const [rule, ...cells] of data.coverage.rows) {
 		const line = heat.appendChild(make("tr"));
 		line.appendChild(make("th", rule, "r"));
-		for (const [reached, of] of cells) {
+		for (const [n, [reached, of]] of cells.entries()) {
 			const at = line.appendChild(make("td", of ? `${reached}/${of}` : "", of ? "" : "dim"));
+			if (of) at.title = `${rule}, ${columns[n].join(" ") || "no walk"}: ${reached} of ${of} cells reached`;
 			if (of) at.style.background = `color-mix(in srgb, var(--${reached === of ? "good" : "bad"}) ${reached === of ? 22 : 15 + 55 * (1 - reached / of)}%, transparent)`;
 		}
 	}
