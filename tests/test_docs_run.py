@@ -46,6 +46,7 @@ ELSEWHERE: Final = {
     "campaign": "tests/test_campaigning.py has a scheduler and workers",
     "fetch": "it asks the mirror: tests/machine/test_suites.py and test_versions.py",
     "found/linux-": "tests/machine/test_observe.py: a bundle of what is observed",
+    "amd-iommu": "tests/machine/test_observe_xen.py",
     "qmp:": "tests/machine/test_live.py",
     "ssh://": "tests/machine/test_ssh.py has a server for it",
     "matrix --kernel": "tests/test_matrix.py",
