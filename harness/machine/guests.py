@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,9 @@ _FLAGS: Final = (
 _PLUGIN_FLAGS: Final = (
     "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
 )
+
+_NO_LIBC: Final = re.compile(r"fatal error: (errno|stdlib|string|unistd)\.h: |cannot find (crt\w+\.o|-lc)\b")
+"""What gcc and ld say of a host that has no libc6-dev: gcc does not depend on it."""
 
 
 def cache_dir() -> Path:
@@ -89,7 +93,9 @@ def _build(
             argv += ["-o", str(output)]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise LaunchFailed(f"the guest does not build: {' '.join(argv)}\n{done.stderr}")
+                lacks = _NO_LIBC.search(done.stderr)
+                remedy = f"the C library's headers are missing: {places.remedy('libc6-dev')}\n" if lacks else ""
+                raise LaunchFailed(f"the guest does not build: {remedy}{' '.join(argv)}\n{done.stderr}")
             output.replace(target)  # atomic: test workers may build at the same time
     except FileNotFoundError:
         raise LaunchFailed(f"no compiler {command!r}: {places.remedy('gcc binutils')}, or set CC") from None

@@ -58,6 +58,16 @@ def test_a_source_that_does_not_compile(tree: Path) -> None:
         guests.build_l1()  # a warning is an error
 
 
+def test_no_c_library(tree: Path) -> None:
+    """The message says what is missing, not only what the compiler says."""
+    (tree / "observe" / "stops.c").write_text('#error "fatal error: errno.h: No such file or directory"\n')
+    with pytest.raises(LaunchFailed, match=r"the C library's headers are missing: .*(setup|libc6-dev)"):
+        guests.build_plugin(1)
+    (tree / "observe" / "stops.c").write_text("#error other\n")
+    with pytest.raises(LaunchFailed, match=r"does not build: (?!the C library)"):
+        guests.build_plugin(1)
+
+
 def test_no_compiler(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LaunchFailed, match=r"no compiler 'no-such-cc'.*setup"):
         guests.build_l1("no-such-cc")
