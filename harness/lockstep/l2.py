@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from harness.errors import UsageError
@@ -28,7 +28,7 @@ from harness.model.tlb_events import Flushed, Ran, Wrote
 from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
 from harness.model.walk import Walk
 from harness.scenario.ops import STRINGS
-from harness.wire.image import tag
+from harness.wire.image import DATA_PAGES_TAG, tag
 from harness.wire.program import Step, WireProbe
 
 _FETCH = {cpl: Access(fetch=True, user=cpl == 3) for cpl in range(4)}
@@ -43,6 +43,12 @@ _MASK64 = (1 << 64) - 1
 _MAX_ENTERED = 100
 _RULES = {events.GP: "exit.privileged", events.DB: "exit.debug"}
 """Of exceptions that instructions raise; `exit.exception` of the others."""
+_FIRST_INSTRUCTION = 5
+"""Bytes of the first of the two instructions in a quadword of the data pages."""
+_CODE_BYTES = 7
+"""Bytes of both."""
+_CODE_NAME = 0xFFFF_FFFF << 8
+"""Which of them are what it returns."""
 
 
 class L2(Translation):
@@ -241,10 +247,12 @@ class L2(Translation):
 
     def reach(
         self, access: Access, address: int, size: int, index: int, more: bool = False,
+        fits: Callable[[int, int, int, bool, int], bool] | None = None,
     ) -> list[tuple[int, int, int]]:
         """Translate an access of `size` bytes: for each page that it touches the sPA, where in the operand
         that begins, and how many bytes. Of two pages the lower is translated first; a fault of the higher
-        has that page's first address. With `more` other accesses of the instruction follow."""
+        has that page's first address. With `more` other accesses of the instruction follow. `fits` is in the place of
+        `_fits`."""
         first = min(size, 0x1000 - (address & 0xFFF))
         parts = [(address, 0, first)]
         if first < size:
@@ -252,7 +260,7 @@ class L2(Translation):
         reached: list[tuple[int, int, int]] = []
         walks: list[Walk] = []
         for gva, at, width in parts:
-            walk = self._cached(gva, access, index, partial(self._fits, index, at, width, access.write),
+            walk = self._cached(gva, access, index, partial(fits or self._fits, index, at, width, access.write),
                                 more=more or at + width < size)
             walks.append(walk)
             self.out.walks[index] = joined(walks)
@@ -314,6 +322,8 @@ class L2(Translation):
 
     def _fetch(self, address: int, index: int) -> int:
         registers.old_breakpoint(self, address, index)
+        if 0x1000 - (address & 0xFFF) < _FIRST_INSTRUCTION:
+            return self._crossing_fetch(address, index)
         walk = self._cached(address, _FETCH[self.regs.cpl], index, lambda spa: self._seen_result(index) == spa >> 3)
         self._note(walk)
         self.out.walks[index] = walk
@@ -325,6 +335,24 @@ class L2(Translation):
         if spa & 7 or not self.state.image.in_data(spa) or self.state.memory.words[spa >> 3] != tag(spa):
             raise UsageError(f"fetch at gVA {address:#x} reaches sPA {spa:#x}, where there is no code that returns")
         return spa >> 3
+
+    def _crossing_fetch(self, address: int, index: int) -> int:
+        """A fetch whose first instruction goes on in the next page: L2 stands at it if that page faults."""
+        access = _FETCH[self.regs.cpl]
+        if isinstance(self.walk(address, access).outcome, GeneralProtection):
+            raise UsageError(f"fetch at gVA {address:#x}: code that begins at no canonical address is not modelled")
+        self.is_rmw, self.regs.rip = False, address
+        code = self.read(self.reach(access, address, _CODE_BYTES, index, fits=self._fits_code))
+        if code & ~_CODE_NAME != DATA_PAGES_TAG & (1 << 8 * _CODE_BYTES) - 1:
+            raise UsageError(f"fetch at gVA {address:#x} reaches {code:#x}, which is no code that returns")
+        return (code & _CODE_NAME) >> 8
+
+    def _fits_code(self, index: int, at: int, width: int, write: bool, spa: int) -> bool:
+        """`_fits`, of a part of the code that returned what the machine is seen to have returned."""
+        if self.state.seen is None or index >= self.state.seen.next_probe:
+            return True
+        code = DATA_PAGES_TAG | self._seen_result(index) << 8
+        return code >> 8 * at & (1 << 8 * width) - 1 == self.state.memory.read(spa, width)
 
     # --- faults -----------------------------------------------------------------------------------
 

@@ -54,6 +54,9 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "CPL 1 and 2 are users": Mutant(
         "lockstep.l2", "_FETCH[self.regs.cpl], index, lambda", "_FETCH[3 if self.regs.cpl else 0], index, lambda",
         ("controls/rings",), "C1", "outcome"),
+    "L2 stands before a jump to code that faults in its second page": Mutant(
+        "lockstep.l2", "self.is_rmw, self.regs.rip = False, address", "self.is_rmw = False",
+        ("walk/fetch-crosses-absent",), "C3", "rip"),
     "SMAP ignored": Mutant(
         "model.walk", "if paging.smap and not fetch and (implicit or not paging.ac):", "if False:",
         (one('vmcb = "cr4"\nset = ["smap"]', ALL),), "C1", "outcome"),
