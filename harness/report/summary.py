@@ -249,6 +249,11 @@ def describe_machine(machine: Mapping[str, Any] | None) -> str:
         return "the machine never came up"
     rest = {name: value for name, value in machine.items() if value or value == 0}
     rest.pop("layers", None)  # for errata; they are QEMU and the kernel, which are named
+    if not rest.get("svm_revision", 1):  # nobody asked CPUID: a foreign L1 does not tell
+        del rest["svm_revision"]
+        rest.pop("svm_features", None)
+    if not rest.get("microcode", 1):
+        del rest["microcode"]
     parts = [f"{rest.pop('machine', 'machine')}:"]
     if "qemu" in rest:
         parts.append(f"QEMU {rest.pop('qemu_version', '?')} ({rest.pop('qemu')}),")
@@ -263,5 +268,7 @@ def describe_machine(machine: Mapping[str, Any] | None) -> str:
     features = rest.pop("features", [])
     if "svm_features" in rest:
         parts.append(f"SVM revision {rest.pop('svm_revision', '?')} with features {rest.pop('svm_features'):#x},")
+    if {"kernel", "kernel_version"} <= rest.keys():
+        parts.append(f"Linux {rest.pop('kernel_version')} ({rest.pop('kernel')}),")
     parts += [f"{name} {value}," for name, value in rest.items()]
     return f"{' '.join(parts)} {' '.join(features)}".strip().rstrip(",")

@@ -117,10 +117,19 @@ def test_description() -> None:
     assert describe_machine(None) == "the machine never came up"
 
 
+def test_what_nobody_asked_is_not_told() -> None:
+    """No machine has SVM revision 0, or microcode 0: it is not known; no features at all are some."""
+    known = describe_machine({"machine": "tcg", "svm_revision": 1, "svm_features": 0, "microcode": 5})
+    assert known == "tcg: microcode 0x5, SVM revision 1 with features 0x0"
+    assert describe_machine({"machine": "tcg", "svm_revision": 0, "svm_features": 0, "microcode": 0}) == "tcg:"
+
+
 def test_description_of_a_machine_that_is_not_known_yet() -> None:
     """Nothing of an identity is left out, whatever its names are."""
     text = describe_machine({"machine": "kvm", "kernel_version": "6.12.9", "nested": 1})
     assert text == "kvm: kernel_version 6.12.9, nested 1"
+    both = describe_machine({"machine": "kvm", "kernel": "6.12.9-amd64", "kernel_version": "6.12.9", "nested": 1})
+    assert both == "kvm: Linux 6.12.9 (6.12.9-amd64), nested 1"
 
 
 class TestFound:
