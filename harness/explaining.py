@@ -74,6 +74,8 @@ def _explain(options: argparse.Namespace) -> int:
         screen.show(alone(finding, screen.width))
     elif options.vcpu is not None:
         raise UsageError("--vcpu is for a live machine: qmp:PATH")
+    elif not options.source.exists():
+        raise UsageError(f"{options.source}: no such file or folder: give a bundle, a dump, or qmp:PATH")
     elif stops.is_one(options.source):
         finding = _of_stops(options.source, stops.read(options.source), options, access, screen)
     elif audits.is_one(options.source):

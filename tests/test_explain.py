@@ -57,6 +57,11 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return capsys.readouterr().err
 
 
+def test_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told that it is not there, not what else a dump wants."""
+    assert "none.twin: no such file or folder: give a bundle" in refused(capsys, tmp_path / "none.twin")
+
+
 class TestDump:
     def test_a_fault(self, raw: Path, space: Space, capsys: pytest.CaptureFixture[str]) -> None:
         """All 24 references, the last one marked, and the rule."""
@@ -128,7 +133,7 @@ class TestWrongUse:
         assert str(path) in said and why in said
 
     def test_no_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "cannot be read" in refused(capsys, tmp_path / "none", "0", "--cr3", "0")
+        assert "no such file" in refused(capsys, tmp_path / "none", "0", "--cr3", "0")
         assert "bundle.json" in refused(capsys, tmp_path, "0")
 
     def test_what_is_missing(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

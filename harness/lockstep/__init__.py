@@ -34,5 +34,5 @@ A foreign L1, which runs no program of ours:
     observe   each VMRUN and #VMEXIT as it comes
     exits     what one #VMEXIT must be
     nested_tables, flushes   what changed in its nested tables; whether it flushes what it must
-    evidence  what a finding was made of
+    evidence, audited   what a finding was made of; what one in the tables of the KVM under it was
 """

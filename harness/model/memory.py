@@ -28,10 +28,12 @@ class Room(Protocol):
     """Memory that is read."""
 
     @property
-    def words(self) -> Words: ...
+    def words(self) -> Words:
+        """By quadwords."""
 
     @property
-    def bytes(self) -> Bytes: ...
+    def bytes(self) -> Bytes:
+        """By bytes."""
 
 
 class Memory:

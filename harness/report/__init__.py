@@ -15,7 +15,7 @@
     output    result files: checked before a run, written whole or not at all
     bundle, records   one finding to be sent to somebody, with what L1 posted
     export_c  the same as a C test
-    stops     one of a foreign L1
+    stops, audits   one of a foreign L1; one of the tables of the KVM under it
     catches   what a fuzzing run found
     matrix    findings by version
     coverage  which cells were reached, of one run or several
