@@ -63,7 +63,7 @@ def columns(l0: L0Kvm, nested: NestedTable, backing: Backing, guest: Entries, pa
         assert frame is not None and slot is not None, "L2 has read there"
         hpa = frame & FRAME | spa & 0xFFF
         trail: list[tuple[str, int, int]] = []
-        found = look_up(words, l0.shadow_format, kvm.l2_root, gpa, trail)
+        found = look_up(words, l0.shape.formats()[0], kvm.l2_root, gpa, trail)
         assert found is not None, "L2 has read there"
         title = "the page itself" if name == "page" else f"L2's {name}"
         yield Column(title, gpa, nested.steps(gpa), spa, slot.process + spa - slot.start, backing.walk(spa), hpa, trail,
