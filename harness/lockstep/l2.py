@@ -16,8 +16,9 @@ from harness.lockstep.quirks import (
     LAR_LOSES_FLAGS,
     RMW_READS_FIRST,
     V_IRQ_AT_PRIORITY,
+    V_IRQ_KEPT,
 )
-from harness.lockstep.state import Own, State
+from harness.lockstep.state import DELIVERED, Own, State
 from harness.lockstep.translation import Translation, joined
 from harness.model import events, vmrun
 from harness.model.access import Access, GeneralProtection, NestedPageFault, PageFault, Reached, StackFault
@@ -104,8 +105,23 @@ class L2(Translation):
             raise UsageError("a virtual interrupt that a shadow holds back is not modelled")
         if asks(vmcb, "vintr"):
             raise Leave(INTERCEPTS["vintr"].exitcode, rule="exit.intercept")
-        vmcb["v_intr"] &= ~VIntr.IRQ
-        self.deliver(Event(vector, events.INTERRUPT))
+        if not self._keeps_v_irq():
+            vmcb["v_intr"] &= ~VIntr.IRQ
+        cpl = self.regs.cpl
+        try:
+            self.deliver(Event(vector, events.INTERRUPT))
+        except Leave as leave:
+            if leave.event is None:
+                self.state.outside[DELIVERED] = cpl
+            raise
+
+    def _keeps_v_irq(self) -> bool:
+        """By a quirk V_IRQ stays set: where a hypervisor below needs it for an interrupt that is pending for L1; or
+        where it may lack what the delivery touches, since none like it came before with all as it is."""
+        state = self.state
+        window = not state.vmcb["v_intr"] & VIntr.MASKING and "interrupt" in state.outside
+        may = window or state.outside.get(DELIVERED) != self.regs.cpl
+        return may and state.saw_v_irq() and state.quirks.has(V_IRQ_KEPT)
 
     def enter(self) -> None:
         """L2's own accesses: fetch of its code, use of its mailbox. A fault of the first is the
@@ -178,6 +194,8 @@ class L2(Translation):
         """Do one probe; returns its result."""
         kind, size, address, value = probe
         self.out.under[index] = self.paging, self.caching
+        if kind != "read":
+            self.state.outside.pop(DELIVERED, None)
         self.at(stub.label(kind, size), value)
         if kind in ("read", "write", "rmw", "push", "pop"):
             result = self._data(kind, size, address, value, index)

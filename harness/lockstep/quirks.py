@@ -28,6 +28,7 @@ PKE_NOT_FLUSHED: Final = "pke-not-flushed"
 SOFTWARE_EVENT_LOST: Final = "software-event-lost"
 VC_DROPPED: Final = "vc-dropped"
 SOFTWARE_EVENT_RIP: Final = "software-event-rip"
+V_IRQ_KEPT: Final = "v-irq-kept"
 V_IRQ_AT_PRIORITY: Final = "v-irq-at-priority"
 INTERRUPT_AS_EXCEPTION: Final = "interrupt-as-exception"
 RESERVED_EVENT_LOST: Final = "reserved-event-lost"
@@ -264,6 +265,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     "implicit-obeys-ac": Quirk(access=_implicit_obeys_ac),
     "stack-as-data": Quirk(access=_stack_as_data),
     PKE_NOT_FLUSHED: Quirk(),
+    V_IRQ_KEPT: Quirk(),
     V_IRQ_AT_PRIORITY: Quirk(),
     RMW_READS_FIRST: Quirk(),
     EXCLUSIVE_LOSES_FLAGS: Quirk(),

@@ -20,7 +20,7 @@ from harness.model.memory import Memory, Words
 from harness.model.registers import CR0, CR4, EFER, RFLAGS, Cpu
 from harness.model.tlb import Tlb
 from harness.model.tlb_events import INVLPGA, Flushed, Wrote
-from harness.model.vmcb import NP_ENABLE, Vmcb
+from harness.model.vmcb import FIELDS, NP_ENABLE, VIntr, Vmcb
 from harness.model.vmrun import Host, Registers
 from harness.model.walk import Paging, Walk
 from harness.scenario.initial import INITIAL_HOST
@@ -36,6 +36,11 @@ _HOST_NAMES = {number: name for name, number in HOST_REGISTERS.items()}
 _MAX_PAGINGS = 1000
 PENDING = frozenset({"nmi", "interrupt"})
 """What L1 has sent itself."""
+DELIVERED = "delivered"
+"""Among what is outside: the CPL of L2 when a virtual interrupt was delivered whole; until something is changed that
+another delivery may touch."""
+_V_INTR = FIELDS["v_intr"][0]
+_OF_EVENTS = frozenset(FIELDS[name][0] for name in ("v_intr", "rflags", "rip"))
 
 
 class Entered(NamedTuple):
@@ -105,8 +110,8 @@ class State:
         self.remote: list[Step] = []
         """Writes of L1's second processor: for the next RUN, and for the one that is on."""
         self.outside: dict[str, int] = {}
-        """What L2 wrote that lies neither in memory nor in a VMCB, nor is L1's: `dr0` to `dr3`, a port (`cf8`); and of
-        PENDING what is."""
+        """What L2 wrote that lies neither in memory nor in a VMCB, nor is L1's: `dr0` to `dr3`, a port (`cf8`); of
+        PENDING what is; and DELIVERED."""
         self.seen: Record | None = None
         """What L1 posted of the VMRUN, where that decides which of several permitted courses to follow."""
         self.search = False
@@ -145,6 +150,8 @@ class State:
 
     def apply(self, step: Step) -> None:
         """Do one op that is not a RUN."""
+        if step.code != "WRITE" or self.image.in_arena(step.a) or step.a & 0xFFF not in _OF_EVENTS:
+            self.outside.pop(DELIVERED, None)
         if step.code == "WRITE":
             self.touch(step.a & ~7)
             if self.image.in_arena(step.a):
@@ -168,6 +175,10 @@ class State:
         if name not in self.outside:
             raise UsageError(f"L2 reads {name.upper()} before it has written it: what is there is not known")
         return self.outside[name]
+
+    def saw_v_irq(self) -> bool:
+        """Whether V_IRQ is set in what L1 posted of the VMRUN."""
+        return self.seen is not None and bool(self.seen.control[_V_INTR + 1] & VIntr.IRQ >> 8)
 
     def touch(self, address: int) -> None:
         """Note that the quadword at `address` is not what it was at first."""

@@ -20,6 +20,7 @@ from harness.lockstep.quirks import (
     PDE_WRITES_MISSED,
     SOFTWARE_EVENT_LOST,
     SOFTWARE_EVENT_RIP,
+    V_IRQ_KEPT,
     V_TPR_OVERWRITTEN,
     VC_DROPPED,
     VMRUN_WANTS_PAGING,
@@ -129,6 +130,8 @@ class Twin(State):
             l2.end()
         except Leave as leave:
             self._share_tpr(l2)
+            if "interrupt" in self.outside and self.saw_v_irq() and self.quirks.has(V_IRQ_KEPT):
+                self.vmcb["v_intr"] |= VIntr.IRQ  # the hypervisor's own, by which it waits for L1's IF
             self._leave(out, l2, leave)
         except UsageError:
             self._undo(out)

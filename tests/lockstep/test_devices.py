@@ -16,12 +16,13 @@ from harness.lockstep.quirks import (
     REPEATED_INS_LOST,
     SOFTWARE_WALK_FAULT,
     STRING_WRITE_HALVES,
+    V_IRQ_KEPT,
     V_TPR_OVERWRITTEN,
     below,
 )
 from harness.lockstep.twin import Twin
 from harness.model import local_apic
-from harness.model.vmcb import ExitCode
+from harness.model.vmcb import ExitCode, VIntr
 from harness.scenario.program import Compiler, Program
 from harness.wire.image import PAGE, tag
 from tests.scenario.texts import one, run
@@ -213,6 +214,30 @@ def test_v_tpr_is_l1s_cr8(control: int, probes: str, kept: int, shared: int, twi
     assert twin.vmcb["v_intr"] == control & ~0xF | kept
     _predict(twin, program, [V_TPR_OVERWRITTEN])
     assert twin.vmcb["v_intr"] == control & ~0xF | shared
+
+
+@pytest.mark.parametrize(("between", "kept"), [
+    ("", False), ('entry = "guest.b.pte"\nset = ["pwt"]', True), ('vmcb = "cpl"\nvalue = 3', True)])
+def test_v_irq_is_kept_where_a_delivery_may_lack_something(between: str, kept: bool, twin: Twin,
+                                                           compiler: Compiler) -> None:
+    """By the quirk, and only for the first delivery since anything was changed that it may touch."""
+    pending = 'vmcb = "v_intr"\nvalue = 0x12010f0100', 'vmcb = "rflags"\nvalue = 0x202'
+    program = compiler.compile(one(*pending, run("read a"), *pending, *filter(None, [between]), run("read a")))
+    seen = SimpleNamespace(control=(VIntr.IRQ << 0x60 * 8).to_bytes(0x100, "little"))
+    twin.reset(program.world)
+    found = []
+    for step in program.steps:
+        if step.code != "RUN":
+            twin.apply(step)
+            continue
+        twin.begin(step)
+        before = bytes(twin.memory.bytes[step.a : step.a + PAGE])
+        out = twin.predict(step, 0)
+        assert not twin.vmcb["v_intr"] & VIntr.IRQ
+        again = twin.predict_again(out, before, step, Active([V_IRQ_KEPT]), seen=seen)  # type: ignore[arg-type]
+        found.append(bool(twin.vmcb["v_intr"] & VIntr.IRQ))
+        assert again.exitcode in (0x78, 0x4D)
+    assert found == [True, kept]
 
 
 def test_where_a_fault_is_told_makes_no_access(twin: Twin, compiler: Compiler) -> None:
