@@ -37,6 +37,6 @@ A foreign L1:
     observed, observed_kvm   stopped at its VMRUNs, on QEMU's own SVM and under real KVM
     linux, linux_life   a Linux L1 with a Linux L2, and what they go through
     line, inside, dropbear   its console; the way into it over SSH
-    tsc         how fast this host's time-stamp counter counts, for a Linux L1
+    tsc         how fast this host's time-stamp counter counts, for a Linux on QEMU
     dump, live  memory in a file, and of a machine that somebody else has running
 """
