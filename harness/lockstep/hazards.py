@@ -68,6 +68,10 @@ def _steps_in_pae(scenario: Scenario) -> bool:
         probe.kind in STEPPED_OVER for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
 
 
+def _flushes_a_page(scenario: Scenario) -> bool:
+    return any(probe.kind == "invlpg" for op in scenario.ops if isinstance(op, RunOp) for probe in op.probes)
+
+
 def _pending(what: str) -> Callable[[Scenario], bool]:
     """Whether L1 sends itself that in a scenario."""
     return lambda scenario: any(isinstance(op, HostOp) and op.register == what for op in scenario.ops)
@@ -134,6 +138,8 @@ DELIVERY_IN_SHADOW: Final = "delivery-in-shadow"
 """An event that is no interrupt is delivered, by a table of L2's in a page that is also one of L1's nested tables."""
 OTHER_PAGING: Final = "other-paging"
 """L2 leaves with paging off, and its CR4 is of another kind of paging than L1's."""
+LEGACY_INVLPG: Final = "legacy-invlpg"
+"""L2, in legacy paging under an L1 in long mode, executes INVLPG itself."""
 BUSY_TSS: Final = "busy-tss"
 """An event goes from CPL 3 to a handler in legacy mode, and TR has a TSS that is busy."""
 
@@ -150,6 +156,7 @@ HAZARDS: Final = {
     "vmrun-unchecked": Hazard(_any, refused=True),
     DELIVERY_IN_SHADOW: Hazard(_shares_nested_tables, peril=DELIVERY_IN_SHADOW),
     OTHER_PAGING: Hazard(_any, peril=OTHER_PAGING),
+    LEGACY_INVLPG: Hazard(_flushes_a_page, peril=LEGACY_INVLPG),
     BUSY_TSS: Hazard(_changes("tr.attrib"), peril=BUSY_TSS),
     CR8_WITH_V_IRQ: Hazard(_writes_cr8, peril=CR8_WITH_V_IRQ),
     PAE_STEPPED_OVER: Hazard(_steps_in_pae, peril=PAE_STEPPED_OVER),

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
 from harness.lockstep import stub, vm_state
-from harness.lockstep.hazards import CR8_WITH_V_IRQ
+from harness.lockstep.hazards import CR8_WITH_V_IRQ, LEGACY_INVLPG
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import BREAKPOINTS_KEPT, PKE_NOT_FLUSHED
 from harness.model import events, tlb_events, vmrun
 from harness.model.access import Access, Reached
 from harness.model.consistency import cr4_mbz, efer_mbz
 from harness.model.events import Event
-from harness.model.registers import CR0, CR4, RFLAGS
+from harness.model.registers import CR0, CR4, EFER, RFLAGS
 from harness.model.vmcb import FIELDS, NP_ENABLE, SEGMENT_P, ExitCode, VIntr
 from harness.scenario.ops import VM_STATE
 
@@ -71,6 +71,8 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
             return value
         return regs.rflags & ~RFLAGS.STATUS | stub.FLAGS
     if kind == "invlpg":
+        if regs.cr0 & CR0.PG and not regs.efer & EFER.LMA and l2.state.host_at_vmrun().efer & EFER.LMA:
+            l2.out.perils.add(LEGACY_INVLPG)
         l2.flush(tlb_events.INVLPG, address)
         return value
     if what == "msr" and address not in stub.MSR_FIELDS:

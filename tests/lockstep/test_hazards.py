@@ -60,6 +60,8 @@ def test_cr8_is_written_while_a_virtual_interrupt_is_pending(twin: Twin, compile
     ("pae-sysenter", "regressions/pae-stepped-over[wrmsr 0x175 = 0x1234]", "regressions/pae-stepped-over[cpuid]"),
     ("pae-stepped-over", "regressions/pae-stepped-over[cpuid]", "regressions/pae-stepped-over[wrmsr 0x175 = 0x1234]"),
     ("pae-stepped-over", "regressions/pae-stepped-over[rdmsr 0x277]", "modes/pae-state"),
+    ("legacy-invlpg", "regressions/invlpg-without-npt[32-bit]", "regressions/invlpg-without-npt[4-level]"),
+    ("legacy-invlpg", "regressions/invlpg-without-npt[PAE]", "pairs/exits-off[off,4-level,none]"),
     ("other-paging", "pairs/exits-off[off,5-level,none]", "pairs/exits-off[off,4-level,none]"),
     ("other-paging", "pairs/first-off-on-32-bit[off,4K,32-bit,none,read a]", "contexts/guests[none,4-level]"),
 ])
