@@ -187,6 +187,18 @@ def physical(l2: L2) -> None:
     deliver(l2, Event(INTERRUPT_VECTOR, events.INTERRUPT), None, None)
 
 
+def second_processor(l2: L2, kind: str, value: int) -> int:
+    """L1's second processor does its writes, and may then end L2 by an NMI. Raises Leave then; UsageError for what
+    is not modelled."""
+    if kind == "remotenmi" and not l2.state.vmcb["intercept_misc1"] & MISC1_NMI:
+        raise UsageError("L1 must intercept NMI: what one does inside of L2 is not modelled")
+    for step in l2.state.remote:
+        l2.store(step.a, step.b, (1 << 8 * step.arg) - 1)
+    if kind == "remotenmi":
+        raise Leave(ExitCode.NMI, rule="exit.intercept")
+    return value
+
+
 def _emulated(l2: L2, event: Event) -> NoReturn:
     """The instruction at RIP is fetched before `event` is delivered, and tells it if that faults; unless it is an
     exception, which is dropped for the instruction's own."""

@@ -26,7 +26,7 @@ from harness.model.events import Event
 from harness.model.intercepts import INTERCEPTS, asks
 from harness.model.registers import CR4, DR6_BS, EFER, RFLAGS
 from harness.model.tlb_events import Flushed, Ran, Wrote
-from harness.model.vmcb import MISC1_NMI, ExitCode, VIntr
+from harness.model.vmcb import ExitCode, VIntr
 from harness.model.walk import Walk
 from harness.scenario.ops import STRINGS
 from harness.wire.image import DATA_PAGES_TAG, tag
@@ -312,17 +312,6 @@ class L2(Translation):
         conforming = descriptor >> 42 & 3 == 3
         seen = descriptor >> 44 & 1 and (conforming or descriptor >> 45 & 3 >= max(cpl, selector & 3))
         return descriptor >> 32 & _LAR_SEES if seen else 0
-
-    def second_processor(self, kind: str, value: int) -> int:
-        """L1's second processor does its writes, and may then end L2 by an NMI. Raises Leave then; UsageError for what
-        is not modelled."""
-        if kind == "remotenmi" and not self.state.vmcb["intercept_misc1"] & MISC1_NMI:
-            raise UsageError("L1 must intercept NMI: what one does inside of L2 is not modelled")
-        for step in self.state.remote:
-            self.store(step.a, step.b, (1 << 8 * step.arg) - 1)
-        if kind == "remotenmi":
-            raise Leave(ExitCode.NMI, rule="exit.intercept")
-        return value
 
     def store(self, spa: int, new: int, mask: int) -> None:
         """Write the bits of `mask` at `spa`, over one quadword or two."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from harness.errors import UsageError
 from harness.lockstep import stub, vm_state
+from harness.lockstep.delivery import second_processor
 from harness.lockstep.hazards import CR8_WITH_V_IRQ, LEGACY_INVLPG
 from harness.lockstep.prediction import WHOLE
 from harness.lockstep.quirks import BREAKPOINTS_KEPT, PKE_NOT_FLUSHED
@@ -38,7 +39,7 @@ def probe(l2: L2, kind: str, address: int, value: int) -> int:
     not modelled."""
     regs, vmcb = l2.regs, l2.state.vmcb
     if kind in ("remote", "remotenmi"):
-        return l2.second_processor(kind, value)
+        return second_processor(l2, kind, value)
     if kind in ("rdpkru", "wrpkru"):
         return _pkru(l2, kind, value)
     if kind in VM_STATE:
