@@ -80,6 +80,7 @@ DELIVERY_EMULATED: Final = "delivery-emulated"
 EMULATED_FAULT_PLACE: Final = "emulated-fault-place"
 PUSH_OF_SUPERVISOR: Final = "push-of-supervisor"
 SHADOW_LOST: Final = "shadow-lost"
+ERROR_CODE_WITHOUT_EV: Final = "error-code-without-ev"
 """Quirks of how instructions are carried out: see harness.lockstep.l2 and twin."""
 
 
@@ -310,6 +311,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     EMULATED_FAULT_PLACE: Quirk(),
     PUSH_OF_SUPERVISOR: Quirk(),
     SHADOW_LOST: Quirk(),
+    ERROR_CODE_WITHOUT_EV: Quirk(),
     LMSW_BY_BITS: Quirk(),
     DOUBLE_FAULT_NOT_INTERCEPTED: Quirk(),
     CR_READS_AS_CR0: Quirk(),

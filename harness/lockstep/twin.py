@@ -13,6 +13,7 @@ from harness.lockstep.l2 import L2
 from harness.lockstep.prediction import WHOLE, Prediction
 from harness.lockstep.quirks import (
     CR0_CD_CLEARED,
+    ERROR_CODE_WITHOUT_EV,
     FIVE_LEVELS_KEPT,
     INTERRUPT_AS_EXCEPTION,
     NESTED_FORMAT_BY_L2,
@@ -43,6 +44,8 @@ _RESUMED = Group("cpl", "rflags", "rip", "rsp", *(f"{s}.{p}" for s in ("es", "cs
                                                   for p in ("selector", "attrib", "limit", "base")))
 """What L1 puts back into the VMCB before it re-enters L2 behind a fault (guests/l1/main.c)."""
 
+_ALWAYS_WITH_ERROR_CODE = events.WITH_ERROR_CODE - {21, 29, 30}
+"""Those that a machine which goes by the vector knows of."""
 
 _NONE = Active()
 _UNCACHED = CR0.CD | CR0.NW
@@ -105,6 +108,8 @@ class Twin(State):
             return self._refuse_halfway(out, step)
         event = vmcb["eventinj"]
         injected = Event.from_eventinj(event)
+        if injected is not None and self._pushes_all_the_same(injected):
+            injected = injected._replace(error=event >> 32)
         vmcb["eventinj"] = 0  # at the latest by the #VMEXIT (volume 3, VMRUN)
         self.tlb.vmrun(self._tlb_control(), vmcb["asid"])
         l2 = L2(self, out, step)
@@ -195,6 +200,11 @@ class Twin(State):
             return True
         steps_over = SOFTWARE_EVENT_RIP in self.quirks.names
         return injected.software and not steps_over and self.quirks.has(SOFTWARE_EVENT_LOST)
+
+    def _pushes_all_the_same(self, injected: Event) -> bool:
+        """Whether, by a quirk, an error code is pushed that EV says there is none of."""
+        usual = injected.kind == events.EXCEPTION and injected.vector in _ALWAYS_WITH_ERROR_CODE
+        return usual and injected.error is None and self.quirks.has(ERROR_CODE_WITHOUT_EV)
 
     def _inject(self, l2: L2, injected: Event) -> None:
         """What an instruction raises returns to nRIP: without that field it cannot be injected properly (15.20), and

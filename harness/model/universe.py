@@ -115,6 +115,7 @@ _EXITS: Final = (
 _INSTRUCTIONS: Final = (
     *(("exit.intercept", ExitCode.describe(code)) for code in _INTERCEPTED),
     *(("exit.exception", f"VMEXIT_EXCP{vector}") for vector in (0, 3, 6)),
+    ("exit.debug", "VMEXIT_EXCP1"),
 )
 """Rules of #VMEXIT that hold in every mode of L2, whatever L1's is, and their outcomes."""
 

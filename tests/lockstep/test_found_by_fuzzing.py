@@ -15,6 +15,7 @@ from harness.lockstep.quirks import (
     BREAKPOINTS_KEPT,
     DELIVERY_EMULATED,
     EMULATED_FAULT_PLACE,
+    ERROR_CODE_WITHOUT_EV,
     EXCLUSIVE_PROBES_FIRST,
     INTERRUPT_BEHIND_ANOTHER,
     NESTED_PDPTE_SHUTDOWN,
@@ -224,3 +225,14 @@ def test_nothing_else_is_told_without_an_offset(twin: Twin, compiler: Compiler) 
     code, gpa = left(twin, "exitinfo1", "exitinfo2")
     last(twin, compiler, scenario, SOFTWARE_WALK_OFFSET, seen=_seen_npf(code, gpa & ~0xFFF))
     assert gpa & 0xFFF == 0x5B8 and left(twin, "exitinfo1", "exitinfo2") == (code, gpa)
+
+
+@pytest.mark.parametrize(("event", "more"), [(0x80000300 | events.GP, 8), (0x80000300 | events.DB, 0), (
+    0x80000B00 | events.GP, 0), (0x8000031D, 0)])
+def test_an_error_code_without_ev(twin: Twin, compiler: Compiler, event: int, more: int) -> None:
+    """By the quirk it is pushed where the vector is of those that usually have one."""
+    injects = one(f'vmcb = "eventinj"\nvalue = {event}', "run = []")
+    last(twin, compiler, injects)
+    rsp = twin.vmcb["rsp"]
+    last(twin, compiler, injects, ERROR_CODE_WITHOUT_EV)
+    assert rsp - twin.vmcb["rsp"] == more

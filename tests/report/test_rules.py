@@ -30,13 +30,15 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 
 def named(source: str) -> set[str]:
-    """The ids of all rules that a source names: those with a dot wherever they stand, the others where a
-    rule is handed on."""
+    """The ids of all rules that a source names: those with a dot wherever they stand, in docstrings behind the word
+    "rule", the others where a rule is handed on."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Constant(value=str(text)) if DOTTED.fullmatch(text):
                 found.add(text)
+            case ast.Constant(value=str(text)):  # a docstring: "Rule type.pat: ..."
+                found |= set(re.findall(r"\b[Rr]ule ([a-z]+\.[a-z-]+)\b", text))
             case ast.Call(func=ast.Name(id=name), args=args) if name in FAULTS and args:
                 found |= {FAULTS[name] + text for text in strings(args[0])}
             case ast.Call(func=ast.Name(id=name), args=args) if len(args) > RULE_ARGUMENT.get(name, 99):
