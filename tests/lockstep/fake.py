@@ -170,7 +170,7 @@ class FakeMachine:
         first, count = 0, len(step.probes)
         # (of the world's mode, L1 knows what it is told in the VMCB)
         vmcb = self.twin.vmcb
-        long = vmcb["cs.attrib"] & 0x200 and vmcb["efer"] & (EFER.LME | EFER.LMA)
+        long = vmcb["cs.attrib"] & 0x200 and vmcb["efer"] & (EFER.LME | EFER.LMA) and vmcb["cr0"] & CR0.PG
         self.twin.mode = MODES["4-level" if long else "PAE" if vmcb["cr0"] & CR0.PE else "real"]
         self.twin.stub = self.image.stubs[self.twin.mode.stub]
         begun = self.twin.begin(step)

@@ -158,11 +158,11 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "lockstep.l2", "self.state.tlb.add(Wrote(at, before))", "pass",
         (one(SECOND, run("read a; remote; read a+8")),), "C1", "value"),
     "an NMI is an INTR": Mutant(
-        "lockstep.l2", "raise Leave(ExitCode.NMI,", "raise Leave(ExitCode.NMI - 1,",
+        "lockstep.delivery", "raise Leave(ExitCode.NMI,", "raise Leave(ExitCode.NMI - 1,",
         (one('vmcb = "intercept_misc1"\nset = ["bit1"]', SECOND, run("read a; remotenmi; read a+8")),), "C1",
-        "outcome"),
+        "outcome", 2),
     "the second processor writes nothing": Mutant(
-        "lockstep.l2", "for step in self.state.remote:", "for step in ():",
+        "lockstep.delivery", "for step in l2.state.remote:", "for step in ():",
         (one(SECOND, run("read a; remote; invlpg a; read a+8")),), "C2", "entry"),
     "ES keeps its base": Mutant(
         "lockstep.registers", 'vmcb[f"{name}.base"] = entry', "entry = entry", ("state/load-descriptor",), "C3",
