@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from harness.errors import UsageError
 from harness.lockstep.active import Active
 from harness.lockstep.prediction import Prediction
-from harness.lockstep.quirks import NESTED_PDPTE_UNCHECKED
+from harness.lockstep.quirks import NESTED_PDPTE_UNCHECKED, below
 from harness.lockstep.state import State
 from harness.model.access import NestedPageFault, Reached
 from harness.model.entries import FRAME, NX, P
@@ -145,7 +145,7 @@ BUSY_TSS: Final = "busy-tss"
 
 HAZARDS: Final = {
     "nested-pdpte-high-bits": Hazard(lambda scenario: scenario.nested == "PAE", walk=_nested_pdpte_high_bits,
-                                     quirks=(NESTED_PDPTE_UNCHECKED,)),
+                                     quirks=(NESTED_PDPTE_UNCHECKED, below("pae-pdpte"))),
     "beyond-nested-pae": Hazard(lambda scenario: scenario.nested == "PAE", walk=_beyond_nested_pae),
     "nested-root-outside": Hazard(
         lambda scenario: scenario.nested == "PAE" or _changes("ncr3")(scenario), vmrun=_nested_root_outside),
