@@ -182,6 +182,15 @@ def _nested_leaf_kept(paging: Paging, walk: Walk) -> Walk:
     return walk._replace(updates=[one for one in updates if one[1]]) if updates != walk.updates else walk
 
 
+def _old_pdes(paging: Paging, walk: Walk) -> Walk:
+    """A PDE of a 32-bit nested table may be one of before, also of an earlier program; then A is not set in it."""
+    if paging.nested is None or paging.nested.name != "32-bit" or (paging.guest and paging.guest.name == "32-bit"):
+        return walk
+    pdes = {address for dimension, name, _, address, _ in walk.trail if dimension == "nested" and name == "pde"}
+    updates = [(at, bits, CUT if at in pdes else kind) for at, bits, kind in walk.updates]
+    return walk._replace(updates=updates) if updates != walk.updates else walk
+
+
 def _info_cut_short(paging: Paging, walk: Walk) -> Walk:
     """EXITINFO1 of a nested fault has no bits 63:32."""
     match walk.outcome:
@@ -301,7 +310,7 @@ QUIRKS: Final[dict[str, Quirk]] = {
     NESTED_FORMAT_BY_L2: Quirk(),
     CR0_CD_CLEARED: Quirk(),
     FIVE_LEVELS_KEPT: Quirk(),
-    PDE_WRITES_MISSED: Quirk(),
+    PDE_WRITES_MISSED: Quirk(walk=_old_pdes),
     STI_ALWAYS_SHADOWS: Quirk(),
     BREAKPOINTS_KEPT: Quirk(),
     EXCLUSIVE_PROBES_FIRST: Quirk(),

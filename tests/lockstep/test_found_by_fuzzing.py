@@ -19,6 +19,8 @@ from harness.lockstep.quirks import (
     EXCLUSIVE_PROBES_FIRST,
     INTERRUPT_BEHIND_ANOTHER,
     NESTED_PDPTE_SHUTDOWN,
+    PDE_WRITES_MISSED,
+    QUIRKS,
     RMW_READS_FIRST,
     SKINIT_ANY_CPL,
     SOFTWARE_WALK_OFFSET,
@@ -27,6 +29,7 @@ from harness.lockstep.quirks import (
 from harness.lockstep.twin import Twin
 from harness.model import events
 from harness.model.access import ErrorCode
+from harness.model.dirty import CUT, NESTED_TABLE
 from harness.model.liberties import Liberties
 from harness.model.registers import Cpu
 from harness.model.vmcb import FIELDS, ExitCode
@@ -236,3 +239,16 @@ def test_an_error_code_without_ev(twin: Twin, compiler: Compiler, event: int, mo
     rsp = twin.vmcb["rsp"]
     last(twin, compiler, injects, ERROR_CODE_WITHOUT_EV)
     assert rsp - twin.vmcb["rsp"] == more
+
+
+@pytest.mark.parametrize(("guest", "plays"), [("PAE", True), ("4-level", True), ("32-bit", False)])
+def test_old_pdes_have_no_accessed_bit_to_set(twin: Twin, compiler: Compiler, guest: str, plays: bool) -> None:
+    """By the quirk, where KVM takes entries of 4 bytes for such of 8: those of L1's page directory in a walk that
+    faults."""
+    absent = one('entry = "nested.a.pte"\nclear = ["p"]', run("read a"), head=f'guest = "{guest}"\nnested = "32-bit"\n')
+    out = last(twin, compiler, absent)
+    assert out.paging is not None
+    walk = out.walks[0]
+    changed = QUIRKS[PDE_WRITES_MISSED].walk(out.paging, walk)
+    pdes = {at for dimension, name, _, at, _ in walk.trail if (dimension, name) == ("nested", "pde")}
+    assert {kind for at, _, kind in changed.updates if at in pdes} == ({CUT} if plays else {CUT, NESTED_TABLE})
