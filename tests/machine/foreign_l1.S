@@ -39,14 +39,16 @@
 	mov %rax, 0x668(%rbp)
 	.endm
 
+#ifdef MULTIBOOT
+	.text
+	.long 0x1badb002, 0, -0x1badb002
+#else
 	.section .note.pvh, "a", @note
 	.long 4, 4, 18
 	.asciz "Xen"
 	.long start
 
 	.text
-#ifdef MULTIBOOT
-	.long 0x1badb002, 0, -0x1badb002
 #endif
 	.code32
 	.globl start

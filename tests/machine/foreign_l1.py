@@ -25,7 +25,7 @@ def multiboot(folder: Path) -> Path:
     """The same as a 32-bit ELF file, which QEMU takes for a multiboot image."""
     target = folder / "multiboot.elf"
     wide = build(folder, "-DMULTIBOOT")
-    subprocess.run(["objcopy", "-O", "elf32-i386", "-R", ".note.pvh", str(wide), str(target)], check=True)
+    subprocess.run(["objcopy", "-O", "elf32-i386", str(wide), str(target)], check=True)
     return target
 
 
